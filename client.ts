@@ -1,0 +1,1518 @@
+/**
+ * The client: logs in, sends chat messages over the server at once, punches a hole meanwhile, and moves the
+ * conversation to the direct path as soon as an echo has come back over it.
+ *
+ *     alice            NAT          server          NAT            bob
+ *       | P2PTRANS "hi" |             |              |              |
+ *       |---------------------------->|   P2PSOMEONEWANTTOCALLYOU   |
+ *       |        INTRODUCTION         |---------------------------->|  bob has "hi" after one server hop
+ *       |<----------------------------|                             |
+ *       | punch ------->|~~~~~~~~~~~> X              |              |  bob's NAT knows no alice yet ...
+ *       |               |             |              |<------ punch |
+ *       |<--------------|<~~~~~~~~~~~~~~~~~~~~~~~~~~~|              |  ... but alice's NAT has seen alice write to bob:
+ *       | echo -------->|~~~~~~~~~~~~~~~~~~~~~~~~~~~>|------------->|  both holes are open
+ *
+ * A path to a peer is `trying` until an echo of our own punch comes back, then `good`; `suspect` when something on it
+ * stays unanswered (everything then goes over the server as well), and gone when fast probes stay unanswered too.
+ *
+ * @module
+ */
+import {
+  agree,
+  type Bucket,
+  concat,
+  type Control,
+  type ControlBody,
+  controlKeys,
+  type Datagram,
+  decode,
+  decodeHandshake,
+  decodeInner,
+  type Effect,
+  encode,
+  encodeHandshake,
+  encodeInner,
+  type Endpoint,
+  formatEndpoint,
+  fullBucket,
+  type Handshake,
+  hex,
+  hostOf,
+  initiate,
+  type Initiation,
+  type Introduced,
+  isFresh,
+  isIPv6,
+  type KeyPair,
+  loginKey,
+  type Machine,
+  MAX_CANDIDATES,
+  MAX_PART_BYTES,
+  type NoiseKeys,
+  openPeer,
+  passwordProof,
+  type Peer,
+  peerHeader,
+  type Rate,
+  type ReplayWindow,
+  replayWindow,
+  respond,
+  safetyCode,
+  scopeOf,
+  sealPeer,
+  spend,
+  type User,
+  userName,
+  verifies,
+} from "./protocol.ts";
+
+// ---------------------------------------------------------------------------------------------------- constants
+
+/** Longest chat message in bytes of UTF-8. */
+export const MAX_MESSAGE_BYTES = 65_536;
+
+// Towards the server.
+const FIRST_LOGIN_MS = 10_000;
+/** Between two attempts to log in: grows by half each time, up to the second number. */
+const LOGIN_RETRY_MS = 400, LOGIN_RETRY_MAX_MS = 5_000;
+/** Under the 30 s after which the strictest NATs forget (RFC 4787 REQ-5 asks for 2 min; few heed it). */
+const KEEPALIVE_MS = 20_000;
+/** While a conversation lives on the relay: a restarted server must be noticed before a message fails. */
+const RELAY_KEEPALIVE_MS = 2_000;
+/** Keepalives of several clients, or several paths, must not fall into step. */
+const SPREAD = 0.2;
+/** So many keepalives in a row unanswered: the server is gone. At 5 % loss that is chance once in 10 million times. */
+const KEEPALIVE_TRIES = 7;
+const LIST_RETRY_MS = 500, LIST_TRIES = 8;
+/** Answers to cookies without anything between that shows progress; more would be a loop. */
+const MAX_CHALLENGES = 5;
+
+// Punching.
+/** After the introduction: quick at first, since both sides punch now; then until the slowest NAT has noticed. */
+const PUNCH_AT_MS = [0, 20, 40, 80, 160, 320, 820, 1320, 1820, 2320, 2820, 3320, 3820, 4320];
+/** After so many seconds on the relay a direct path is tried again. */
+const RETRY_DIRECT_MS = [2_000, 5_000, 15_000, 60_000, 300_000];
+/** Rounds of "ask the server to have the other side punch, then send again", as in 2004. */
+const MAX_ROUNDS = 5;
+const MAX_PATHS = 32;
+const MAX_PROBES = 256;
+
+// Keeping a path.
+/** A message went either way so recently: then the path is checked all the time. */
+const ACTIVE_MS = 10_000, ACTIVE_PROBE_MS = 400;
+/** A message went either way so recently: then the path is kept open. */
+const WARM_MS = 300_000, WARM_PROBE_MS = 15_000;
+/** Something on the path unanswered for max(3 SRTT, this): suspect. */
+const SUSPECT_MS = 400;
+/** A suspect path is probed so often, and given up after so many probes in a row without an echo. */
+const FAST_PROBE_MS = 150, FAST_PROBES = 6;
+/** After so many of them the server is asked for a new introduction. */
+const FAST_PROBES_BEFORE_CALL = 2;
+/** A path unused for so long is not trusted to be there still. */
+const STALE_PATH_MS = 30_000;
+/** Of two paths of the same kind the quicker one is taken if it is quicker by this factor and this much. */
+const QUICKER_FACTOR = 0.9, QUICKER_MS = 5;
+
+// Delivery.
+const RTO_FIRST_MS = 400, RTO_MIN_MS = 200, RTO_MAX_MS = 2_000, RTO_GROWTH = 1.5;
+/** Nothing acknowledged for so long: Send Failure! */
+const GIVE_UP_MS = 15_000;
+/** Parts on their way at a time: at first, at least, at most. Twice the most fits into one acknowledgement. */
+const WINDOW_FIRST = 16, WINDOW_MIN = 4, WINDOW_MAX = 64;
+/** The clock has jumped, as on a laptop that slept: nothing that fell due meanwhile has failed for that. */
+const JUMP_MS = 5_000;
+/** AES-GCM keys are changed long before 2^32 messages. */
+const REKEY_AFTER = 2 ** 30;
+const PING_INTERVAL_MS = 500, PING_LOST_MS = 2_000;
+
+// What a peer or the server can make grow or make us do.
+const MAX_CONVERSATIONS = 1_000, MAX_KNOWN_USERS = 20_000, MAX_LISTED = 1_000_000;
+const HANDSHAKES_PER_PEER: Rate = { perSecond: 5, burst: 20 };
+const INTRODUCTIONS_PER_PEER: Rate = { perSecond: 5, burst: 20 };
+const MAX_EPHEMERALS = 4_096;
+
+// ---------------------------------------------------------------------------------------------------- types
+
+/** Which way a datagram takes: over the server, directly, or directly to a private or loopback address. */
+export type PathKind = "relay" | "direct" | "lan";
+
+/** Why a message was not delivered. */
+export type Reason = "unknown" | "offline" | "timeout" | "empty" | "too-long" | "untrusted";
+
+/** What the client tells its user (DESIGN 6). */
+export type ClientEvent =
+  | { event: "login"; name: string; server: Endpoint; public: Endpoint; local: Endpoint[]; users: number }
+  | { event: "users"; users: { name: string; public: Endpoint }[] }
+  | { event: "message"; from: string; text: string; path: PathKind; id: string }
+  | { event: "sent"; to: string; id: string; ok: true; ms: number; path: PathKind }
+  | { event: "sent"; to: string; id: string; ok: false; ms: number; path: PathKind; reason: Reason }
+  | { event: "path"; peer: string; path: PathKind; address: Endpoint; rttMs: number | null; ms: number }
+  | { event: "ping"; peer: string; path: PathKind; rttMs: number | null; lost: number }
+  | { event: "verify"; peer: string; code: string }
+  | { event: "error"; code: string; message: string; fatal?: true }
+  | { event: "reconnecting" | "reconnected" | "logout"; name: string; reason: string };
+
+/** What the user can ask for. */
+export type Command =
+  | { command: "send"; to: string; text: string }
+  | { command: "getu"; prefix: string }
+  | { command: "path"; peer: string | null }
+  | { command: "ping"; peer: string; count: number }
+  | { command: "verify"; peer: string }
+  | { command: "exit" };
+
+/** What a client is made of; everything random comes in here. */
+export interface ClientOptions {
+  /** User name, as `userName` leaves it. */
+  name: string;
+  /** Our static keys. */
+  keys: KeyPair;
+  /** The server, in one IP version or both. */
+  servers: Endpoint[];
+  /** So many unpredictable bytes. */
+  random: (length: number) => Uint8Array;
+  /** Fresh keys, one pair for each handshake. */
+  generateKeys: () => KeyPair;
+  /** What the two colleagues alone know: 32 bytes. */
+  psk?: Uint8Array | undefined;
+  /** scrypt of the server's password. */
+  password?: Uint8Array | undefined;
+  /** The keys outlive this run: the name is to be held for us. */
+  keepName?: boolean | undefined;
+  /** False: never punch, stay on the relay. */
+  direct?: boolean | undefined;
+  /** Never give up the first login. */
+  patient?: boolean | undefined;
+}
+
+/** A client without sockets. */
+export interface Client extends Machine<ClientEvent> {
+  /** Carries out a command. */
+  command(command: Command, now: number): Effect<ClientEvent>[];
+  /** Tells the IP addresses of this host's interfaces, at the start and when they change. */
+  interfaces(addresses: string[], now: number): Effect<ClientEvent>[];
+}
+
+/** Round-trip times and the time-out that follows from them (RFC 6298). */
+interface Estimator {
+  srtt: number | null;
+  rttvar: number;
+}
+
+interface Session {
+  server: Endpoint;
+  serverKey: Uint8Array;
+  token: string;
+  nonce: string;
+  keys: { toServer: Uint8Array; toClient: Uint8Array };
+  window: ReplayWindow;
+  sent: number;
+  public: Endpoint;
+  keepaliveAt: number;
+  /** The keepalive that waits for its answer. */
+  asked: { counter: number; at: number; tries: number } | null;
+  challenges: number;
+}
+
+interface Login {
+  nonce: string;
+  clock: number;
+  since: number;
+  tries: number;
+  nextAt: number;
+  challenges: number;
+  askedAt: number;
+  /** Once the server has asked us to show that we receive here. */
+  cookie: { cookie: string; server: Endpoint; serverKey: Uint8Array; shared: Uint8Array } | null;
+}
+
+interface Path {
+  endpoint: Endpoint;
+  socket: number;
+  kind: "direct" | "lan";
+  state: "trying" | "good" | "suspect";
+  rtt: Estimator;
+  /** Since when something sent on it waits for an answer. */
+  waitingSince: number;
+  answeredAt: number;
+  probeAt: number;
+  fastProbes: number;
+}
+
+/** A session with a peer, after the handshake. */
+interface Secure {
+  /** Our index of it, in what we receive. */
+  index: number;
+  /** The peer's index of it, in what we send. */
+  theirs: number;
+  keys: NoiseKeys;
+  window: ReplayWindow;
+  sent: number;
+  /** The peer's login when it began. */
+  peerNonce: string;
+  /** What numbers the peer's parts. */
+  stream: string;
+  /** We answered; until the peer has shown that it knows, everything we send carries the answer. */
+  second: Uint8Array | null;
+}
+
+/** We are opening a session with the peer: first by asking the server who that is, then with a handshake. */
+interface Opening {
+  tries: number;
+  dueAt: number;
+  handshake: { index: number; initiation: Initiation } | null;
+}
+
+interface Message {
+  id: string;
+  startedAt: number;
+  partsLeft: number;
+  path: PathKind;
+}
+
+interface Part {
+  seq: number;
+  left: number;
+  bytes: Uint8Array;
+  message: Message;
+  /** 0: never yet. */
+  tries: number;
+  sentAt: number;
+  dueAt: number;
+  over: Path | null;
+}
+
+interface Incoming {
+  stream: string;
+  /** All before this has been delivered or given up. */
+  next: number;
+  parts: Map<number, { left: number; part: Uint8Array }>;
+  /** How the first copy of each recent part came. */
+  came: Map<number, PathKind>;
+  message: Uint8Array[];
+  messageBytes: number;
+}
+
+interface Conversation {
+  name: string;
+  peer: Introduced | null;
+  /** The key that `verify` has shown to the user. */
+  verified: string | null;
+  untrusted: boolean;
+  secure: Secure | null;
+  older: Secure | null;
+  opening: Opening | null;
+  handshakes: Bucket;
+  introductions: Bucket;
+
+  stream: string;
+  nextSeq: number;
+  parts: Part[];
+  window: number;
+  progressAt: number;
+  incoming: Incoming | null;
+  /** Acknowledge as soon as there is a session. */
+  ackDue: boolean;
+  lastError: Reason | null;
+
+  calledAt: number;
+  rounds: number;
+  punching: { from: number; step: number; reported: boolean } | null;
+  retries: number;
+  retryAt: number;
+  paths: Map<string, Path>;
+  best: Path | null;
+  relayRtt: Estimator;
+  talkedAt: number;
+  probes: Map<number, { path: Path | null; at: number; ping: boolean }>;
+  ping: { since: number; left: number; lost: number; nextAt: number; waiting: number | null } | null;
+}
+
+/** Where a datagram came from; null: over the relay. */
+type Origin = { socket: number; from: Endpoint } | null;
+
+interface Listing {
+  prefix: string;
+  after: string;
+  users: User[];
+  pages: Map<number, User[]>;
+  asked: number;
+  tries: number;
+  dueAt: number;
+  done(users: User[]): void;
+}
+
+// ---------------------------------------------------------------------------------------------------- pure functions
+
+const NO_ID = "0".repeat(16);
+const NO_BYTES = new Uint8Array(0);
+const utf8 = new TextEncoder();
+const fromUtf8 = new TextDecoder();
+const KINDS: (PathKind | null)[] = [null, "relay", "direct", "lan"];
+
+const newEstimator = (): Estimator => ({ srtt: null, rttvar: 0 });
+
+function sample(estimator: Estimator, rttMs: number): void {
+  const { srtt, rttvar } = estimator;
+  estimator.rttvar = srtt === null ? rttMs / 2 : 0.75 * rttvar + 0.25 * Math.abs(srtt - rttMs);
+  estimator.srtt = srtt === null ? rttMs : 0.875 * srtt + 0.125 * rttMs;
+}
+
+function timeout({ srtt, rttvar }: Estimator, tries: number): number {
+  const first = srtt === null ? RTO_FIRST_MS : Math.max(RTO_MIN_MS, srtt + 4 * rttvar);
+  return Math.min(RTO_MAX_MS, first * RTO_GROWTH ** (tries - 1));
+}
+
+const patience = (path: Path) => Math.max(SUSPECT_MS, 3 * (path.rtt.srtt ?? 0));
+
+function kindOf(endpoint: Endpoint): "direct" | "lan" {
+  const scope = scopeOf(hostOf(endpoint));
+  return scope === "private" || scope === "loopback" ? "lan" : "direct";
+}
+
+/** Two bits for each part from `from`: missing, or how its first copy came. */
+function packStates(came: Map<number, PathKind>, from: number): Uint8Array {
+  const states = new Uint8Array(WINDOW_MAX / 2);
+  for (const [seq, kind] of came) {
+    const i = seq - from;
+    if (i >= 0 && i < 2 * WINDOW_MAX) states[i >> 2]! |= KINDS.indexOf(kind) << 2 * (i & 3);
+  }
+  return states;
+}
+
+function stateOf(states: Uint8Array, i: number): PathKind | null {
+  return i < 0 ? null : KINDS[(states[i >> 2] ?? 0) >> 2 * (i & 3) & 3]!;
+}
+
+const prologue = (initiator: string, responder: string) => utf8.encode(`punch ${initiator} ${responder}`);
+const isLower = (one: Uint8Array, other: Uint8Array) => hex(one) < hex(other);
+
+/** Candidates that may be sent to: nothing on this link, this host (unless the server sees us there), or nowhere. */
+function usable(candidate: Endpoint, own: Endpoint): boolean {
+  const scope = scopeOf(hostOf(candidate));
+  return scope === "public" || scope === "private" || (scope === "loopback" && scopeOf(hostOf(own)) === "loopback");
+}
+
+// ---------------------------------------------------------------------------------------------------- machine
+
+/** Makes a client; it logs in as soon as its socket 0 is open. */
+export function createClient(options: ClientOptions): Client {
+  const { name, keys, servers, random, psk = new Uint8Array(32), direct = true } = options;
+  const conversations = new Map<string, Conversation>();
+  /** Of each session and handshake: by the index that we chose for it. */
+  const byIndex = new Map<number, { conversation: Conversation; secure: Secure | null }>();
+  /** First messages of handshakes seen, by their ephemeral key: a second one is a copy, never a new handshake. */
+  const ephemerals = new Map<string, { conversation: Conversation; secure: Secure | null }>();
+  const known = new Map<string, User>();
+  const listings: Listing[] = [];
+  const serverRtt = newEstimator();
+  let session: Session | null = null, login: Login | null = null;
+  let addresses: string[] = [], port = 0;
+  let state: "new" | "in" | "out" | "closed" = "new"; // `out`: was in, is coming back
+  let effects: Effect<ClientEvent>[] = [];
+
+  const emit = (event: ClientEvent) => void effects.push({ kind: "event", event });
+  const send = (socket: number, to: Endpoint, data: Uint8Array) =>
+    void effects.push({ kind: "send", socket, to, data });
+  const randomNumber = (bits: number) => random(4).reduce((sum, byte) => sum * 256 + byte, 0) % 2 ** bits;
+  const spread = (ms: number) => ms * (1 - SPREAD + 2 * SPREAD * randomNumber(16) / 2 ** 16);
+  const local = () => addresses.slice(0, MAX_CANDIDATES).map((address) => formatEndpoint(address, port));
+
+  // -- the server: logging in and staying in
+
+  function tell(message: ControlBody, to = session!.server): number {
+    const counter = ++session!.sent;
+    send(0, to, encode(message, { id: session!.token, counter, key: session!.keys.toServer }));
+    return counter;
+  }
+
+  function beginLogin(now: number, delay = 0): void {
+    login = {
+      nonce: hex(random(8)),
+      clock: Math.floor(now),
+      since: now,
+      tries: 0,
+      nextAt: now + delay,
+      challenges: 0,
+      askedAt: now,
+      cookie: null,
+    };
+  }
+
+  function sendLogin(now: number): void {
+    const { nonce, clock, cookie } = login!;
+    login!.nextAt = now + Math.min(LOGIN_RETRY_MAX_MS, LOGIN_RETRY_MS * RTO_GROWTH ** login!.tries);
+    // The IP versions take turns until one of them has answered.
+    const to = cookie?.server ?? servers[login!.tries % servers.length]!;
+    login!.tries++;
+    login!.askedAt = now;
+    const proof = cookie && options.password
+      ? passwordProof(cookie.shared, { password: options.password, nonce })
+      : NO_ID;
+    const message = {
+      type: "LOGIN",
+      cookie: cookie?.cookie ?? NO_ID,
+      key: keys.public,
+      proof,
+      keepName: Number(options.keepName ?? false),
+      rttMs: Math.round(serverRtt.srtt ?? 0),
+      name,
+      local: local(),
+    } as const;
+    const key = cookie ? loginKey(cookie.shared, nonce) : undefined;
+    send(0, to, encode(message, { id: nonce, counter: clock, key }));
+  }
+
+  function onCookie(message: Control & { type: "COOKIE" }, from: Endpoint, now: number): void {
+    if (login && message.id === login.nonce && message.counter === login.clock) {
+      const shared = agree(keys.secret, message.key);
+      if (!shared || login.challenges++ >= MAX_CHALLENGES) return;
+      if (login.tries === 1) sample(serverRtt, now - login.askedAt);
+      login.cookie = { cookie: message.cookie, server: from, serverKey: message.key, shared };
+      sendLogin(now);
+    } else if (session && message.id === session.token && session.challenges++ < MAX_CHALLENGES) {
+      const forgotten = !message.known && message.counter === session.asked?.counter;
+      if (forgotten && !login) {
+        reconnect("the server has forgotten us", now);
+        login!.cookie = {
+          cookie: message.cookie,
+          server: from,
+          serverKey: message.key,
+          shared: agree(keys.secret, message.key) ?? NO_BYTES,
+        };
+        if (login!.cookie.shared.length > 0) sendLogin(now);
+        else login!.cookie = null;
+      } else if (!forgotten) keepalive(now, message.known ? message.cookie : NO_ID, from);
+    }
+  }
+
+  function onWelcome(message: Control & { type: "WELCOME" }, data: Uint8Array, now: number): void {
+    if (!login?.cookie || message.id !== login.nonce) return;
+    const { shared, server, serverKey } = login.cookie;
+    const macs = controlKeys(shared, message.token);
+    if (!verifies(data, macs.toClient)) return;
+    if (login.tries === 2) sample(serverRtt, now - login.askedAt);
+    const before = session;
+    session = {
+      server,
+      serverKey,
+      token: message.token,
+      nonce: message.nonce,
+      keys: macs,
+      window: replayWindow(),
+      sent: login.clock,
+      public: message.public,
+      keepaliveAt: now + spread(KEEPALIVE_MS),
+      asked: null,
+      challenges: 0,
+    };
+    login = null;
+    for (const user of message.users) learn(user);
+    if (state === "new") {
+      emit({ event: "login", name, server, public: message.public, local: local(), users: message.total });
+    } else if (state === "out") emit({ event: "reconnected", name, reason: "" });
+    state = "in";
+    const other = servers.find((endpoint) => isIPv6(endpoint) !== isIPv6(server));
+    if (other) keepalive(now, NO_ID, other);
+    for (const conversation of conversations.values()) {
+      dropHandshake(conversation); // begun under the nonce of the login before
+      if (before && isWarm(conversation, now)) callAgain(conversation, now);
+      pump(conversation, now);
+    }
+    if (before) { for (const listing of listings) listing.dueAt = now; }
+  }
+
+  function onRefusal(message: Control & { type: "ERROR" }, data: Uint8Array): void {
+    if (!login?.cookie || !verifies(data, loginKey(login.cookie.shared, login.nonce))) return;
+    const texts: Record<string, string> = {
+      "name-taken": `Somebody else is "${name}": choose another name` +
+        (message.seconds > 0 ? `, or try again in ${message.seconds} s` : ""),
+      "bad-name": `The server does not accept the name "${name}": 1 to 32 bytes without blanks`,
+      "bad-password": "The server asks for its password: give it with --password-file",
+      "full": "The server is full: try again later",
+    };
+    if (state === "new") state = "closed";
+    const fatal = state === "closed" ? { fatal: true as const } : {};
+    emit({ event: "error", code: message.reason, message: texts[message.reason] ?? "The server refuses us", ...fatal });
+    if (state === "closed") login = null;
+  }
+
+  function reconnect(reason: string, now: number, delay = 0): void {
+    if (state === "in") emit({ event: "reconnecting", name, reason });
+    if (state !== "closed") state = "out";
+    beginLogin(now, delay);
+  }
+
+  function keepalive(now: number, cookie = NO_ID, to = session!.server): void {
+    const rttMs = Math.min(65535, Math.round(serverRtt.srtt ?? 0));
+    const counter = tell({ type: "KEEPALIVE", cookie, rttMs, local: local() }, to);
+    if (to !== session!.server) return;
+    session!.asked = { counter, at: now, tries: (session!.asked?.tries ?? 0) + 1 };
+    session!.keepaliveAt = now + timeout(serverRtt, session!.asked.tries);
+  }
+
+  function onAlive(message: Control & { type: "ALIVE" }, from: Endpoint, now: number): void {
+    session!.challenges = 0;
+    if (from !== session!.server) return;
+    if (session!.asked?.counter === message.asked) sample(serverRtt, now - session!.asked.at);
+    session!.asked = null;
+    session!.keepaliveAt = now + spread(onRelay(now) ? RELAY_KEEPALIVE_MS : KEEPALIVE_MS);
+    if (login) { // it was there all the time
+      login = null;
+      state = "in";
+      emit({ event: "reconnected", name, reason: "" });
+    }
+    if (message.public !== session!.public) {
+      session!.public = message.public;
+      for (const conversation of conversations.values()) {
+        if (isWarm(conversation, now)) callAgain(conversation, now);
+      }
+    }
+  }
+
+  const onRelay = (now: number) => [...conversations.values()].some((c) => !c.best && isWarm(c, now));
+
+  function wakeLink(now: number): void {
+    if (login && now >= login.nextAt) {
+      if (state === "new" && !options.patient && now - login.since >= FIRST_LOGIN_MS) {
+        const message = `No answer from the server at ${servers.join(" or ")}: is it running, and is UDP let through?`;
+        emit({ event: "error", code: "unreachable", message, fatal: true });
+        state = "closed";
+        login = null;
+        return;
+      }
+      if (state === "new" && options.patient && login.tries === 5) {
+        emit({ event: "error", code: "unreachable", message: `No answer yet from ${servers.join(" or ")}, trying on` });
+      }
+      sendLogin(now);
+    }
+    if (!session || login || now < session.keepaliveAt) return;
+    if ((session.asked?.tries ?? 0) >= KEEPALIVE_TRIES) return reconnect("the server does not answer", now);
+    keepalive(now);
+    const other = servers.find((endpoint) => isIPv6(endpoint) !== isIPv6(session!.server));
+    if (other && session.asked!.tries === 1 && !onRelay(now)) keepalive(now, NO_ID, other);
+  }
+
+  const linkWakeAt = () => login ? loginWakeAt() : session ? session.keepaliveAt : Infinity;
+  const loginWakeAt = () =>
+    state === "new" && !options.patient ? Math.min(login!.nextAt, login!.since + FIRST_LOGIN_MS) : login!.nextAt;
+
+  function learn(user: User): void {
+    known.delete(user.name);
+    if (known.size >= MAX_KNOWN_USERS) known.delete(known.keys().next().value!);
+    known.set(user.name, user);
+    const conversation = conversations.get(user.name);
+    if (conversation?.peer && conversation.peer.nonce !== user.nonce) {
+      renew(conversation, { ...conversation.peer, nonce: user.nonce, key: user.key });
+    }
+  }
+
+  // -- conversations: who the peer is, and the session with it
+
+  function conversationWith(peerName: string, now: number): Conversation | null {
+    const found = conversations.get(peerName);
+    if (found) return found;
+    if (conversations.size >= MAX_CONVERSATIONS) {
+      const cold = [...conversations].find(([, c]) => c.parts.length === 0 && !isWarm(c, now));
+      if (!cold) return null;
+      forget(cold[1]);
+      conversations.delete(cold[0]);
+    }
+    // What we send to ourselves comes back to somebody who is not us: the conversation with no name.
+    const user = known.get(peerName || name);
+    const conversation: Conversation = {
+      name: peerName || name,
+      peer: user ? { ...user, candidates: [], punchAfterMs: 0 } : null,
+      verified: null,
+      untrusted: false,
+      secure: null,
+      older: null,
+      opening: null,
+      handshakes: fullBucket(HANDSHAKES_PER_PEER, now),
+      introductions: fullBucket(INTRODUCTIONS_PER_PEER, now),
+      stream: hex(random(8)),
+      nextSeq: 0,
+      parts: [],
+      window: WINDOW_FIRST,
+      progressAt: now,
+      incoming: null,
+      ackDue: false,
+      lastError: null,
+      calledAt: now,
+      rounds: 0,
+      punching: null,
+      retries: 0,
+      retryAt: Infinity,
+      paths: new Map(),
+      best: null,
+      relayRtt: newEstimator(),
+      talkedAt: now,
+      probes: new Map(),
+      ping: null,
+    };
+    conversations.set(peerName, conversation);
+    return conversation;
+  }
+
+  const isWarm = (c: Conversation, now: number) => now - c.talkedAt < WARM_MS;
+  const isMirror = (c: Conversation) => c.name === name;
+
+  function forget(c: Conversation): void {
+    for (const [index, entry] of byIndex) if (entry.conversation === c) byIndex.delete(index);
+  }
+
+  /** The server's word on who the peer is now. */
+  function renew(c: Conversation, peer: Introduced): void {
+    if (c.peer && hex(c.peer.key) !== hex(peer.key)) {
+      const message = `The key of "${c.name}" has changed: it was started anew, or somebody else is in its place. ` +
+        `Compare again with: verify ${c.name}`;
+      emit({ event: "error", code: "key-changed", message });
+      if (c.verified !== null) c.untrusted = hex(peer.key) !== c.verified;
+    }
+    if (c.peer && c.peer.nonce !== peer.nonce) {
+      dropHandshake(c);
+      c.rounds = 0;
+    }
+    c.peer = peer;
+  }
+
+  /** The session that what we send is sealed with; none if the peer has logged in anew since. */
+  const sealing = (c: Conversation) => c.secure && c.secure.peerNonce === c.peer?.nonce ? c.secure : null;
+
+  function dropHandshake(c: Conversation): void {
+    if (!c.opening?.handshake) return;
+    byIndex.delete(c.opening.handshake.index);
+    c.opening = { tries: 0, dueAt: 0, handshake: null };
+    for (const part of c.parts) if (part.dueAt === Infinity) part.dueAt = 0;
+  }
+
+  /** Opens a session with the peer, for what waits to be sent. */
+  function open(c: Conversation, now: number): void {
+    if (c.opening || !session) return;
+    c.opening = { tries: 0, dueAt: now, handshake: null };
+    sendOpening(c, now);
+  }
+
+  function sendOpening(c: Conversation, now: number): void {
+    const opening = c.opening!;
+    opening.handshake ??= c.peer && beginHandshake(c, c.peer, now);
+    opening.dueAt = now + timeout(c.relayRtt, ++opening.tries);
+    relay(c, opening.handshake ? firstMessage(c, 0) : NO_BYTES, { calls: true });
+  }
+
+  /** Begins a handshake, with the oldest part inside if there is one. */
+  function beginHandshake(c: Conversation, peer: Introduced, now: number): Opening["handshake"] {
+    const part = c.parts[0];
+    const inner = part ? asMessage(c, part) : { type: "P2PTRASH", probe: newProbe(c, null, now) } as const;
+    const initiation = initiate({
+      own: keys,
+      peer: peer.key,
+      psk,
+      prologue: prologue(session!.nonce, peer.nonce),
+      ephemeral: options.generateKeys(),
+    }, concat(Buffer.from(c.stream, "hex"), encodeInner(inner)));
+    if (!initiation) return null;
+    if (part) mark(part, { now, over: null, dueAt: Infinity }); // from here on the handshake sees to it
+    const index = newIndex();
+    byIndex.set(index, { conversation: c, secure: null });
+    return { index, initiation };
+  }
+
+  function newIndex(): number {
+    let index = randomNumber(32);
+    while (byIndex.has(index)) index = randomNumber(32);
+    return index;
+  }
+
+  function firstMessage(c: Conversation, probe: number): Uint8Array {
+    const { index, initiation } = c.opening!.handshake!;
+    return encodeHandshake({ type: "P2PFIRST", from: index, probe, noise: initiation.message });
+  }
+
+  function onFirst(c: Conversation, message: Handshake & { type: "P2PFIRST" }, now: number): void {
+    const ephemeral = hex(message.noise.subarray(0, 32));
+    if (!c.peer || !session || !spend(c.handshakes, HANDSHAKES_PER_PEER, { now })) return;
+    const response = respond({
+      own: keys,
+      peer: c.peer.key,
+      psk,
+      prologue: prologue(c.peer.nonce, session.nonce),
+      ephemeral: options.generateKeys(),
+    }, message.noise);
+    const inner = response && response.payload.length > 8 ? decodeInner(response.payload.subarray(8)) : null;
+    if (!response || !inner) return distrust(c);
+    const stream = hex(response.payload.subarray(0, 8));
+    let secure: Secure | null = null;
+    if (!c.opening?.handshake || !isLower(keys.public, c.peer.key)) { // else ours goes on, and this one only brings its payload
+      const { message: second, keys: made } = response.answer(Buffer.from(c.stream, "hex"));
+      secure = newSecure(c, { index: newIndex(), theirs: message.from, keys: made, stream, second });
+      dropHandshake(c);
+      c.opening = null;
+    }
+    if (ephemerals.size >= MAX_EPHEMERALS) ephemerals.delete(ephemerals.keys().next().value!);
+    ephemerals.set(ephemeral, { conversation: c, secure });
+    openStream(c, stream);
+    onFrame(c, { frame: inner, origin: null, stream, now });
+  }
+
+  function newSecure(
+    c: Conversation,
+    made: Pick<Secure, "index" | "theirs" | "keys" | "stream" | "second">,
+  ): Secure {
+    const secure: Secure = { ...made, window: replayWindow(), sent: 0, peerNonce: c.peer!.nonce };
+    if (c.older) byIndex.delete(c.older.index);
+    c.older = c.secure;
+    c.secure = secure;
+    c.untrusted &&= c.verified !== null;
+    byIndex.set(secure.index, { conversation: c, secure });
+    return secure;
+  }
+
+  function onSecond(message: Handshake & { type: "P2PSECOND" }, origin: Origin, now: number): void {
+    const entry = byIndex.get(message.to);
+    const handshake = entry?.conversation.opening?.handshake;
+    if (entry && handshake?.index === message.to) {
+      const c = entry.conversation;
+      const finished = handshake.initiation.finish(message.noise);
+      if (!finished || finished.payload.length !== 8) return;
+      const stream = hex(finished.payload);
+      c.opening = null;
+      newSecure(c, { index: handshake.index, theirs: message.from, keys: finished.keys, stream, second: null });
+      openStream(c, stream);
+      for (const part of c.parts) if (part.dueAt === Infinity) part.dueAt = now + timeout(c.relayRtt, 1);
+    }
+    onSealed(message.sealed, origin, now);
+    if (entry) settle(entry.conversation, now);
+  }
+
+  /** What waited for a session. */
+  function settle(c: Conversation, now: number): void {
+    if (c.ackDue && sealing(c)) acknowledge(c, null, now);
+    pump(c, now);
+  }
+
+  /** Somebody who passes for the peer does not know what it must know. */
+  function distrust(c: Conversation): void {
+    if (c.untrusted) return;
+    c.untrusted = true;
+    const message =
+      `"${c.name}" tries to talk to us but holds other keys or another secret: compare your --secret-file`;
+    emit({ event: "error", code: "untrusted", message });
+  }
+
+  function sealed(c: Conversation, frame: Peer): Uint8Array | null {
+    const secure = sealing(c);
+    if (!secure) return null;
+    const data = sealPeer(frame, { index: secure.theirs, counter: secure.sent++, key: secure.keys.send });
+    return secure.second
+      ? encodeHandshake({
+        type: "P2PSECOND",
+        to: secure.theirs,
+        from: secure.index,
+        noise: secure.second,
+        sealed: data,
+      })
+      : data;
+  }
+
+  function onSealed(data: Uint8Array, origin: Origin, now: number): void {
+    const header = peerHeader(data);
+    const entry = header && byIndex.get(header.index);
+    if (!entry?.secure) return;
+    const { conversation, secure } = entry;
+    const frame = openPeer(data, secure.keys.receive);
+    if (!frame || !isFresh(secure.window, header!.counter)) return;
+    secure.second = null;
+    onFrame(conversation, { frame, origin, stream: secure.stream, now });
+    settle(conversation, now);
+  }
+
+  function onFrame(
+    c: Conversation,
+    { frame, origin, stream, now }: { frame: Peer; origin: Origin; stream: string; now: number },
+  ): void {
+    if (frame.type === "P2PMESSAGE") onPart(c, frame, { origin, stream, now });
+    else if (frame.type === "P2PMESSAGEACK") onAck(c, frame, origin, now);
+    else if (frame.type === "P2PTRASH") onPunch(c, frame.probe, origin, now);
+    else onEcho(c, frame.probe, origin, now);
+  }
+
+  // -- paths: introduction, punching, and what becomes of a hole
+
+  /** Passes bytes on to the peer over the server; `calls`: and asks for an introduction, up to five times. */
+  function relay(c: Conversation, body: Uint8Array, { calls }: { calls: boolean }): void {
+    if (!session) return;
+    const call = calls && !c.best && c.rounds < MAX_ROUNDS;
+    if (call) c.rounds++;
+    tell({ type: "P2PTRANS", to: c.name, nonce: c.peer?.nonce ?? NO_ID, call: Number(call), body });
+  }
+
+  /** Sends the same sealed bytes every way given; the peer takes the first copy. */
+  function transmit(c: Conversation, frame: Peer, routes: (Path | null)[], calls = false): boolean {
+    const data = sealed(c, frame);
+    if (!data) return false;
+    for (const path of routes) {
+      if (path) send(path.socket, path.endpoint, data);
+      else relay(c, data, { calls });
+    }
+    return true;
+  }
+
+  const routes = (c: Conversation): (Path | null)[] =>
+    !c.best ? [null] : c.best.state === "suspect" ? [c.best, null] : [c.best];
+
+  /** Something has changed: ask for a new introduction, and be quick with retries again. */
+  function callAgain(c: Conversation, now: number): void {
+    c.rounds = 0;
+    c.retries = 0;
+    c.calledAt = now;
+    askForIntroduction(c);
+  }
+
+  function askForIntroduction(c: Conversation): void {
+    if (!session || !direct || isMirror(c)) return;
+    const body = !sealing(c) && c.opening?.handshake ? firstMessage(c, 0) : NO_BYTES;
+    tell({ type: "P2PTRANS", to: c.name, nonce: c.peer?.nonce ?? NO_ID, call: 1, body });
+  }
+
+  function onIntroduction(peer: Introduced, now: number): void {
+    const c = conversations.get(peer.name);
+    if (!c || !spend(c.introductions, INTRODUCTIONS_PER_PEER, { now })) return;
+    const isCurrent = c.peer?.nonce === peer.nonce;
+    renew(c, peer);
+    c.lastError = null;
+    // What we sent was for another login, or empty: the peer could do nothing with it, so it does not punch yet.
+    if (isCurrent && (c.opening?.handshake || sealing(c))) startPunching(c, now);
+    else if (isNeeded(c)) resendAll(c, now);
+  }
+
+  function onCall(peer: Introduced, body: Uint8Array, now: number): void {
+    const c = conversationWith(peer.name === name ? "" : peer.name, now);
+    if (!c || !spend(c.introductions, INTRODUCTIONS_PER_PEER, { now })) return;
+    if (!c.best && !c.punching) c.calledAt = now;
+    renew(c, peer);
+    c.lastError = null;
+    if (body.length > 0) onPeerDatagram(body, null, now, c);
+    if (c.opening?.handshake || sealing(c)) startPunching(c, now);
+  }
+
+  function startPunching(c: Conversation, now: number): void {
+    if (!direct || isMirror(c)) return;
+    c.punching = { from: now + c.peer!.punchAfterMs, step: 0, reported: false };
+    c.retryAt = Infinity;
+    wakePunching(c, now);
+  }
+
+  function wakePunching(c: Conversation, now: number): void {
+    while (c.punching && now >= c.punching.from + PUNCH_AT_MS[c.punching.step]!) {
+      const wanted = c.peer!.candidates.filter((endpoint) =>
+        usable(endpoint, session?.public ?? endpoint) &&
+        (!c.best || (kindOf(endpoint) === "lan" && c.best.kind !== "lan"))
+      );
+      for (const endpoint of wanted) {
+        const path = pathTo(c, { socket: 0, from: endpoint }, now);
+        if (path && path.state === "trying") probe(c, path, now);
+      }
+      if (!c.punching.reported && session) tell({ type: "PUNCHED", peer: c.name });
+      c.punching.reported = true;
+      if (++c.punching.step < PUNCH_AT_MS.length && wanted.length > 0) continue;
+      c.punching = null;
+      if (!c.best) c.retryAt = now + RETRY_DIRECT_MS[Math.min(c.retries++, RETRY_DIRECT_MS.length - 1)]!;
+    }
+  }
+
+  /** The path to an endpoint; null if the peer has no business there. */
+  function pathTo(c: Conversation, origin: Origin & object, now: number): Path | null {
+    const id = `${origin.socket} ${origin.from}`;
+    const found = c.paths.get(id);
+    if (found) return found;
+    const host = hostOf(origin.from);
+    // Only where the server has seen the peer: nobody can have us send to a third party.
+    if (!c.peer?.candidates.some((candidate) => hostOf(candidate) === host)) return null;
+    if (c.paths.size >= MAX_PATHS) {
+      const [spare] = [...c.paths].find(([, path]) => path.state === "trying") ?? [];
+      if (spare !== undefined) c.paths.delete(spare);
+    }
+    const path: Path = {
+      endpoint: origin.from,
+      socket: origin.socket,
+      kind: kindOf(origin.from),
+      state: "trying",
+      rtt: newEstimator(),
+      waitingSince: Infinity,
+      answeredAt: now,
+      probeAt: Infinity,
+      fastProbes: 0,
+    };
+    c.paths.set(id, path);
+    return path;
+  }
+
+  function newProbe(c: Conversation, path: Path | null, now: number, ping = false): number {
+    const id = randomNumber(32);
+    if (c.probes.size >= MAX_PROBES) c.probes.delete(c.probes.keys().next().value!);
+    c.probes.set(id, { path, at: now, ping });
+    return id;
+  }
+
+  /** A punch, which asks: did this reach you? Until the peer has answered the handshake, a copy of its first message. */
+  function probe(c: Conversation, path: Path, now: number): void {
+    const id = newProbe(c, path, now);
+    if (sealing(c)) transmit(c, { type: "P2PTRASH", probe: id }, [path]);
+    else if (c.opening?.handshake) send(path.socket, path.endpoint, firstMessage(c, id));
+    else return;
+    if (path.state !== "trying") path.waitingSince = Math.min(path.waitingSince, now);
+  }
+
+  function onPunch(c: Conversation, id: number, origin: Origin, now: number): void {
+    if (!origin) return void transmit(c, { type: "P2PECHO", probe: id }, [null]);
+    const path = direct ? pathTo(c, origin, now) : null;
+    if (!path) return;
+    transmit(c, { type: "P2PECHO", probe: id }, [path]);
+    if (path.state === "trying") probe(c, path, now); // it passed inwards, now ours will pass outwards
+  }
+
+  function onEcho(c: Conversation, id: number, origin: Origin, now: number): void {
+    const asked = c.probes.get(id);
+    if (!asked) return;
+    if (asked.path ? asked.path.endpoint !== origin?.from || asked.path.socket !== origin.socket : origin) return;
+    c.probes.delete(id);
+    const rttMs = now - asked.at;
+    sample(asked.path?.rtt ?? c.relayRtt, rttMs);
+    if (asked.ping && c.ping?.waiting === id) onPong(c, { path: asked.path, rttMs, now });
+    if (asked.path) answered(c, asked.path, now);
+  }
+
+  /** Something sent on a path has been answered over it: it works in both directions. */
+  function answered(c: Conversation, path: Path, now: number): void {
+    path.waitingSince = Infinity;
+    path.answeredAt = now;
+    path.fastProbes = 0;
+    path.state = "good";
+    const { best } = c;
+    const better = !best || best.state !== "good" || (path.kind === "lan" && best.kind !== "lan") ||
+      (path.kind === best.kind && path.rtt.srtt! < best.rtt.srtt! * QUICKER_FACTOR - QUICKER_MS);
+    if (path === best) path.probeAt = nextProbeAt(c, now);
+    else if (better) use(c, path, now);
+  }
+
+  function use(c: Conversation, path: Path | null, now: number): void {
+    c.best = path;
+    if (path) {
+      c.retryAt = Infinity;
+      c.retries = 0;
+      c.rounds = 0;
+      path.probeAt = nextProbeAt(c, now);
+    }
+    const rttMs = path ? path.rtt.srtt : c.relayRtt.srtt;
+    emit({
+      event: "path",
+      peer: c.name,
+      path: path?.kind ?? "relay",
+      address: path?.endpoint ?? session?.server ?? servers[0]!,
+      rttMs: rttMs === null ? null : round(rttMs),
+      ms: round(now - c.calledAt),
+    });
+  }
+
+  const nextProbeAt = (c: Conversation, now: number) =>
+    !isWarm(c, now) ? Infinity : now + (now - c.talkedAt < ACTIVE_MS ? ACTIVE_PROBE_MS : spread(WARM_PROBE_MS));
+
+  function suspect(c: Conversation, path: Path, now: number): void {
+    path.state = "suspect";
+    path.fastProbes = 0;
+    path.probeAt = now;
+    if (session && !login && !session.asked) keepalive(now); // re-opens the way to the server, should the NAT have forgotten
+    for (const part of c.parts) if (part.tries > 0) sendPart(c, part, now);
+  }
+
+  function wakePath(c: Conversation, path: Path, now: number): void {
+    if (path.state === "good" && now >= path.waitingSince + patience(path)) suspect(c, path, now);
+    if (now < path.probeAt) return;
+    if (path.state === "good") {
+      probe(c, path, now);
+      path.probeAt = nextProbeAt(c, now);
+    } else if (path.fastProbes < FAST_PROBES) {
+      probe(c, path, now);
+      if (++path.fastProbes === FAST_PROBES_BEFORE_CALL) askForIntroduction(c);
+      path.probeAt = now + (path.fastProbes < FAST_PROBES ? FAST_PROBE_MS : patience(path));
+    } else {
+      c.paths.delete(`${path.socket} ${path.endpoint}`);
+      const others = [...c.paths.values()].filter(({ state }) => state === "good");
+      use(c, others.find(({ kind }) => kind === "lan") ?? others[0] ?? null, now);
+      if (!c.best) {
+        callAgain(c, now);
+        resendAll(c, now);
+      }
+    }
+  }
+
+  // -- messages: split, sent, acknowledged, put together again
+
+  function enqueue(to: string, text: string, now: number): void {
+    const bytes = utf8.encode(text);
+    const peerName = userName(to);
+    const c = peerName === null ? null : conversationWith(peerName, now);
+    const reason = bytes.length === 0
+      ? "empty"
+      : bytes.length > MAX_MESSAGE_BYTES
+      ? "too-long"
+      : !c
+      ? "unknown"
+      : c.untrusted
+      ? "untrusted"
+      : null;
+    if (reason || !c) {
+      emit({ event: "sent", to, id: "", ok: false, ms: 0, path: "relay", reason: reason ?? "unknown" });
+      return;
+    }
+    if (c.parts.length === 0) c.progressAt = now;
+    const isNew = !c.best && !c.punching && c.retryAt === Infinity;
+    if (isNew) {
+      c.calledAt = now;
+      c.rounds = 0;
+      c.retries = 0;
+    }
+    touch(c, now);
+    const count = Math.ceil(bytes.length / MAX_PART_BYTES);
+    const message: Message = {
+      id: `${c.stream.slice(0, 8)}-${c.nextSeq + count - 1}`,
+      startedAt: now,
+      partsLeft: count,
+      path: "relay",
+    };
+    for (let i = 0; i < count; i++) {
+      const part = bytes.slice(i * MAX_PART_BYTES, (i + 1) * MAX_PART_BYTES);
+      const left = count - 1 - i;
+      c.parts.push({
+        seq: c.nextSeq++,
+        left,
+        bytes: part,
+        message,
+        tries: 0,
+        sentAt: 0,
+        dueAt: 0,
+        over: null,
+      });
+    }
+    pump(c, now);
+  }
+
+  /** A message goes either way: the path is checked all the time from here on. */
+  function touch(c: Conversation, now: number): void {
+    const { best } = c;
+    c.talkedAt = now;
+    if (!best) return;
+    if (now - best.answeredAt > STALE_PATH_MS && best.state === "good") suspect(c, best, now);
+    best.probeAt = Math.min(best.probeAt, now + ACTIVE_PROBE_MS);
+  }
+
+  function asMessage(c: Conversation, { seq, left, bytes }: Part): Peer {
+    return { type: "P2PMESSAGE", seq, base: c.parts[0]!.seq, left, part: bytes };
+  }
+
+  function mark(part: Part, { now, over, dueAt }: { now: number; over: Path | null; dueAt: number }): void {
+    part.tries++;
+    part.sentAt = now;
+    part.over = over;
+    part.dueAt = dueAt;
+  }
+
+  function sendPart(c: Conversation, part: Part, now: number): void {
+    const again = part.tries > 0;
+    const over = again && c.best ? [c.best, null] : routes(c);
+    if (!transmit(c, asMessage(c, part), over, true)) return;
+    const estimator = c.best?.rtt ?? c.relayRtt;
+    mark(part, { now, over: c.best, dueAt: now + timeout(estimator, part.tries + 1) });
+    if (c.best) c.best.waitingSince = Math.min(c.best.waitingSince, now);
+  }
+
+  /** Sends what may be sent now: what is due again, and what is new as far as the window allows. */
+  function pump(c: Conversation, now: number): void {
+    if (c.parts.length === 0 || !session) return;
+    if (!sealing(c) || c.secure!.sent > REKEY_AFTER) open(c, now);
+    if (!sealing(c)) return;
+    const base = c.parts[0]!.seq;
+    let inFlight = c.parts.filter(({ tries }) => tries > 0).length, late = false;
+    for (const part of c.parts) {
+      if (part.tries === 0) {
+        if (inFlight >= c.window || part.seq >= base + WINDOW_MAX) break;
+        inFlight++;
+        sendPart(c, part, now);
+      } else if (now >= part.dueAt) {
+        late = true;
+        sendPart(c, part, now);
+      }
+    }
+    if (late) c.window = Math.max(WINDOW_MIN, c.window / 2);
+  }
+
+  /** Whether anything waits for a session with the peer. */
+  const isNeeded = (c: Conversation) => c.parts.length > 0 || c.ping !== null || c.ackDue;
+
+  function resendAll(c: Conversation, now: number): void {
+    for (const part of c.parts) if (part.dueAt !== Infinity) part.dueAt = Math.min(part.dueAt, now);
+    if (!sealing(c) && c.opening) sendOpening(c, now);
+    else if (!sealing(c)) open(c, now);
+    pump(c, now);
+  }
+
+  function onAck(c: Conversation, ack: Peer & { type: "P2PMESSAGEACK" }, origin: Origin, now: number): void {
+    const path = origin && c.paths.get(`${origin.socket} ${origin.from}`);
+    if (path && path.state !== "trying") answered(c, path, now);
+    const acknowledged = c.parts.filter(({ seq, tries }) =>
+      tries > 0 && (seq < ack.next || stateOf(ack.states, seq - ack.from) !== null)
+    );
+    if (acknowledged.length === 0) return;
+    c.progressAt = now;
+    c.lastError = null;
+    c.window = Math.min(WINDOW_MAX, c.window + acknowledged.length / 4);
+    c.parts = c.parts.filter((part) => !acknowledged.includes(part));
+    for (const { seq, left, tries, sentAt, over, message } of acknowledged) {
+      if (tries === 1 && over === (path ?? null)) sample(over?.rtt ?? c.relayRtt, now - sentAt); // Karn's algorithm
+      if (left === 0) message.path = stateOf(ack.states, seq - ack.from) ?? over?.kind ?? "relay";
+      if (--message.partsLeft > 0) continue;
+      const ms = round(now - message.startedAt);
+      emit({ event: "sent", to: c.name, id: message.id, ok: true, ms, path: message.path });
+    }
+  }
+
+  function openStream(c: Conversation, stream: string): void {
+    if (c.incoming?.stream === stream) return;
+    c.incoming = { stream, next: -1, parts: new Map(), came: new Map(), message: [], messageBytes: 0 };
+  }
+
+  function onPart(
+    c: Conversation,
+    { seq, base, left, part }: Peer & { type: "P2PMESSAGE" },
+    { origin, stream, now }: { origin: Origin; stream: string; now: number },
+  ): void {
+    const { incoming } = c;
+    if (!incoming || incoming.stream !== stream || base > seq || part.length > MAX_PART_BYTES) return;
+    if (incoming.next < base) skipTo(incoming, base); // what came before has been given up, or was for a run before ours
+    if (seq >= incoming.next + 2 * WINDOW_MAX) return;
+    if (seq >= incoming.next && !incoming.parts.has(seq)) {
+      incoming.parts.set(seq, { left, part });
+      incoming.came.set(seq, origin ? kindOf(origin.from) : "relay");
+      touch(c, now);
+    }
+    deliver(c, incoming);
+    acknowledge(c, origin, now);
+  }
+
+  function skipTo(incoming: Incoming, base: number): void {
+    if (incoming.next >= 0) incoming.message = [], incoming.messageBytes = 0;
+    incoming.next = base;
+    for (const seq of incoming.parts.keys()) if (seq < base) incoming.parts.delete(seq);
+    for (const seq of incoming.came.keys()) if (seq < base - WINDOW_MAX) incoming.came.delete(seq);
+  }
+
+  function deliver(c: Conversation, incoming: Incoming): void {
+    for (let found; (found = incoming.parts.get(incoming.next)); incoming.next++) {
+      incoming.parts.delete(incoming.next);
+      incoming.came.delete(incoming.next - WINDOW_MAX);
+      incoming.message.push(found.part);
+      incoming.messageBytes += found.part.length;
+      if (found.left > 0 && incoming.messageBytes <= MAX_MESSAGE_BYTES) continue;
+      if (found.left === 0 && incoming.messageBytes <= MAX_MESSAGE_BYTES) {
+        emit({
+          event: "message",
+          from: c.name,
+          text: fromUtf8.decode(concat(...incoming.message)),
+          path: incoming.came.get(incoming.next)!,
+          id: `${incoming.stream.slice(0, 8)}-${incoming.next}`,
+        });
+      }
+      incoming.message = [];
+      incoming.messageBytes = 0;
+    }
+  }
+
+  function acknowledge(c: Conversation, origin: Origin, now: number): void {
+    const { next, came } = c.incoming!;
+    const from = Math.max(0, next - WINDOW_MAX);
+    const path = origin && c.paths.get(`${origin.socket} ${origin.from}`);
+    const frame: Peer = { type: "P2PMESSAGEACK", next, from, states: packStates(came, from) };
+    c.ackDue = !transmit(c, frame, path?.state === "good" ? [path] : routes(c));
+    if (c.ackDue) open(c, now);
+  }
+
+  function fail(c: Conversation, message: Message, reason: Reason, now: number): void {
+    c.parts = c.parts.filter((part) => part.message !== message);
+    const ms = round(now - message.startedAt);
+    emit({ event: "sent", to: c.name, id: message.id, ok: false, ms, path: c.best?.kind ?? "relay", reason });
+  }
+
+  function failAll(c: Conversation, reason: Reason, now: number): void {
+    for (const message of new Set(c.parts.map(({ message }) => message))) fail(c, message, reason, now);
+    if (c.ping) {
+      c.ping = null;
+      emit({ event: "error", code: reason, message: `"${c.name}" is not there` });
+    }
+  }
+
+  /** The server cannot pass something on. */
+  function onError({ reason, about }: Control & { type: "ERROR" }, now: number): void {
+    const c = conversations.get(about);
+    if (!c || (reason !== "unknown" && reason !== "offline")) return;
+    // After the server's restart "unknown" only means that the peer is not back yet.
+    const isFinal = reason === "offline" || !c.peer || (c.secure === null && c.incoming === null);
+    c.lastError = reason === "unknown" && c.peer ? "offline" : reason;
+    if (isFinal && !c.best) failAll(c, reason, now);
+  }
+
+  // -- pings
+
+  function wakePing(c: Conversation, now: number): void {
+    const { ping } = c;
+    if (!ping || now < ping.nextAt) return;
+    if (!sealing(c)) {
+      if (now - ping.since > GIVE_UP_MS) return failAll(c, "timeout", now);
+      open(c, now);
+      ping.nextAt = now + RTO_MIN_MS;
+      return;
+    }
+    if (ping.waiting !== null) {
+      ping.lost++;
+      onPong(c, { path: c.best, rttMs: null, now });
+      return wakePing(c, now);
+    }
+    ping.nextAt = now + PING_LOST_MS;
+    ping.waiting = newProbe(c, c.best, now, true);
+    transmit(c, { type: "P2PTRASH", probe: ping.waiting }, [c.best]);
+  }
+
+  function onPong(c: Conversation, pong: { path: Path | null; rttMs: number | null; now: number }): void {
+    const ping = c.ping!;
+    const rttMs = pong.rttMs === null ? null : round(pong.rttMs);
+    emit({ event: "ping", peer: c.name, path: pong.path?.kind ?? "relay", rttMs, lost: ping.lost });
+    ping.waiting = null;
+    ping.nextAt = pong.rttMs === null ? pong.now : pong.now + PING_INTERVAL_MS;
+    if (--ping.left === 0) c.ping = null;
+  }
+
+  // -- the list of users
+
+  function list(prefix: string, now: number, done: (users: User[]) => void): void {
+    listings.push({ prefix, after: "", users: [], pages: new Map(), asked: 0, tries: 0, dueAt: now, done });
+    wakeListing(now);
+  }
+
+  function wakeListing(now: number): void {
+    const listing = listings[0];
+    if (!listing || !session || now < listing.dueAt) return;
+    if (listing.tries++ >= LIST_TRIES) {
+      listings.shift();
+      emit({ event: "error", code: "unreachable", message: "The server does not answer with the list of users" });
+      return wakeListing(now);
+    }
+    listing.pages.clear();
+    listing.asked = tell({ type: "GETALLUSER", prefix: listing.prefix, after: listing.after });
+    listing.dueAt = now + LIST_RETRY_MS;
+  }
+
+  function onUsers(message: Control & { type: "USERS" }, now: number): void {
+    for (const user of message.users) learn(user);
+    const listing = listings[0];
+    if (!listing || message.asked !== listing.asked) return;
+    listing.pages.set(message.page, message.users);
+    // Pages that are here without a gap count, even if a later one was lost.
+    for (let page = 0; listing.pages.has(page); page++) {
+      const users = listing.pages.get(page)!.filter(({ name }) => listing.after === "" || name > listing.after);
+      listing.users.push(...users);
+      listing.after = users.at(-1)?.name ?? listing.after;
+      if (page < message.last) continue;
+      if (message.more && listing.users.length < MAX_LISTED) {
+        listing.tries = 0;
+        listing.dueAt = now;
+      } else {
+        listings.shift();
+        listing.done(listing.users);
+      }
+      return wakeListing(now);
+    }
+  }
+
+  // -- events in, effects out
+
+  function onControl(message: Control, { from, data }: Datagram, now: number): void {
+    if (!servers.includes(from)) return;
+    if (message.type === "COOKIE") return onCookie(message, from, now);
+    if (message.type === "WELCOME") return onWelcome(message, data, now);
+    if (message.type === "ERROR" && message.id === login?.nonce) return onRefusal(message, data);
+    if (message.id !== session?.token || !verifies(data, session.keys.toClient)) return;
+    if (!isFresh(session.window, message.counter)) return;
+    switch (message.type) {
+      case "ALIVE":
+        return onAlive(message, from, now);
+      case "USERS":
+        return onUsers(message, now);
+      case "INTRODUCTION":
+        return onIntroduction(message.peer, now);
+      case "P2PSOMEONEWANTTOCALLYOU":
+        return onCall(message.peer, message.body, now);
+      case "RELAYED": {
+        const c = conversations.get(message.from === name ? "" : message.from);
+        if (c && c.peer?.nonce === message.nonce) onPeerDatagram(message.body, null, now, c);
+        return;
+      }
+      case "PUNCHED": { // the word of the six-step flow: the peer's hole is open now, so this one will pass
+        const c = conversations.get(message.peer);
+        if (!c?.punching || c.best) return;
+        for (const path of c.paths.values()) if (path.state === "trying") probe(c, path, now);
+        return;
+      }
+      case "ERROR":
+        return onError(message, now);
+      case "LOGOUT":
+        return reconnect("the server is going down", now, LOGIN_RETRY_MS);
+    }
+  }
+
+  /** What a peer sent; `caller` is who the server says it is, if it came over the relay. */
+  function onPeerDatagram(data: Uint8Array, origin: Origin, now: number, caller?: Conversation): void {
+    const handshake = decodeHandshake(data);
+    if (!handshake) return onSealed(data, origin, now);
+    if (handshake.type === "P2PSECOND") return onSecond(handshake, origin, now);
+    const copy = ephemerals.get(hex(handshake.noise.subarray(0, 32)));
+    if (!copy) return caller && onFirst(caller, handshake, now);
+    if (!copy.secure || copy.secure !== copy.conversation.secure) return;
+    if (origin) onPunch(copy.conversation, handshake.probe, origin, now);
+    else if (copy.conversation.incoming!.next >= 0) acknowledge(copy.conversation, null, now); // ours was lost
+    else onPunch(copy.conversation, handshake.probe, null, now);
+  }
+
+  function conversationWakeAt(c: Conversation): number {
+    let at = Math.min(
+      session ? c.opening?.dueAt ?? Infinity : Infinity,
+      c.punching ? c.punching.from + PUNCH_AT_MS[c.punching.step]! : Infinity,
+      c.retryAt,
+      c.ping?.nextAt ?? Infinity,
+      c.best ? c.best.probeAt : Infinity,
+      c.best?.state === "good" ? c.best.waitingSince + patience(c.best) : Infinity,
+    );
+    if (c.parts.length > 0) at = Math.min(at, giveUpAt(c));
+    if (!session) return at;
+    if (sealing(c)) { for (const { tries, dueAt } of c.parts) if (tries > 0) at = Math.min(at, dueAt); }
+    return at;
+  }
+
+  const giveUpAt = (c: Conversation) => Math.max(c.parts[0]!.message.startedAt, c.progressAt) + GIVE_UP_MS;
+
+  function wakeConversation(c: Conversation, now: number): void {
+    while (c.parts.length > 0 && now >= giveUpAt(c)) {
+      fail(c, c.parts[0]!.message, c.untrusted ? "untrusted" : c.lastError ?? "timeout", now);
+    }
+    if (c.opening && session && now >= c.opening.dueAt) {
+      if (isNeeded(c)) sendOpening(c, now);
+      else {
+        dropHandshake(c);
+        c.opening = null;
+      }
+    }
+    wakePunching(c, now);
+    if (c.best) wakePath(c, c.best, now);
+    if (now >= c.retryAt) {
+      c.retryAt = Infinity;
+      c.rounds = 0;
+      if (isWarm(c, now)) {
+        c.retryAt = now + RETRY_DIRECT_MS[Math.min(c.retries++, RETRY_DIRECT_MS.length - 1)]!;
+        askForIntroduction(c);
+      }
+    }
+    pump(c, now);
+    wakePing(c, now);
+  }
+
+  const wakeAt = () => {
+    let at = Math.min(linkWakeAt(), session ? listings[0]?.dueAt ?? Infinity : Infinity);
+    for (const conversation of conversations.values()) at = Math.min(at, conversationWakeAt(conversation));
+    return state === "closed" ? Infinity : at;
+  };
+
+  function carryOut(command: Command, now: number): void {
+    switch (command.command) {
+      case "send":
+        return enqueue(command.to, command.text, now);
+      case "getu":
+        return list(command.prefix, now, (users) => {
+          emit({ event: "users", users: users.map(({ name, public: endpoint }) => ({ name, public: endpoint })) });
+        });
+      case "path": {
+        const found = [...conversations.values()].filter((c) => !command.peer || c.name === command.peer);
+        for (const c of found) use(c, c.best, now);
+        if (found.length > 0 || !command.peer) return;
+        const message = `No conversation with "${command.peer}" yet: send something first`;
+        return emit({ event: "error", code: "unknown", message });
+      }
+      case "ping": {
+        const c = conversationWith(command.peer, now);
+        if (!c) return;
+        c.ping = { since: now, left: command.count, lost: 0, nextAt: now, waiting: null };
+        touch(c, now);
+        return wakePing(c, now);
+      }
+      case "verify":
+        return list(command.peer, now, (users) => {
+          const user = users.find(({ name }) => name === command.peer);
+          const c = conversations.get(command.peer);
+          if (!user) {
+            return emit({ event: "error", code: "unknown", message: `There is no "${command.peer}" here` });
+          }
+          if (c) {
+            c.verified = hex(user.key);
+            c.untrusted = false;
+          }
+          emit({ event: "verify", peer: command.peer, code: safetyCode(keys.public, user.key) });
+        });
+      case "exit":
+        if (session) tell({ type: "LOGOUT" });
+        if (state !== "closed") emit({ event: "logout", name, reason: "exit" });
+        state = "closed";
+    }
+  }
+
+  function step(now: number, work: () => void): Effect<ClientEvent>[] {
+    effects = [];
+    if (state === "closed") return effects;
+    if (now - wakeAt() > JUMP_MS) { for (const conversation of conversations.values()) conversation.progressAt = now; }
+    work();
+    return effects;
+  }
+
+  return {
+    opened(socket, openedPort, now) {
+      return step(now, () => {
+        if (socket !== 0) return;
+        port = openedPort;
+        beginLogin(now);
+        wakeLink(now);
+      });
+    },
+    receive(datagram, now) {
+      return step(now, () => {
+        const control = decode(datagram.data);
+        if (control) onControl(control, datagram, now);
+        else onPeerDatagram(datagram.data, { socket: datagram.socket, from: datagram.from }, now);
+      });
+    },
+    wake(now) {
+      return step(now, () => {
+        wakeLink(now);
+        wakeListing(now);
+        for (const conversation of conversations.values()) wakeConversation(conversation, now);
+      });
+    },
+    wakeAt,
+    command: (command, now) => step(now, () => carryOut(command, now)),
+    interfaces(found, now) {
+      return step(now, () => {
+        if (found.join() === addresses.join()) return;
+        addresses = found;
+        if (session && !login) keepalive(now);
+      });
+    },
+  };
+}
+
+const round = (ms: number) => Math.round(ms * 10) / 10;

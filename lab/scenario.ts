@@ -1,0 +1,134 @@
+/**
+ * A server and clients in the simulated internet: what the tests of the machines begin with.
+ *
+ * @module
+ */
+import { type Client, type ClientEvent, type ClientOptions, createClient } from "../client.ts";
+import { type Datagram, formatEndpoint, type KeyPair, keysFrom } from "../protocol.ts";
+import { createServer, type Server, type ServerEvent, type ServerOptions } from "../server.ts";
+import {
+  createNetwork,
+  type Host,
+  type Nat,
+  NATS,
+  type Network,
+  type NetworkOptions,
+  type Process,
+  random,
+} from "./network.ts";
+
+/** One way from each client, and from the server, to the core: R = D = 80 ms unless told otherwise. */
+export const DELAY_MS = 20;
+export const R = 4 * DELAY_MS, D = 4 * DELAY_MS;
+
+export interface World {
+  net: Network;
+  bytes: (length: number) => Uint8Array;
+  keys: () => KeyPair;
+  serverHost: Host;
+  server: Process<ServerEvent>;
+  /** Kills the server and starts another one in its place, which knows nothing. */
+  restartServer(): void;
+}
+
+/** Where a client stands and what is special about it. */
+export interface PlayerOptions extends Partial<ClientOptions> {
+  /** A row of NATS, a NAT, or null for a public address. */
+  nat?: string | Nat | null;
+  address?: string;
+  v6?: string;
+  delayMs?: number;
+  port?: number;
+  host?: Host;
+}
+
+export interface Player {
+  name: string;
+  client: Client;
+  host: Host;
+  nat: Nat | null;
+  process: Process<ClientEvent>;
+  events<E extends ClientEvent["event"]>(event: E): (Extract<ClientEvent, { event: E }> & { at: number })[];
+  send(to: string, text: string): void;
+  path(): string;
+}
+
+/** A network with a server in it. */
+export function createWorld(options: NetworkOptions & { server?: Partial<ServerOptions>; v6?: boolean } = {}): World {
+  const { server: serverOptions, v6, ...conditions } = options;
+  const net = createNetwork({ seed: 1, ...conditions });
+  const next = random(`world ${options.seed ?? 1}`);
+  const bytes = (length: number) => Uint8Array.from({ length }, () => Math.floor(next() * 256));
+  const keys = () => keysFrom(bytes(32));
+  const addresses = ["192.0.2.1", ...v6 ? ["2001:db8:5::1"] : []];
+  const serverHost = net.host({ name: "server", addresses, delayMs: DELAY_MS });
+  const start = () =>
+    serverHost.run<ServerEvent>(createServer({ keys: keys(), random: bytes, ...serverOptions }), {
+      ports: [2280, 2281],
+    });
+  const world: World = {
+    net,
+    bytes,
+    keys,
+    serverHost,
+    server: start(),
+    restartServer() {
+      world.server.stop();
+      world.server = start();
+    },
+  };
+  return world;
+}
+
+let sites = 0;
+
+/** A client, behind a NAT of its own if asked for; it begins to log in at once. */
+export function join(world: World, name: string, options: PlayerOptions = {}): Player {
+  const { nat: kind = null, v6, delayMs = DELAY_MS, port = 0, address, host: given, ...rest } = options;
+  const site = sites++ % 60_000, low = site % 250 + 1, high = Math.floor(site / 250);
+  const nat = typeof kind === "string"
+    ? world.net.nat({ name: `nat of ${name}`, address: `203.${high % 200}.113.${low}`, delayMs, ...NATS[kind]! })
+    : kind;
+  const inside = address ?? (nat ? `192.168.${low}.10` : `198.51.${high % 200}.${low}`);
+  const host = given ??
+    world.net.host({
+      name,
+      addresses: [inside, ...v6 ? [v6] : []],
+      behind: nat ?? undefined,
+      delayMs: nat ? 0 : delayMs,
+    });
+  const servers = [formatEndpoint("192.0.2.1", 2280), ...v6 ? [formatEndpoint("2001:db8:5::1", 2280)] : []];
+  const client = createClient({
+    name,
+    keys: world.keys(),
+    servers,
+    random: world.bytes,
+    generateKeys: world.keys,
+    ...rest,
+  });
+  client.interfaces([inside], world.net.now());
+  const process = host.run<ClientEvent>(client, { ports: [port] });
+  const player: Player = {
+    name,
+    client,
+    host,
+    nat,
+    process,
+    events: (event) =>
+      process.events.filter((entry) => entry.event.event === event).map(({ at, event }) => ({ ...event, at })) as never,
+    send: (to, text) => process.call((now) => client.command({ command: "send", to, text }, now)),
+    path: () => player.events("path").at(-1)?.path ?? "relay",
+  };
+  return player;
+}
+
+/** Runs until all of them are in. */
+export function login(world: World, ...players: Player[]): void {
+  const all = world.net.runUntil(() => players.every((player) => player.events("login").length > 0), 30_000);
+  if (!all) throw new Error("Somebody is not in after 30 s");
+}
+
+/** What a process did not send, straight into a machine's hands. */
+export function deliver(player: Player, datagram: Datagram): void {
+  player.process.call((now) => player.client.receive(datagram, now));
+}

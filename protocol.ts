@@ -1,0 +1,1305 @@
+/**
+ * What server and client share: the wire, its seals, and the one place with a socket.
+ *
+ * Between a client and the server (control), everything after the COOKIE sealed by a MAC:
+ *
+ *     0      1      2        10        16                            n-8      n
+ *     +------+------+--------+---------+-----------------------------+--------+
+ *     | 0x50 | code | id     | counter | fields, see CONTROL         | MAC    |
+ *     +------+------+--------+---------+-----------------------------+--------+
+ *
+ * Between two clients (peer), encrypted; it travels directly or inside a control message, as bytes that the server
+ * cannot read:
+ *
+ *     0      1      2        6         12                            n-16     n
+ *     +------+------+--------+---------+-----------------------------+--------+
+ *     | 0x50 | code | index  | counter | encrypted fields, see PEER  | tag    |
+ *     +------+------+--------+---------+-----------------------------+--------+
+ *
+ * Nothing in this file knows what a login or a punch is for. Bytes that make no sense decode to null.
+ *
+ * @module
+ */
+/// <reference types="npm:bun-types@1.4.5" />
+import { readFileSync } from "node:fs";
+import process from "node:process";
+import {
+  createCipheriv,
+  createDecipheriv,
+  createHash,
+  createPrivateKey,
+  createPublicKey,
+  diffieHellman,
+  generateKeyPairSync,
+  hkdfSync,
+  scryptSync,
+  timingSafeEqual,
+} from "node:crypto";
+
+// ---------------------------------------------------------------------------------------------------- constants
+
+/** The port of the 2004 original. */
+export const DEFAULT_PORT = 2280;
+/** First byte of every datagram of ours; STUN's is 0 to 3 (RFC 8489, section 5), so that one port can serve both. */
+export const MAGIC = 0x50;
+/** Largest datagram in bytes: passes every path with the IPv6 minimum MTU of 1,280, tunnels included. */
+export const MAX_DATAGRAM_BYTES = 1200;
+/** Smallest datagram from a client in bytes: the size of COOKIE, so that no answer to a stranger exceeds its question. */
+export const MIN_CLIENT_BYTES = 65;
+/** Most bytes of a chat message that one datagram carries: leaves room for the relay's and the introduction's fields. */
+export const MAX_PART_BYTES = 800;
+/** Most candidates that one client may announce. */
+export const MAX_CANDIDATES = 8;
+/** Longest user name in bytes of UTF-8. */
+export const MAX_NAME_BYTES = 32;
+
+// ---------------------------------------------------------------------------------------------------- endpoints
+
+/** An IP address and a UDP port as text: `203.0.113.7:41000`, `[2001:db8::1]:41000`. */
+export type Endpoint = string;
+
+/** Joins an IP literal and a port. */
+export function formatEndpoint(host: string, port: number): Endpoint {
+  return host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
+}
+
+/** Splits an endpoint; null unless it is an IP literal and a port of 1 to 65535. */
+export function parseEndpoint(text: Endpoint): { host: string; port: number } | null {
+  const at = text.lastIndexOf(":");
+  const bracketed = text[0] === "[" && text[at - 1] === "]";
+  const host = bracketed ? text.slice(1, at - 1) : text.slice(0, at);
+  const digits = text.slice(at + 1);
+  const port = /^\d{1,5}$/.test(digits) ? Number(digits) : 0;
+  if (at < 1 || port < 1 || port > 65535 || host.includes(":") !== bracketed || !addressBytes(host)) return null;
+  return { host, port };
+}
+
+/** The IP literal of an endpoint, without brackets. */
+export function hostOf(endpoint: Endpoint): string {
+  const at = endpoint.lastIndexOf(":");
+  return endpoint[0] === "[" ? endpoint.slice(1, at - 1) : endpoint.slice(0, at);
+}
+
+/** Whether the endpoint is an IPv6 one. */
+export function isIPv6(endpoint: Endpoint): boolean {
+  return endpoint[0] === "[";
+}
+
+/** The 4 or 16 bytes of an IP literal, or null. An IPv4-mapped address counts as the IPv4 address that it is. */
+export function addressBytes(host: string): Uint8Array | null {
+  if (!host.includes(":")) {
+    const parts = host.split(".");
+    if (parts.length !== 4 || !parts.every((part) => /^(0|[1-9]\d{0,2})$/.test(part) && Number(part) < 256)) {
+      return null;
+    }
+    return Uint8Array.from(parts, Number);
+  }
+  const dotted = /^(.*:)(\d+\.\d+\.\d+\.\d+)$/.exec(host);
+  if (dotted) {
+    const v4 = addressBytes(dotted[2]!);
+    if (!v4) return null;
+    const [a, b, c, d] = v4 as unknown as [number, number, number, number];
+    return addressBytes(`${dotted[1]}${(a * 256 + b).toString(16)}:${(c * 256 + d).toString(16)}`);
+  }
+  const halves = host.split("::");
+  if (halves.length > 2) return null;
+  const [head, tail] = halves.map((half) => half === "" ? [] : half.split(":")) as [string[], string[] | undefined];
+  const missing = 8 - head.length - (tail?.length ?? 0);
+  if (tail ? missing < 1 : missing !== 0) return null;
+  const groups = [...head, ...Array<string>(tail ? missing : 0).fill("0"), ...tail ?? []];
+  if (!groups.every((group) => /^[0-9a-fA-F]{1,4}$/.test(group))) return null;
+  const bytes = Uint8Array.from(groups.flatMap((group) => [parseInt(group, 16) >> 8, parseInt(group, 16) & 255]));
+  const mapped = bytes.subarray(0, 10).every((byte) => byte === 0) && bytes[10] === 255 && bytes[11] === 255;
+  return mapped ? bytes.slice(12) : bytes;
+}
+
+/** The text of 4 or 16 address bytes, IPv6 as RFC 5952 has it. */
+export function formatAddress(bytes: Uint8Array): string {
+  if (bytes.length === 4) return bytes.join(".");
+  const groups = Array.from({ length: 8 }, (_, i) => (bytes[2 * i]! * 256 + bytes[2 * i + 1]!).toString(16));
+  const zeros =
+    [...groups.join(":").matchAll(/(?<![^:])0(?::0)+(?![^:])/g)].sort((a, b) => b[0].length - a[0].length)[0];
+  if (!zeros) return groups.join(":");
+  const text = groups.join(":");
+  return `${text.slice(0, zeros.index).replace(/:$/, "")}::${
+    text.slice(zeros.index + zeros[0].length).replace(/^:/, "")
+  }`;
+}
+
+/** Where an address can be reached from: this host, this site (RFC 1918, RFC 6598, RFC 4193), this link, or anywhere. */
+export function scopeOf(host: string): "loopback" | "private" | "link" | "public" | "none" {
+  const bytes = addressBytes(host);
+  if (!bytes) return "none";
+  const [a, b] = bytes as unknown as [number, number];
+  if (bytes.length === 16) {
+    if (bytes.every((byte, i) => byte === (i === 15 ? 1 : 0))) return "loopback";
+    if ((a & 0xfe) === 0xfc) return "private";
+    if (a === 0xfe && (b & 0xc0) === 0x80) return "link";
+    return (a & 0xe0) === 0x20 ? "public" : "none";
+  }
+  if (a === 127) return "loopback";
+  if (a === 10 || (a === 172 && b >> 4 === 1) || (a === 192 && b === 168) || (a === 100 && b >> 6 === 1)) {
+    return "private";
+  }
+  if (a === 169 && b === 254) return "link";
+  return a === 0 || a >= 224 ? "none" : "public";
+}
+
+// ---------------------------------------------------------------------------------------------------- fields
+
+/** A place in a datagram that is being written or read. */
+export interface Cursor {
+  /** The datagram. */
+  bytes: Uint8Array;
+  /** The next byte. */
+  at: number;
+  /** Where the fields end and the seal begins. */
+  end: number;
+  /** Something read so far was not there or not valid. */
+  bad: boolean;
+}
+
+/** One kind of field. */
+export interface Codec<T> {
+  /** Writes a value. */
+  put(cursor: Cursor, value: T): void;
+  /** Reads what a stranger wrote. */
+  get(cursor: Cursor): T;
+}
+/** The type of the values of a field. */
+export type Value<C> = C extends Codec<infer T> ? T : never;
+/** Fields by name. */
+export type Shape = Record<string, Codec<unknown>>;
+/** The values of fields, by name. */
+export type Values<S extends Shape> = { [K in keyof S]: Value<S[K]> };
+
+const utf8 = new TextEncoder();
+const strictUtf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+const NO_BYTES = new Uint8Array(0);
+
+function take(cursor: Cursor, length: number): Uint8Array {
+  if (cursor.bad || length > cursor.end - cursor.at) {
+    cursor.bad = true;
+    return NO_BYTES;
+  }
+  cursor.at += length;
+  return cursor.bytes.slice(cursor.at - length, cursor.at);
+}
+
+function give(cursor: Cursor, bytes: Uint8Array): void {
+  if (cursor.at + bytes.length > cursor.end) throw new RangeError(`Datagram exceeds "${cursor.end}" bytes`);
+  cursor.bytes.set(bytes, cursor.at);
+  cursor.at += bytes.length;
+}
+
+/** An unsigned integer, most significant byte first. */
+const uint = (width: number): Codec<number> => ({
+  put(cursor, value) {
+    if (cursor.at + width > cursor.end) throw new RangeError(`Datagram exceeds "${cursor.end}" bytes`);
+    for (let i = width - 1, rest = value; i >= 0; i--, rest = Math.floor(rest / 256)) {
+      cursor.bytes[cursor.at + i] = rest % 256;
+    }
+    cursor.at += width;
+  },
+  get(cursor) {
+    if (cursor.bad || cursor.at + width > cursor.end) {
+      cursor.bad = true;
+      return 0;
+    }
+    let value = 0;
+    for (let i = 0; i < width; i++) value = value * 256 + cursor.bytes[cursor.at++]!;
+    return value;
+  },
+});
+const u8 = uint(1), u16 = uint(2), u32 = uint(4), u48 = uint(6);
+
+/** Eight bytes, kept as 16 hex digits: tokens, nonces, cookies. */
+const id: Codec<string> = {
+  put: (cursor, value) => give(cursor, Uint8Array.from({ length: 8 }, (_, i) => parseInt(value.substr(2 * i, 2), 16))),
+  get: (cursor) => hex(take(cursor, 8)),
+};
+const raw = (length: number): Codec<Uint8Array> => ({ put: give, get: (cursor) => take(cursor, length) });
+const key = raw(32);
+const rest: Codec<Uint8Array> = { put: give, get: (cursor) => take(cursor, cursor.end - cursor.at) };
+const bytes: Codec<Uint8Array> = {
+  put(cursor, value) {
+    u16.put(cursor, value.length);
+    give(cursor, value);
+  },
+  get: (cursor) => take(cursor, u16.get(cursor)),
+};
+const text: Codec<string> = {
+  put(cursor, value) {
+    const encoded = utf8.encode(value);
+    u8.put(cursor, encoded.length);
+    give(cursor, encoded);
+  },
+  get(cursor) {
+    const encoded = take(cursor, u8.get(cursor));
+    try {
+      return strictUtf8.decode(encoded);
+    } catch {
+      cursor.bad = true;
+      return "";
+    }
+  },
+};
+const endpoint: Codec<Endpoint> = {
+  put(cursor, value) {
+    const { host, port } = parseEndpoint(value)!;
+    const address = addressBytes(host)!;
+    u8.put(cursor, address.length);
+    give(cursor, address);
+    u16.put(cursor, port);
+  },
+  get(cursor) {
+    const length = u8.get(cursor);
+    const address = take(cursor, length);
+    const port = u16.get(cursor);
+    if ((length !== 4 && length !== 16) || port === 0) cursor.bad = true;
+    return cursor.bad ? "" : formatEndpoint(formatAddress(address), port);
+  },
+};
+const list = <T>(item: Codec<T>, most: number): Codec<T[]> => ({
+  put(cursor, values) {
+    u8.put(cursor, values.length);
+    for (const value of values) item.put(cursor, value);
+  },
+  get(cursor) {
+    const length = u8.get(cursor);
+    if (length > most) cursor.bad = true;
+    const values: T[] = [];
+    while (values.length < length && !cursor.bad) values.push(item.get(cursor));
+    return values;
+  },
+});
+const record = <S extends Shape>(shape: S): Codec<Values<S>> => ({
+  put(cursor, value) {
+    for (const name in shape) shape[name]!.put(cursor, value[name]);
+  },
+  get(cursor) {
+    const value = {} as Values<S>;
+    for (const name in shape) value[name] = shape[name]!.get(cursor) as Values<S>[typeof name];
+    return value;
+  },
+});
+
+// ---------------------------------------------------------------------------------------------------- messages
+
+/** A line of the list of users: enough to send that user a sealed message without asking first. */
+export interface User {
+  /** As `userName` leaves it. */
+  name: string;
+  /** Of this login; nobody else's, and no other login's. */
+  nonce: string;
+  /** X25519 public key. */
+  key: Uint8Array;
+  /** As the server sees it. */
+  public: Endpoint;
+}
+const user: Codec<User> = record({ name: text, nonce: id, key, public: endpoint });
+
+/** A peer as the server introduces it. */
+export interface Introduced {
+  /** As `userName` leaves it. */
+  name: string;
+  /** Of its login. */
+  nonce: string;
+  /** X25519 public key. */
+  key: Uint8Array;
+  /** Where it may be reached: at most twice MAX_CANDIDATES. */
+  candidates: Endpoint[];
+  /** How long to wait with the first punch, so that both sides' cross in flight. */
+  punchAfterMs: number;
+}
+const introduced: Codec<Introduced> = record({
+  name: text,
+  nonce: id,
+  key,
+  candidates: list(endpoint, 2 * MAX_CANDIDATES),
+  punchAfterMs: u16,
+});
+
+/** Client and server. `id` is the login's own nonce until WELCOME, the session's token from then on. */
+export const CONTROL = {
+  LOGIN: {
+    code: 1,
+    way: "C -> S",
+    what: "I want this name; the counter is the clock of the login",
+    fields: {
+      cookie: id,
+      key,
+      proof: id,
+      keepName: u8,
+      rttMs: u16,
+      name: text,
+      local: list(endpoint, MAX_CANDIDATES),
+    },
+  },
+  LOGOUT: { code: 2, way: "C <-> S", what: "I am leaving", fields: {} },
+  P2PTRANS: {
+    code: 3,
+    way: "C -> S",
+    what: "pass this on to that user and, with `call`, introduce us",
+    fields: { to: text, nonce: id, call: u8, body: bytes },
+  },
+  GETALLUSER: {
+    code: 4,
+    way: "C -> S",
+    what: "who is there, in order of name, after this one",
+    fields: { prefix: text, after: text },
+  },
+  COOKIE: {
+    code: 5,
+    way: "S -> C",
+    what: "show that you receive at that address: say it again with this",
+    fields: { cookie: id, key, known: u8 },
+  },
+  WELCOME: {
+    code: 6,
+    way: "S -> C",
+    what: "you are in; this is how the world sees you",
+    fields: { token: id, nonce: id, public: endpoint, total: u32, users: list(user, 32) },
+  },
+  KEEPALIVE: {
+    code: 7,
+    way: "C -> S",
+    what: "I am still here; with a cookie: and this is my address now",
+    fields: { cookie: id, rttMs: u16, local: list(endpoint, MAX_CANDIDATES) },
+  },
+  ALIVE: { code: 8, way: "S -> C", what: "so am I, and I see you here", fields: { asked: u48, public: endpoint } },
+  USERS: {
+    code: 9,
+    way: "S -> C",
+    what: "one page of the list",
+    fields: { asked: u48, page: u16, last: u8, more: u8, total: u32, users: list(user, 32) },
+  },
+  INTRODUCTION: { code: 10, way: "S -> C", what: "the one you asked for is here: punch", fields: { peer: introduced } },
+  RELAYED: {
+    code: 11,
+    way: "S -> C",
+    what: "that user sends you this",
+    fields: { from: text, nonce: id, body: bytes },
+  },
+  PUNCHED: {
+    code: 12,
+    way: "C <-> S",
+    what: "I have punched towards that user, or that user towards you",
+    fields: { peer: text },
+  },
+  ERROR: { code: 13, way: "S -> C", what: "no, and why", fields: { reason: text, about: text, seconds: u16 } },
+  P2PSOMEONEWANTTOCALLYOU: {
+    code: 102,
+    way: "S -> C",
+    what: "that user sends you this: punch",
+    fields: { peer: introduced, body: bytes },
+  },
+} as const;
+
+/** Client and client, encrypted but for the two messages that agree on the keys. */
+export const PEER = {
+  P2PMESSAGE: {
+    code: 100,
+    way: "C <-> C",
+    what: "a part of a chat message; `base` is the oldest that is still wanted, `left` how many parts follow",
+    fields: { seq: u32, base: u32, left: u16, part: rest },
+  },
+  P2PMESSAGEACK: {
+    code: 101,
+    way: "C <-> C",
+    what: "all before `next` is here; `states` has 2 bits for each from `from`: missing, relay, direct, lan",
+    fields: { next: u32, from: u32, states: rest },
+  },
+  P2PTRASH: { code: 103, way: "C <-> C", what: "a punch, and a question: did this reach you?", fields: { probe: u32 } },
+  P2PECHO: { code: 104, way: "C <-> C", what: "it did", fields: { probe: u32 } },
+} as const;
+
+/** The two messages that agree on the keys of a session between clients. */
+export const HANDSHAKE = {
+  P2PFIRST: {
+    code: 105,
+    way: "C <-> C",
+    what: "first message of the handshake, with a peer message inside; its copies are punches",
+    fields: { from: u32, probe: u32, noise: rest },
+  },
+  P2PSECOND: {
+    code: 106,
+    way: "C <-> C",
+    what: "second message of the handshake, with a sealed peer message behind it",
+    fields: { to: u32, from: u32, noise: bytes, sealed: rest },
+  },
+} as const;
+
+/** The union of all messages of a table: name, header and fields of each. */
+export type Named<T extends Record<string, { fields: Shape }>, Header> = {
+  [N in keyof T]: { type: N } & Header & Values<T[N]["fields"]>;
+}[keyof T];
+
+/** A message between client and server, decoded. */
+export type Control = Named<typeof CONTROL, { id: string; counter: number }>;
+/** A message between client and server as one writes it: id, counter and MAC come from the session. */
+export type ControlBody = Named<typeof CONTROL, unknown>;
+/** A message between two clients, inside the seal. */
+export type Peer = Named<typeof PEER, unknown>;
+/** One of the two messages that agree on keys. */
+export type Handshake = Named<typeof HANDSHAKE, unknown>;
+/** One row of the table of messages. */
+export interface Row {
+  /** LOGIN and so on. */
+  name: string;
+  /** The second byte. */
+  code: number;
+  /** Who says it to whom: client C, server S. */
+  way: string;
+  /** What it says. */
+  what: string;
+  /** Names of its fields. */
+  fields: string[];
+}
+
+/** The table of all messages, for people. */
+export function messageTable(): Row[] {
+  return Object.entries({ ...CONTROL, ...PEER, ...HANDSHAKE })
+    .map(([name, { code, way, what, fields }]) => ({ name, code, way, what, fields: Object.keys(fields) }))
+    .sort((a, b) => a.code - b.code);
+}
+
+type Definition = { code: number; way: string; fields: Shape };
+const byCode = (table: Record<string, Definition>) =>
+  new Map(Object.entries(table).map(([type, { way, fields, code }]) => [code, { type, way, fields: record(fields) }]));
+const CONTROL_BY_CODE = byCode(CONTROL), PEER_BY_CODE = byCode(PEER), HANDSHAKE_BY_CODE = byCode(HANDSHAKE);
+const codecOf = new Map(
+  [...CONTROL_BY_CODE, ...PEER_BY_CODE, ...HANDSHAKE_BY_CODE].map((
+    [code, { type, fields }],
+  ) => [type, { code, fields }]),
+);
+
+const CONTROL_HEADER_BYTES = 16, MAC_BYTES = 8, PEER_HEADER_BYTES = 12, TAG_BYTES = 16;
+const scratch = new Uint8Array(MAX_DATAGRAM_BYTES);
+const writer = (at: number, end: number): Cursor => ({ bytes: scratch, at, end, bad: false });
+const reader = (data: Uint8Array, at: number, end: number): Cursor => ({ bytes: data, at, end, bad: false });
+
+/** Whether a datagram could be one of ours. */
+const isOurs = (data: Uint8Array) => data.length >= 2 && data.length <= MAX_DATAGRAM_BYTES && data[0] === MAGIC;
+
+/**
+ * Encodes a control message. A client's is padded with zeros to MIN_CLIENT_BYTES.
+ *
+ * @param message what to say
+ * @param seal the 8-byte id (16 hex digits), the counter (under 2^48) and the 16-byte MAC key; without a key the MAC is 0
+ * @throws {RangeError} if it does not fit into a datagram
+ */
+export function encode(
+  message: ControlBody,
+  seal: { id: string; counter: number; key?: Uint8Array | undefined },
+): Uint8Array {
+  const { code, fields } = codecOf.get(message.type)!;
+  const cursor = writer(2, MAX_DATAGRAM_BYTES - MAC_BYTES);
+  scratch.fill(0, 0, MIN_CLIENT_BYTES);
+  scratch[0] = MAGIC;
+  scratch[1] = code;
+  id.put(cursor, seal.id);
+  u48.put(cursor, seal.counter);
+  fields.put(cursor, message);
+  const fromClient = CONTROL[message.type].way !== "S -> C";
+  if (fromClient) cursor.at = Math.max(cursor.at, MIN_CLIENT_BYTES - MAC_BYTES);
+  const data = scratch.slice(0, cursor.at + MAC_BYTES);
+  data.set(seal.key ? sipHash(seal.key, data.subarray(0, -MAC_BYTES)) : new Uint8Array(MAC_BYTES), cursor.at);
+  return data;
+}
+
+/** Decodes a control message, or null. Says nothing yet about who sent it: see `verifies`. */
+export function decode(data: Uint8Array): Control | null {
+  const known = isOurs(data) ? CONTROL_BY_CODE.get(data[1]!) : undefined;
+  if (!known || data.length < CONTROL_HEADER_BYTES + MAC_BYTES) return null;
+  const cursor = reader(data, 2, data.length - MAC_BYTES);
+  const header = { type: known.type, id: id.get(cursor), counter: u48.get(cursor) };
+  const fields = known.fields.get(cursor);
+  if (cursor.bad) return null;
+  const padding = data.subarray(cursor.at, cursor.end);
+  const padded = known.way !== "S -> C" && data.length === MIN_CLIENT_BYTES && padding.every((byte) => byte === 0);
+  return padding.length === 0 || padded ? { ...fields, ...header } as Control : null;
+}
+
+/** Whether the MAC at the end of a control message was made with this key. */
+export function verifies(data: Uint8Array, key: Uint8Array): boolean {
+  return timingSafeEqual(sipHash(key, data.subarray(0, -MAC_BYTES)), data.subarray(-MAC_BYTES));
+}
+
+/** Encodes one of the two messages of the handshake. */
+export function encodeHandshake(message: Handshake): Uint8Array {
+  const { code, fields } = codecOf.get(message.type)!;
+  const cursor = writer(2, MAX_DATAGRAM_BYTES);
+  scratch[0] = MAGIC;
+  scratch[1] = code;
+  fields.put(cursor, message);
+  return scratch.slice(0, cursor.at);
+}
+
+/** Decodes one of the two messages of the handshake, or null. */
+export function decodeHandshake(data: Uint8Array): Handshake | null {
+  const known = isOurs(data) ? HANDSHAKE_BY_CODE.get(data[1]!) : undefined;
+  if (!known) return null;
+  const cursor = reader(data, 2, data.length);
+  const fields = known.fields.get(cursor);
+  return cursor.bad ? null : { ...fields, type: known.type } as Handshake;
+}
+
+/** The bytes of a peer message as they travel inside the first message of a handshake: code, then fields. */
+export function encodeInner(message: Peer): Uint8Array {
+  const { code, fields } = codecOf.get(message.type)!;
+  const cursor = writer(0, MAX_DATAGRAM_BYTES);
+  u8.put(cursor, code);
+  fields.put(cursor, message);
+  return scratch.slice(0, cursor.at);
+}
+
+/** Decodes what `encodeInner` made, or null. */
+export function decodeInner(inner: Uint8Array): Peer | null {
+  const known = PEER_BY_CODE.get(inner[0] ?? 0);
+  if (!known) return null;
+  const cursor = reader(inner, 1, inner.length);
+  const fields = known.fields.get(cursor);
+  return cursor.bad || cursor.at !== cursor.end ? null : { ...fields, type: known.type } as Peer;
+}
+
+/** Seals a peer message for the session that the other side knows by `index`; `counter` must never repeat for a key. */
+export function sealPeer(message: Peer, seal: { index: number; counter: number; key: Uint8Array }): Uint8Array {
+  const inner = encodeInner(message);
+  const header = writer(2, PEER_HEADER_BYTES);
+  scratch[0] = MAGIC;
+  scratch[1] = inner[0]!;
+  u32.put(header, seal.index);
+  u48.put(header, seal.counter);
+  const ad = scratch.slice(0, PEER_HEADER_BYTES);
+  const sealed = encrypt(seal.key, { counter: seal.counter, ad, text: inner.subarray(1) });
+  return concat(ad, sealed);
+}
+
+/** The clear header of a sealed peer message, or null if it cannot be one. */
+export function peerHeader(data: Uint8Array): { index: number; counter: number } | null {
+  if (!isOurs(data) || !PEER_BY_CODE.has(data[1]!) || data.length < PEER_HEADER_BYTES + TAG_BYTES) return null;
+  const cursor = reader(data, 2, PEER_HEADER_BYTES);
+  return { index: u32.get(cursor), counter: u48.get(cursor) };
+}
+
+/** Opens a sealed peer message with the key of the session that its header names; null if it is not genuine. */
+export function openPeer(data: Uint8Array, key: Uint8Array): Peer | null {
+  const header = peerHeader(data);
+  if (!header) return null;
+  const ad = data.subarray(0, PEER_HEADER_BYTES);
+  const inner = decrypt(key, { counter: header.counter, ad, text: data.subarray(PEER_HEADER_BYTES) });
+  return inner && decodeInner(concat(data.subarray(1, 2), inner));
+}
+
+/** A datagram in words, for traces: its name, what it says and what of it can be read without a key. */
+export function explain(data: Uint8Array): string {
+  const row = messageTable().find(({ code }) => isOurs(data) && code === data[1]);
+  if (!row) return `${data.length} bytes that are not ours`;
+  const shown = (value: unknown): string =>
+    value instanceof Uint8Array
+      ? value.length === 32 ? `key ${hex(value.subarray(0, 4))}..` : explain(value)
+      : Array.isArray(value)
+      ? `[${value.map(shown).join(", ")}]`
+      : typeof value === "object"
+      ? `{${Object.entries(value!).map(([name, field]) => `${name}: ${shown(field)}`).join(", ")}}`
+      : String(value);
+  const { type: _type, id: _id, counter: _counter, ...fields } = decode(data) ?? { type: "", id: "", counter: 0 };
+  const details = Object.entries(fields).map(([name, value]) => ` ${name}=${shown(value)}`).join("");
+  return `${row.name} (${row.what})${details}`;
+}
+
+/**
+ * Normalises a user name and checks it: 1 to 32 bytes of UTF-8, NFC, no blanks, no control or formatting characters.
+ * Null if it is not one.
+ */
+export function userName(name: string): string | null {
+  const normal = name.normalize("NFC");
+  const length = utf8.encode(normal).length;
+  return length < 1 || length > MAX_NAME_BYTES || /[\s\p{C}\p{Z}]/u.test(normal) ? null : normal;
+}
+
+/** Lower-case hex digits of some bytes. */
+export function hex(data: Uint8Array): string {
+  let digits = "";
+  for (const byte of data) digits += (byte < 16 ? "0" : "") + byte.toString(16);
+  return digits;
+}
+
+/** One array of several. */
+export function concat(...parts: Uint8Array[]): Uint8Array {
+  const whole = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
+  let at = 0;
+  for (const part of parts) {
+    whole.set(part, at);
+    at += part.length;
+  }
+  return whole;
+}
+
+// ---------------------------------------------------------------------------------------------------- MACs
+
+/**
+ * SipHash-2-4 (Aumasson and Bernstein, 2012): eight bytes that nobody can guess without the 16-byte key.
+ * Written out in 32-bit halves, because it guards every datagram of the server and `createHmac` costs more than an echo.
+ */
+export function sipHash(key: Uint8Array, data: Uint8Array): Uint8Array {
+  const word = (from: Uint8Array, at: number) =>
+    (from[at]! | from[at + 1]! << 8 | from[at + 2]! << 16 | from[at + 3]! << 24) | 0;
+  const k0 = word(key, 0), k0h = word(key, 4), k1 = word(key, 8), k1h = word(key, 12);
+  let a = k0 ^ 0x70736575, ah = k0h ^ 0x736f6d65, b = k1 ^ 0x6e646f6d, bh = k1h ^ 0x646f7261;
+  let c = k0 ^ 0x6e657261, ch = k0h ^ 0x6c796765, d = k1 ^ 0x79746573, dh = k1h ^ 0x74656462;
+  const whole = data.length >> 3;
+  for (let block = 0; block <= whole + 1; block++) {
+    let m = 0, mh = 0, rounds = 2;
+    if (block < whole) {
+      m = word(data, 8 * block);
+      mh = word(data, 8 * block + 4);
+    } else if (block === whole) { // what is left over, and the length in the last byte
+      for (let i = 8 * whole; i < data.length; i++) {
+        if (i % 8 < 4) m |= data[i]! << 8 * (i % 8);
+        else mh |= data[i]! << 8 * (i % 8 - 4);
+      }
+      mh |= data.length << 24;
+    } else { // finalisation
+      c ^= 0xff;
+      rounds = 4;
+    }
+    d ^= m;
+    dh ^= mh;
+    for (let round = 0; round < rounds; round++) {
+      let low = (a >>> 0) + (b >>> 0), t = b;
+      ah = (ah + bh + (low > 0xffffffff ? 1 : 0)) | 0, a = low | 0;
+      b = (b << 13 | bh >>> 19) ^ a, bh = (bh << 13 | t >>> 19) ^ ah;
+      t = a, a = ah, ah = t;
+      low = (c >>> 0) + (d >>> 0), t = d;
+      ch = (ch + dh + (low > 0xffffffff ? 1 : 0)) | 0, c = low | 0;
+      d = (d << 16 | dh >>> 16) ^ c, dh = (dh << 16 | t >>> 16) ^ ch;
+      low = (a >>> 0) + (d >>> 0), t = d;
+      ah = (ah + dh + (low > 0xffffffff ? 1 : 0)) | 0, a = low | 0;
+      d = (d << 21 | dh >>> 11) ^ a, dh = (dh << 21 | t >>> 11) ^ ah;
+      low = (c >>> 0) + (b >>> 0), t = b;
+      ch = (ch + bh + (low > 0xffffffff ? 1 : 0)) | 0, c = low | 0;
+      b = (b << 17 | bh >>> 15) ^ c, bh = (bh << 17 | t >>> 15) ^ ch;
+      t = c, c = ch, ch = t;
+    }
+    a ^= m;
+    ah ^= mh;
+  }
+  const low = a ^ b ^ c ^ d, high = ah ^ bh ^ ch ^ dh;
+  return Uint8Array.from([low, low >>> 8, low >>> 16, low >>> 24, high, high >>> 8, high >>> 16, high >>> 24]);
+}
+
+/** Remembers which counters have been seen, up to 2,048 behind the highest (RFC 6479 has the idea). */
+export interface ReplayWindow {
+  /** The highest so far, -1 at first. */
+  highest: number;
+  /** A bit for each of the last 2,048. */
+  seen: Uint32Array;
+}
+const WINDOW_BITS = 2048;
+
+/** A window that has seen nothing. */
+export function replayWindow(): ReplayWindow {
+  return { highest: -1, seen: new Uint32Array(WINDOW_BITS / 32) };
+}
+
+/** Whether the counter is new; from then on it is not. Call it only for what a seal has proved genuine. */
+export function isFresh(window: ReplayWindow, counter: number): boolean {
+  if (counter <= window.highest - WINDOW_BITS) return false;
+  for (let i = Math.max(window.highest + 1, counter - WINDOW_BITS + 1); i <= counter; i++) {
+    window.seen[(i % WINDOW_BITS) >> 5]! &= ~(1 << (i & 31)); // slots that the window moves over are free again
+  }
+  window.highest = Math.max(window.highest, counter);
+  const slot = (counter % WINDOW_BITS) >> 5, bit = 1 << (counter & 31);
+  if (window.seen[slot]! & bit) return false;
+  window.seen[slot]! |= bit;
+  return true;
+}
+
+// ---------------------------------------------------------------------------------------------------- limits
+
+/** A token bucket: so much at once, so much a second from then on. */
+export interface Bucket {
+  /** What is left. */
+  tokens: number;
+  /** When that was so, in ms. */
+  at: number;
+}
+
+/** What a bucket allows: `burst` at once, `perSecond` from then on. */
+export interface Rate {
+  /** Tokens that come back in a second. */
+  perSecond: number;
+  /** Most tokens there can be. */
+  burst: number;
+}
+
+/** A full bucket. */
+export function fullBucket(rate: Rate, now: number): Bucket {
+  return { tokens: rate.burst, at: now };
+}
+
+/** Takes `cost` tokens if they are there; `now` in ms. */
+export function spend(bucket: Bucket, rate: Rate, { cost = 1, now }: { cost?: number; now: number }): boolean {
+  const tokens = Math.min(rate.burst, bucket.tokens + Math.max(0, now - bucket.at) / 1000 * rate.perSecond);
+  bucket.tokens = tokens >= cost ? tokens - cost : tokens;
+  bucket.at = now;
+  return tokens >= cost;
+}
+
+// ---------------------------------------------------------------------------------------------------- keys
+
+/** An X25519 key pair (RFC 7748). */
+export interface KeyPair {
+  /** 32 bytes. */
+  secret: Uint8Array;
+  /** 32 bytes. */
+  public: Uint8Array;
+}
+
+// The fixed beginnings of PKCS #8 and SubjectPublicKeyInfo for X25519 (RFC 8410).
+const PKCS8 = Uint8Array.from([48, 46, 2, 1, 0, 48, 5, 6, 3, 43, 101, 110, 4, 34, 4, 32]);
+const SPKI = Uint8Array.from([48, 42, 48, 5, 6, 3, 43, 101, 110, 3, 33, 0]);
+const privateKey = (secret: Uint8Array) =>
+  createPrivateKey({ key: concat(PKCS8, secret) as Buffer, format: "der", type: "pkcs8" });
+
+/** A fresh key pair from the operating system's randomness. */
+export function generateKeys(): KeyPair {
+  const { privateKey, publicKey } = generateKeyPairSync("x25519");
+  return {
+    secret: Uint8Array.from(privateKey.export({ format: "der", type: "pkcs8" }).subarray(-32)),
+    public: Uint8Array.from(publicKey.export({ format: "der", type: "spki" }).subarray(-32)),
+  };
+}
+
+/** The key pair of a 32-byte secret. */
+export function keysFrom(secret: Uint8Array): KeyPair {
+  const spki = createPublicKey(privateKey(secret)).export({ format: "der", type: "spki" });
+  return { secret, public: Uint8Array.from(spki.subarray(-32)) };
+}
+
+/** X25519, or null for a key of low order and everything else that node:crypto would throw at. */
+export function agree(secret: Uint8Array, theirs: Uint8Array): Uint8Array | null {
+  try {
+    const publicKey = createPublicKey({ key: concat(SPKI, theirs) as Buffer, format: "der", type: "spki" });
+    const shared = Uint8Array.from(diffieHellman({ privateKey: privateKey(secret), publicKey }));
+    return shared.some((byte) => byte !== 0) ? shared : null;
+  } catch {
+    return null;
+  }
+}
+
+/** HKDF-SHA-256 (RFC 5869). */
+export function deriveKey(
+  secret: Uint8Array,
+  options: { salt: Uint8Array; info: string; length: number },
+): Uint8Array {
+  return new Uint8Array(hkdfSync("sha256", secret, options.salt, options.info, options.length));
+}
+
+/** The MAC keys of a session, 16 bytes a direction, from the X25519 secret of its two ends and the server's token. */
+export function controlKeys(shared: Uint8Array, token: string): { toServer: Uint8Array; toClient: Uint8Array } {
+  const both = deriveKey(shared, { salt: utf8.encode(token), info: "punch control", length: 32 });
+  return { toServer: both.slice(0, 16), toClient: both.slice(16) };
+}
+
+/** The MAC key of LOGIN and of a refusal, 16 bytes, from the X25519 secret of the two ends and the login's nonce. */
+export function loginKey(shared: Uint8Array, nonce: string): Uint8Array {
+  return deriveKey(shared, { salt: utf8.encode(nonce), info: "punch login", length: 16 });
+}
+
+/** What proves in LOGIN that one knows the server's password: 8 bytes as hex; worthless for any other login. */
+export function passwordProof(shared: Uint8Array, options: { password: Uint8Array; nonce: string }): string {
+  const salt = concat(options.password, utf8.encode(options.nonce));
+  return hex(deriveKey(shared, { salt, info: "punch password", length: 8 }));
+}
+
+/** What two people compare aloud: 40 digits (132 bits) of the hash of both public keys, the same on both sides. */
+export function safetyCode(one: Uint8Array, other: Uint8Array): string {
+  const [first, second] = hex(one) < hex(other) ? [one, other] : [other, one];
+  const digest = BigInt("0x" + hex(sha256(concat(utf8.encode("punch verify"), first, second))));
+  return (digest % 10n ** 40n).toString().padStart(40, "0").replace(/(\d{5})(?!$)/g, "$1 ");
+}
+
+const sha256 = (data: Uint8Array) => Uint8Array.from(createHash("sha256").update(data).digest());
+
+/** The 12-byte nonce of Noise's AESGCM: four zeros, then the counter (Noise revision 34, section 12.4). */
+function nonceOf(counter: number): Uint8Array {
+  const nonce = new Uint8Array(12);
+  u48.put({ bytes: nonce, at: 6, end: 12, bad: false }, counter);
+  return nonce;
+}
+
+interface Sealed {
+  counter: number;
+  ad: Uint8Array;
+  text: Uint8Array;
+}
+
+function encrypt(key: Uint8Array, { counter, ad, text }: Sealed): Uint8Array {
+  const cipher = createCipheriv("aes-256-gcm", key, nonceOf(counter));
+  cipher.setAAD(ad);
+  return concat(cipher.update(text), cipher.final(), cipher.getAuthTag());
+}
+
+function decrypt(key: Uint8Array, { counter, ad, text }: Sealed): Uint8Array | null {
+  if (text.length < TAG_BYTES) return null;
+  try {
+    const cipher = createDecipheriv("aes-256-gcm", key, nonceOf(counter), { authTagLength: TAG_BYTES });
+    cipher.setAAD(ad);
+    cipher.setAuthTag(text.subarray(-TAG_BYTES));
+    return concat(cipher.update(text.subarray(0, -TAG_BYTES)), cipher.final());
+  } catch {
+    return null;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- Noise
+
+/** What both sides know before a handshake, and the fresh key of this one. */
+export interface NoiseOptions {
+  /** Our static keys. */
+  own: KeyPair;
+  /** The other side's static public key. */
+  peer: Uint8Array;
+  /** 32 bytes that both know; zeros if there is no secret. */
+  psk: Uint8Array;
+  /** What else both must agree on. */
+  prologue: Uint8Array;
+  /** Fresh keys for this handshake alone. */
+  ephemeral: KeyPair;
+}
+
+/** What comes out of a handshake: one key a direction, and the hash that names the session. */
+export interface NoiseKeys {
+  /** AES-256 key of what we send. */
+  send: Uint8Array;
+  /** AES-256 key of what we receive. */
+  receive: Uint8Array;
+  /** The handshake hash, the same on both sides. */
+  hash: Uint8Array;
+}
+
+const NOISE_NAME = utf8.encode("Noise_KKpsk0_25519_AESGCM_SHA256"); // exactly 32 bytes, hence its own hash
+
+/**
+ * Noise KKpsk0 (noiseprotocol.org, revision 34, sections 5, 7 and 9). Both know the other's static key and the PSK:
+ *
+ *     -> psk, e, es, ss      the first may carry a payload already: readable only by the peer, sent only by us
+ *     <- e, ee, se           from here on, keys that no theft of the static keys uncovers
+ *
+ * `mix` absorbs one X25519 secret; it fails, and with it everything after, for a peer's key of low order.
+ */
+function noise({ psk, prologue }: NoiseOptions, statics: [Uint8Array, Uint8Array]) {
+  let hash = NOISE_NAME, chain = NOISE_NAME, key = NOISE_NAME, counter = 0, broken = false;
+  const absorb = (data: Uint8Array) => {
+    hash = sha256(concat(hash, data));
+  };
+  const expand = (secret: Uint8Array, length: number) => deriveKey(secret, { salt: chain, info: "", length });
+  const mixKey = (secret: Uint8Array) => {
+    const out = expand(secret, 64);
+    chain = out.slice(0, 32), key = out.slice(32), counter = 0;
+  };
+  absorb(prologue);
+  absorb(statics[0]);
+  absorb(statics[1]);
+  const out = expand(psk, 96);
+  chain = out.slice(0, 32);
+  absorb(out.slice(32, 64));
+  key = out.slice(64);
+  return {
+    ephemeral(publicKey: Uint8Array) {
+      absorb(publicKey);
+      mixKey(publicKey); // section 9.2: with a PSK, e counts as key material too
+    },
+    mix(secret: Uint8Array, theirs: Uint8Array) {
+      const shared = agree(secret, theirs);
+      if (shared) mixKey(shared);
+      else broken = true;
+    },
+    seal(text: Uint8Array): Uint8Array {
+      const sealed = encrypt(key, { counter: counter++, ad: hash, text });
+      absorb(sealed);
+      return sealed;
+    },
+    open(sealed: Uint8Array): Uint8Array | null {
+      const text = broken ? null : decrypt(key, { counter: counter++, ad: hash, text: sealed });
+      absorb(sealed);
+      return text;
+    },
+    split(): [Uint8Array, Uint8Array] {
+      const out = expand(NO_BYTES, 64);
+      return [out.slice(0, 32), out.slice(32)];
+    },
+    hash: () => hash,
+  };
+}
+
+/** The initiator's half of a handshake. */
+export interface Initiation {
+  /** The first message. */
+  message: Uint8Array;
+  /** Makes keys of the answer; null, and to be called again, if it is not genuine. */
+  finish(second: Uint8Array): { payload: Uint8Array; keys: NoiseKeys } | null;
+}
+
+/** Begins a handshake; null if the peer's key is of low order. */
+export function initiate(options: NoiseOptions, payload: Uint8Array): Initiation | null {
+  const { own, peer, ephemeral } = options;
+  const begin = () => {
+    const state = noise(options, [own.public, peer]);
+    state.ephemeral(ephemeral.public);
+    state.mix(ephemeral.secret, peer);
+    state.mix(own.secret, peer);
+    return { state, sealed: state.seal(payload) };
+  };
+  if (!agree(own.secret, peer)) return null;
+  return {
+    message: concat(ephemeral.public, begin().sealed),
+    finish(second) {
+      const { state } = begin(); // anew, since a forged answer must not spoil the state for the genuine one
+      const theirs = second.subarray(0, 32);
+      state.ephemeral(theirs);
+      state.mix(ephemeral.secret, theirs);
+      state.mix(own.secret, theirs);
+      const answer = state.open(second.subarray(32));
+      if (!answer) return null;
+      const [send, receive] = state.split();
+      return { payload: answer, keys: { send, receive, hash: state.hash() } };
+    },
+  };
+}
+
+/** Answers a handshake: the payload of its first message, and what makes the second; null if it is not genuine. */
+export function respond(
+  options: NoiseOptions,
+  first: Uint8Array,
+): { payload: Uint8Array; answer(payload: Uint8Array): { message: Uint8Array; keys: NoiseKeys } } | null {
+  const { own, peer, ephemeral } = options;
+  const theirs = first.slice(0, 32);
+  const state = noise(options, [peer, own.public]);
+  state.ephemeral(theirs);
+  state.mix(own.secret, theirs);
+  state.mix(own.secret, peer);
+  const payload = state.open(first.subarray(32));
+  if (!payload) return null;
+  return {
+    payload,
+    answer(payload) {
+      state.ephemeral(ephemeral.public);
+      state.mix(ephemeral.secret, theirs);
+      state.mix(ephemeral.secret, peer);
+      const message = concat(ephemeral.public, state.seal(payload));
+      const [receive, send] = state.split();
+      return { message, keys: { send, receive, hash: state.hash() } };
+    },
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- machines
+
+/** A datagram that came in. Valid during the call only. */
+export interface Datagram {
+  /** Number of the machine's socket that received it. */
+  socket: number;
+  /** Source address. */
+  from: Endpoint;
+  /** Payload. */
+  data: Uint8Array;
+}
+
+/** What a machine wants done. `open` binds one more socket to a free port; the answer is a call of `opened`. */
+export type Effect<Event = unknown> =
+  | { kind: "send"; socket: number; to: Endpoint; data: Uint8Array; ttl?: number }
+  | { kind: "open"; socket: number }
+  | { kind: "close"; socket: number }
+  | { kind: "event"; event: Event };
+
+/** A program without I/O: it is told what happened and when (`now`, milliseconds), and says what to do. */
+export interface Machine<Event = unknown> {
+  /** A socket is bound to this port; 0 if that failed. */
+  opened(socket: number, port: number, now: number): Effect<Event>[];
+  /** A datagram came in. */
+  receive(datagram: Datagram, now: number): Effect<Event>[];
+  /** Time has passed. */
+  wake(now: number): Effect<Event>[];
+  /** When to call `wake` next; Infinity for never. */
+  wakeAt(): number;
+}
+
+// ---------------------------------------------------------------------------------------------------- sockets
+
+/** A machine at work on real sockets. */
+export interface Running<Event> {
+  /** The port of each socket, in the order asked for. */
+  ports: number[];
+  /** Does what a call of the machine's own asked for, and sees to the timer. */
+  perform(effects: Effect<Event>[]): void;
+  /** Closes all sockets. */
+  close(): void;
+}
+
+/** How to run a machine. */
+export interface ListenOptions<Event> {
+  /** Where to bind sockets 0, 1, ...; port 0 for any. */
+  sockets: { host: string; port: number }[];
+  /** Called with each event of the machine. */
+  onEvent(event: Event): void;
+  /** Called with each datagram, for traces. */
+  onDatagram?: ((way: "in" | "out", other: Endpoint, data: Uint8Array) => void) | undefined;
+}
+
+/** Milliseconds since 1970 that never go back while the program runs. */
+export function clock(): number {
+  return performance.timeOrigin + performance.now();
+}
+
+/**
+ * Runs a machine on UDP sockets of Deno or Bun until closed: the only place with a socket or a timer.
+ *
+ * @throws what the runtime throws for a port or address that cannot be bound
+ */
+export async function listen<Event>(machine: Machine<Event>, options: ListenOptions<Event>): Promise<Running<Event>> {
+  const sockets: (Udp | undefined)[] = [];
+  let timer: ReturnType<typeof setTimeout> | undefined, dueAt = Infinity, open = true;
+
+  const bind = (socket: number, host: string, port: number): Promise<Udp> =>
+    openUdp(host, port, (data, from) => {
+      options.onDatagram?.("in", from, data);
+      perform(machine.receive({ socket, from, data }, clock()));
+    });
+
+  function perform(effects: Effect<Event>[]): void {
+    for (const effect of effects) {
+      if (!open) return;
+      if (effect.kind === "event") options.onEvent(effect.event);
+      else if (effect.kind === "send") {
+        options.onDatagram?.("out", effect.to, effect.data);
+        sockets[effect.socket]?.send(effect.data, effect.to);
+      } else if (effect.kind === "close") {
+        sockets[effect.socket]?.close();
+        delete sockets[effect.socket];
+      } else {
+        bind(effect.socket, options.sockets[0]!.host, 0).then((udp) => {
+          if (!open) return udp.close();
+          sockets[effect.socket] = udp;
+          perform(machine.opened(effect.socket, udp.port, clock()));
+        }, () => perform(machine.opened(effect.socket, 0, clock())));
+      }
+    }
+    const at = machine.wakeAt();
+    if (at === dueAt || !open) return;
+    clearTimeout(timer);
+    dueAt = at;
+    if (at !== Infinity) timer = setTimeout(wake, Math.min(Math.max(at - clock(), 0), LONGEST_TIMER_MS));
+  }
+
+  function wake(): void {
+    dueAt = Infinity;
+    perform(clock() >= machine.wakeAt() ? machine.wake(clock()) : []);
+  }
+
+  function close(): void {
+    open = false;
+    clearTimeout(timer);
+    for (const udp of sockets) udp?.close();
+  }
+
+  try {
+    for (const [socket, { host, port }] of options.sockets.entries()) sockets[socket] = await bind(socket, host, port);
+  } catch (error) {
+    close();
+    throw error;
+  }
+  const ports = sockets.map((udp) => udp!.port);
+  for (const [socket, port] of ports.entries()) perform(machine.opened(socket, port, clock()));
+  return { ports, perform, close };
+}
+
+const LONGEST_TIMER_MS = 60_000;
+/** Datagrams handed to the kernel and not yet taken: more would only pile up in memory (Deno). */
+const MAX_SENDS_IN_FLIGHT = 256;
+/** Datagrams read and not yet handled, and how many are handled before timers and signals get their turn (Bun). */
+const MAX_INBOX = 2048, INBOX_SLICE = 256;
+/** Errors of an earlier datagram that Linux reports at the next, innocent one; sending that again succeeds (Bun). */
+const STALE_ERRORS = ["ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH"], STALE_RETRIES = 3;
+
+interface Udp {
+  port: number;
+  send(data: Uint8Array, to: Endpoint): void;
+  close(): void;
+}
+type OnData = (data: Uint8Array, from: Endpoint) => void;
+
+/** On a dual-stack socket IPv4 addresses arrive as `::ffff:192.0.2.1`; link-local ones may carry a scope. */
+const plainHost = (host: string) => host.startsWith("::ffff:") && host.includes(".") ? host.slice(7) : host;
+
+const openUdp = (host: string, port: number, onData: OnData): Promise<Udp> =>
+  "Deno" in globalThis ? openDeno(host, port, onData) : openBun(host, port, onData);
+
+// deno-lint-ignore require-await
+async function openDeno(host: string, port: number, onData: OnData): Promise<Udp> {
+  if (!Deno.listenDatagram) {
+    throw new Failure(
+      "Deno keeps its UDP sockets behind a flag, start it with: deno run --unstable-net --allow-net ...",
+    );
+  }
+  const socket = Deno.listenDatagram({ transport: "udp", hostname: host, port });
+  let open = true, inFlight = 0;
+  const done = () => void inFlight--;
+  (async () => {
+    const buffer = new Uint8Array(MAX_DATAGRAM_BYTES + 1); // one more, so that what is too long shows
+    while (open) {
+      try {
+        const [data, from] = await socket.receive(buffer) as [Uint8Array, Deno.NetAddr];
+        if (data.length <= MAX_DATAGRAM_BYTES) onData(data, formatEndpoint(plainHost(from.hostname), from.port));
+      } catch (error) {
+        if (open) await new Promise((resolve) => setTimeout(resolve, 1));
+        if (open && error instanceof TypeError) console.error(error); // a bug of ours: say so, go on
+      }
+    }
+  })();
+  return {
+    port: (socket.addr as Deno.NetAddr).port,
+    send(data, to) {
+      const target = parseEndpoint(to);
+      if (!open || !target || inFlight >= MAX_SENDS_IN_FLIGHT) return;
+      inFlight++;
+      socket.send(data, { transport: "udp", hostname: target.host, port: target.port }).then(done, done);
+    },
+    close() {
+      if (open) socket.close();
+      open = false;
+    },
+  };
+}
+
+async function openBun(host: string, port: number, onData: OnData): Promise<Udp> {
+  let inbox: [Uint8Array, Endpoint][] = [], scheduled = false, open = true;
+  const schedule = () => {
+    if (!scheduled) setImmediate(work);
+    scheduled = true;
+  };
+  const work = () => { // in slices, since Bun reads a flood to its end before any timer fires
+    scheduled = false;
+    for (const [data, from] of inbox.splice(0, INBOX_SLICE)) {
+      if (!open) return;
+      try {
+        onData(data, from);
+      } catch (error) {
+        console.error(error);
+      }
+    }
+    if (inbox.length > 0) schedule();
+  };
+  const socket = await Bun.udpSocket({
+    hostname: host,
+    port,
+    socket: {
+      data(_socket, data, port, address) {
+        if (data.length > MAX_DATAGRAM_BYTES || inbox.length >= MAX_INBOX) return;
+        inbox.push([data, formatEndpoint(plainHost(address), port)]);
+        schedule();
+      },
+      error() {}, // ICMP errors of datagrams past: the timers of the machine notice what matters
+    },
+  });
+  return {
+    port: socket.port,
+    send(data, to) {
+      const target = parseEndpoint(to);
+      for (let attempt = 0; open && target && attempt <= STALE_RETRIES; attempt++) {
+        try {
+          socket.send(data, target.port, target.host);
+          return;
+        } catch (error) {
+          if (!STALE_ERRORS.includes((error as { code?: string }).code ?? "")) return;
+        }
+      }
+    },
+    close() {
+      open = false;
+      inbox = [];
+      socket.close();
+    },
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- command line
+
+/** Something that the user must type differently: exit code 2. */
+export class UsageError extends Error {}
+
+/** Something that stands in the way and that the message names: exit code 1. */
+export class Failure extends Error {}
+
+/** Ends the program with one line on stderr. A bug of ours keeps its stack. */
+export function exitWith(error: unknown): never {
+  const isOurs = error instanceof UsageError || error instanceof Failure;
+  console.error(isOurs ? error.message : error);
+  if (error instanceof UsageError) console.error("Try --help");
+  process.exit(error instanceof UsageError ? 2 : 1);
+}
+
+/** Whether a port could not be bound because somebody else has it. */
+export function isInUse(error: unknown): boolean {
+  return (error as { code?: string }).code === "EADDRINUSE";
+}
+
+/** What a failure to bind means. */
+export function bindError(error: unknown, port: number): Failure {
+  if (error instanceof Failure) return error;
+  const { code, message } = error as { code?: string; message: string };
+  const reasons: Record<string, string> = {
+    EADDRINUSE: "address already in use, choose another with --port",
+    EADDRNOTAVAIL: "this host has no such address",
+    EACCES: "permission denied, choose a port above 1023 with --port",
+  };
+  return new Failure(`Cannot bind UDP port "${port}": ${reasons[code ?? ""] ?? message}`);
+}
+
+/** An environment variable; undefined too where Deno was not allowed to look. */
+export function environment(name: string): string | undefined {
+  const mayLook = !("Deno" in globalThis) ||
+    Deno.permissions.querySync({ name: "env", variable: name }).state === "granted";
+  return mayLook ? process.env[name] : undefined;
+}
+
+/**
+ * The 32-byte key of words that people know, from a file or else from the environment; undefined if there are none.
+ * scrypt makes each guess cost a tenth of a second.
+ *
+ * @throws {Failure} if the file cannot be read or is empty
+ */
+export function secretKey(
+  source: { file?: string | undefined; variable: string; label: "secret" | "password" },
+): Uint8Array | undefined {
+  let words = environment(source.variable);
+  if (source.file !== undefined) {
+    try {
+      words = readFileSync(source.file, "utf8");
+    } catch (error) {
+      throw new Failure(`Cannot read the ${source.label} file "${source.file}": ${(error as Error).message}`);
+    }
+    if (words.trim() === "") throw new Failure(`The ${source.label} file "${source.file}" is empty`);
+  }
+  return words === undefined || words.trim() === "" ? undefined : stretch(words, source.label);
+}
+
+/** scrypt (RFC 7914) of some words, blanks around them left out: 32 bytes. */
+export function stretch(words: string, label: "secret" | "password"): Uint8Array {
+  return Uint8Array.from(
+    scryptSync(words.trim().normalize("NFC"), `punch ${label}`, 32, { N: 2 ** 15, maxmem: 2 ** 26 }),
+  );
+}
+
+/** Writes every datagram to stderr, in words, with the time since the last `restart`. */
+export function createTrace(): { (way: "in" | "out", other: Endpoint, data: Uint8Array): void; restart(): void } {
+  let start = clock();
+  const trace = (way: "in" | "out", other: Endpoint, data: Uint8Array) =>
+    console.error(
+      `${(clock() - start).toFixed(1).padStart(9)} ms ${way === "in" ? "<-" : "->"} ${other} ${explain(data)}`,
+    );
+  return Object.assign(trace, { restart: () => void (start = clock()) });
+}

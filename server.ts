@@ -1,0 +1,598 @@
+/**
+ * The rendezvous server: it knows who is there and at which public endpoint, introduces two users to each other,
+ * and passes their sealed datagrams on until they reach each other directly. It cannot read them.
+ *
+ *     client                          server
+ *       | LOGIN, padded                 |   no state is kept and nothing larger is sent ...
+ *       |------------------------------>|
+ *       |                        COOKIE |
+ *       |<------------------------------|   ... until the client has shown that it receives at its address
+ *       | LOGIN with cookie and MAC     |
+ *       |------------------------------>|
+ *       |                       WELCOME |   from here on everything has a counter and a MAC
+ *       |<------------------------------|
+ *       | P2PTRANS to bob               |
+ *       |------------------------------>|   INTRODUCTION to alice and, in the same tick,
+ *       |                               |   P2PSOMEONEWANTTOCALLYOU to bob: now both punch
+ *
+ * @module
+ */
+import { randomBytes, timingSafeEqual } from "node:crypto";
+import process from "node:process";
+import {
+  addressBytes,
+  agree,
+  bindError,
+  type Bucket,
+  clock,
+  type Control,
+  type ControlBody,
+  controlKeys,
+  createTrace,
+  type Datagram,
+  decode,
+  DEFAULT_PORT,
+  type Effect,
+  encode,
+  type Endpoint,
+  exitWith,
+  fullBucket,
+  generateKeys,
+  hex,
+  hostOf,
+  type Introduced,
+  isFresh,
+  isInUse,
+  isIPv6,
+  type KeyPair,
+  listen,
+  loginKey,
+  type Machine,
+  MIN_CLIENT_BYTES,
+  passwordProof,
+  type Rate,
+  type ReplayWindow,
+  replayWindow,
+  scopeOf,
+  secretKey,
+  sipHash,
+  spend,
+  UsageError,
+  type User,
+  userName,
+  verifies,
+} from "./protocol.ts";
+
+// ---------------------------------------------------------------------------------------------------- constants
+
+/** A client that has been silent for so long has vanished: three of its keepalives are lost. */
+export const SILENCE_MS = 60_000;
+/** How much longer the key of a vanished client that asked for it holds its name. */
+export const NAME_HELD_MS = 300_000;
+/** How long a name that was here is called "offline" rather than "unknown". */
+const REMEMBERED_MS = 3_600_000;
+/** A cookie is valid in its epoch and the next one. */
+const COOKIE_EPOCH_MS = 30_000;
+const SWEEP_INTERVAL_MS = 1_000;
+/** Most that the nearer of two peers waits with its punch (DESIGN 4). */
+const MAX_PUNCH_DELAY_MS = 150;
+/** A page of users ends after so many bytes: one more user (92 bytes at most) and the fields of WELCOME still fit. */
+const PAGE_BYTES = 1040;
+/** Pages sent in answer to one question; more would overflow the asker's socket buffer (92 full datagrams on Linux). */
+const PAGES_PER_ANSWER = 16;
+/** While so few are logged in, a newcomer is announced to all: then nobody has to ask before the first message. */
+const ANNOUNCE_UP_TO = 16;
+
+// What a stranger or a user can make grow or make us do. One address is a /24 or, of IPv6, a /48.
+const MAX_USERS = 100_000, MAX_PER_ADDRESS = 2_000, MAX_REMEMBERED = 10_000, MAX_ADDRESSES = 50_000;
+const LOGINS_PER_ADDRESS: Rate = { perSecond: 50, burst: 2_000 };
+const CALLS_PER_SESSION: Rate = { perSecond: 20, burst: 100 };
+const PAGES_PER_SESSION: Rate = { perSecond: 200, burst: 2_000 };
+const RELAYED_BYTES_PER_SESSION: Rate = { perSecond: 256 * 1024, burst: 512 * 1024 };
+const ERRORS_PER_SESSION: Rate = { perSecond: 10, burst: 20 };
+const LOG_LINES: Rate = { perSecond: 20, burst: 200 };
+
+// ---------------------------------------------------------------------------------------------------- types
+
+/** What the server tells its operator. */
+export type ServerEvent =
+  | { event: "listening"; address: string; port: number; altPort: number }
+  | { event: "login" | "moved"; name: string; public: Endpoint }
+  | { event: "logout"; name: string; reason: "left" | "vanished" | "replaced" };
+
+/** What the server is made of; everything random comes in here. */
+export interface ServerOptions {
+  /** The server's own keys. */
+  keys: KeyPair;
+  /** So many unpredictable bytes. */
+  random: (length: number) => Uint8Array;
+  /** scrypt of the password, if one is asked for. */
+  password?: Uint8Array | undefined;
+  /** Most users at a time. */
+  maxUsers?: number | undefined;
+  /** Most users at a time from one address. */
+  maxPerAddress?: number | undefined;
+}
+
+/** A server without sockets. */
+export interface Server extends Machine<ServerEvent> {
+  /** Tells all clients that the server is going. */
+  stop(): Effect<ServerEvent>[];
+}
+
+/** An endpoint, and which of our sockets reaches it. */
+interface Address {
+  endpoint: Endpoint;
+  socket: number;
+}
+
+interface Session {
+  /** Index of the session, known to its client alone. */
+  token: string;
+  /** The login's nonce as the client chose it, to recognise a LOGIN that was sent twice. */
+  loginNonce: string;
+  /** The login's clock: an older LOGIN is a replay. */
+  clock: number;
+  name: string;
+  /** Index of the login that other users may know. */
+  nonce: string;
+  key: Uint8Array;
+  keys: { toServer: Uint8Array; toClient: Uint8Array };
+  window: ReplayWindow;
+  sent: number;
+  /** Where the client logged in from; has returned a cookie. */
+  home: Address;
+  /** The same client in the other IP version; has returned a cookie too. */
+  other: Address | null;
+  /** Its own idea of its addresses. */
+  local: Endpoint[];
+  keepName: boolean;
+  rttMs: number;
+  heardAt: number;
+  calls: Bucket;
+  pages: Bucket;
+  relayed: Bucket;
+  errors: Bucket;
+}
+
+// ---------------------------------------------------------------------------------------------------- directory
+
+/** Who is there, by name and in order of name. All that several servers would have to share. */
+function createDirectory<T extends { name: string }>() {
+  const byName = new Map<string, T>();
+  const names: string[] = []; // sorted by code unit
+  const position = (name: string) => {
+    let low = 0, high = names.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (names[middle]! < name) low = middle + 1;
+      else high = middle;
+    }
+    return low;
+  };
+  return {
+    size: () => names.length,
+    find: (name: string) => byName.get(name),
+    all: () => byName.values(),
+    put(entry: T) {
+      if (!byName.has(entry.name)) names.splice(position(entry.name), 0, entry.name);
+      byName.set(entry.name, entry);
+    },
+    remove(name: string) {
+      if (byName.delete(name)) names.splice(position(name), 1);
+    },
+    /** Those whose name begins with the prefix and comes after the other, in order. */
+    *after(prefix: string, after: string): Generator<T> {
+      let at = position(after > prefix ? after : prefix);
+      if (names[at] === after) at++;
+      while (at < names.length && names[at]!.startsWith(prefix)) yield byName.get(names[at++]!)!;
+    },
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- pure functions
+
+/** The part of an address that one customer of a provider usually has to himself: IPv4 /24, IPv6 /48. */
+function prefixOf(endpoint: Endpoint): string {
+  const bytes = addressBytes(hostOf(endpoint))!;
+  return hex(bytes.subarray(0, bytes.length === 4 ? 3 : 6));
+}
+
+/** Whether two sessions come from behind the same NAT: the same IPv4 address, or the same /64. */
+function sameSite(one: Session, other: Session): boolean {
+  const site = (address: Address | null) => {
+    const bytes = address && addressBytes(hostOf(address.endpoint))!;
+    return bytes ? hex(bytes.subarray(0, 8)) : null;
+  };
+  const sites = [site(one.home), site(one.other)].filter((known) => known !== null);
+  return sites.includes(site(other.home)!) || (other.other !== null && sites.includes(site(other.other)!));
+}
+
+/** Where `viewer` may try to reach `subject`: what we have seen and, on the same site, the private addresses it named. */
+function candidatesFor(subject: Session, viewer: Session): Endpoint[] {
+  const seen = [subject.home.endpoint, ...subject.other ? [subject.other.endpoint] : []];
+  const local = sameSite(subject, viewer)
+    ? subject.local.filter((endpoint) => scopeOf(hostOf(endpoint)) === "private")
+    : [];
+  return [...new Set([...local, ...seen])];
+}
+
+const asUser = ({ name, nonce, key, home }: Session): User => ({ name, nonce, key, public: home.endpoint });
+/** Its size in a datagram: see `user` in protocol.ts. */
+const userBytes = (session: Session) => 44 + Buffer.byteLength(session.name) + (isIPv6(session.home.endpoint) ? 16 : 4);
+
+// ---------------------------------------------------------------------------------------------------- machine
+
+/** Makes a server. */
+export function createServer(options: ServerOptions): Server {
+  const { keys, random, password, maxUsers = MAX_USERS, maxPerAddress = MAX_PER_ADDRESS } = options;
+  const cookieKey = random(16);
+  const sessions = new Map<string, Session>();
+  const directory = createDirectory<Session>();
+  /** Names that were here; `key` still holds its name until `heldUntil`. */
+  const past = new Map<string, { key: Uint8Array; heldUntil: number; forgetAt: number }>();
+  /** Of each address that has returned a cookie: how many users, and its bucket of logins. */
+  const addresses = new Map<string, { users: number; logins: Bucket }>();
+  let sweepAt = Infinity;
+
+  // -- cookies: what shows that somebody receives at an address, without our keeping anything
+
+  function cookieOf(endpoint: Endpoint, epoch: number): string {
+    return hex(sipHash(cookieKey, Buffer.from(`${epoch} ${endpoint}`)));
+  }
+
+  function isCookieOf(endpoint: Endpoint, cookie: string, now: number): boolean {
+    const epoch = Math.floor(now / COOKIE_EPOCH_MS);
+    return [epoch, epoch - 1].some((epoch) => cookieOf(endpoint, epoch) === cookie);
+  }
+
+  /** The only answer that a stranger gets; never larger than the question, which MIN_CLIENT_BYTES sees to. */
+  function challenge({ socket, from }: Datagram, asked: Control, known: boolean, now: number): Effect<ServerEvent> {
+    const cookie = cookieOf(from, Math.floor(now / COOKIE_EPOCH_MS));
+    const message = { type: "COOKIE", cookie, key: keys.public, known: Number(known) } as const;
+    return { kind: "send", socket, to: from, data: encode(message, asked) };
+  }
+
+  // -- sessions
+
+  function tell(session: Session, message: ControlBody, to: Address = session.home): Effect<ServerEvent> {
+    const data = encode(message, { id: session.token, counter: ++session.sent, key: session.keys.toClient });
+    return { kind: "send", socket: to.socket, to: to.endpoint, data };
+  }
+
+  function refuse(session: Session, reason: string, about: string, now: number): Effect<ServerEvent>[] {
+    if (!spend(session.errors, ERRORS_PER_SESSION, { now })) return [];
+    return [tell(session, { type: "ERROR", reason, about, seconds: 0 })];
+  }
+
+  function remove(session: Session, reason: "left" | "vanished" | "replaced", now: number): Effect<ServerEvent>[] {
+    sessions.delete(session.token);
+    directory.remove(session.name);
+    addresses.get(prefixOf(session.home.endpoint))!.users--;
+    if (reason !== "replaced") {
+      const held = reason === "vanished" && session.keepName;
+      if (past.size >= MAX_REMEMBERED) past.delete(past.keys().next().value!);
+      past.set(session.name, {
+        key: session.key,
+        heldUntil: held ? now + NAME_HELD_MS : now,
+        forgetAt: now + REMEMBERED_MS,
+      });
+    }
+    return [{ kind: "event", event: { event: "logout", name: session.name, reason } }];
+  }
+
+  function move(session: Session, to: Address): Effect<ServerEvent>[] {
+    if (isIPv6(to.endpoint) !== isIPv6(session.home.endpoint)) {
+      session.other = to;
+      return [];
+    }
+    addresses.get(prefixOf(session.home.endpoint))!.users--;
+    session.home = to;
+    addressOf(to.endpoint, session.heardAt).users++;
+    return [{ kind: "event", event: { event: "moved", name: session.name, public: to.endpoint } }];
+  }
+
+  function addressOf(endpoint: Endpoint, now: number) {
+    const prefix = prefixOf(endpoint);
+    let address = addresses.get(prefix);
+    if (!address) addresses.set(prefix, address = { users: 0, logins: fullBucket(LOGINS_PER_ADDRESS, now) });
+    return address;
+  }
+
+  // -- login
+
+  function login(message: Control & { type: "LOGIN" }, datagram: Datagram, now: number): Effect<ServerEvent>[] {
+    const { socket, from, data } = datagram;
+    if (!isCookieOf(from, message.cookie, now)) return [challenge(datagram, message, false, now)];
+    if (addresses.size >= MAX_ADDRESSES && !addresses.has(prefixOf(from))) return [];
+    const address = addressOf(from, now);
+    if (!spend(address.logins, LOGINS_PER_ADDRESS, { now })) return [];
+    const shared = agree(keys.secret, message.key);
+    if (!shared || !verifies(data, loginKey(shared, message.id))) return [];
+
+    const deny = (reason: string, seconds = 0): Effect<ServerEvent>[] => {
+      const answer = { type: "ERROR", reason, about: message.name, seconds } as const;
+      const seal = { id: message.id, counter: message.counter, key: loginKey(shared, message.id) };
+      return [{ kind: "send", socket, to: from, data: encode(answer, seal) }];
+    };
+    if (userName(message.name) !== message.name) return deny("bad-name");
+    if (password) {
+      const proof = Buffer.from(passwordProof(shared, { password, nonce: message.id }));
+      if (!timingSafeEqual(proof, Buffer.from(message.proof))) return deny("bad-password");
+    }
+    const holder = directory.find(message.name), former = past.get(message.name);
+    const isHers = (key: Uint8Array | undefined) => key !== undefined && hex(key) === hex(message.key);
+    const again = holder && isHers(holder.key);
+    if (again && holder.loginNonce === message.id) return [welcome(holder, message)]; // ours was lost on the way
+    if (holder && !(again && message.counter > holder.clock)) {
+      return deny("name-taken", Math.ceil((holder.heardAt + SILENCE_MS - now) / 1000));
+    }
+    if (!holder && former && former.heldUntil > now && !isHers(former.key)) {
+      return deny("name-taken", Math.ceil((former.heldUntil - now) / 1000));
+    }
+    if (!holder && (directory.size() >= maxUsers || address.users >= maxPerAddress)) return deny("full");
+
+    const replaced = holder ? remove(holder, "replaced", now) : [];
+    const token = hex(random(8));
+    const session: Session = {
+      token,
+      loginNonce: message.id,
+      clock: message.counter,
+      name: message.name,
+      nonce: hex(random(8)),
+      key: message.key,
+      keys: controlKeys(shared, token),
+      window: replayWindow(),
+      sent: message.counter,
+      home: { endpoint: from, socket },
+      other: null,
+      local: message.local,
+      keepName: message.keepName === 1,
+      rttMs: message.rttMs,
+      heardAt: now,
+      calls: fullBucket(CALLS_PER_SESSION, now),
+      pages: fullBucket(PAGES_PER_SESSION, now),
+      relayed: fullBucket(RELAYED_BYTES_PER_SESSION, now),
+      errors: fullBucket(ERRORS_PER_SESSION, now),
+    };
+    sessions.set(token, session);
+    directory.put(session);
+    past.delete(session.name);
+    addressOf(from, now).users++;
+    if (sweepAt === Infinity) sweepAt = now + SWEEP_INTERVAL_MS;
+    return [
+      ...replaced,
+      { kind: "event", event: { event: "login", name: session.name, public: from } },
+      welcome(session, message),
+      ...announce(session),
+    ];
+  }
+
+  function welcome(session: Session, { id, counter }: Control): Effect<ServerEvent> {
+    const { token, nonce, home } = session;
+    const users = page(directory.after("", ""));
+    const message = { type: "WELCOME", token, nonce, public: home.endpoint, total: directory.size(), users } as const;
+    const data = encode(message, { id, counter, key: session.keys.toClient });
+    return { kind: "send", socket: home.socket, to: home.endpoint, data };
+  }
+
+  function announce(session: Session): Effect<ServerEvent>[] {
+    const total = directory.size();
+    if (total > ANNOUNCE_UP_TO) return [];
+    const users = [asUser(session)];
+    return [...directory.all()].filter((other) => other !== session).map((other) =>
+      tell(other, { type: "USERS", asked: 0, page: 0, last: 0, more: 0, total, users })
+    );
+  }
+
+  // -- the list of users
+
+  /** As many of them as fit into one datagram. */
+  function page(entries: Generator<Session>): User[] {
+    const users: User[] = [];
+    for (let room = PAGE_BYTES; room > 0;) {
+      const { value: session, done } = entries.next();
+      if (done) break;
+      room -= userBytes(session);
+      users.push(asUser(session));
+    }
+    return users;
+  }
+
+  function list(session: Session, asked: Control & { type: "GETALLUSER" }, now: number): Effect<ServerEvent>[] {
+    const entries = directory.after(asked.prefix, asked.after);
+    const pages: User[][] = [page(entries)];
+    while (pages.at(-1)!.length > 0 && pages.length < PAGES_PER_ANSWER) pages.push(page(entries));
+    const more = Number(pages.at(-1)!.length > 0);
+    if (!more && pages.length > 1) pages.pop();
+    if (!spend(session.pages, PAGES_PER_SESSION, { cost: pages.length, now })) return refuse(session, "busy", "", now);
+    const total = directory.size(), last = pages.length - 1;
+    return pages.map((users, page) =>
+      tell(session, { type: "USERS", asked: asked.counter, page, last, more, total, users })
+    );
+  }
+
+  // -- introductions and relay
+
+  function introduction(subject: Session, viewer: Session): Introduced {
+    // Both hear of each other at the same instant of ours; the nearer one waits until the other can have heard too.
+    const punchAfterMs = Math.min(MAX_PUNCH_DELAY_MS, Math.max(0, (subject.rttMs - viewer.rttMs) >> 1));
+    const { name, nonce, key } = subject;
+    return { name, nonce, key, candidates: candidatesFor(subject, viewer), punchAfterMs };
+  }
+
+  function relay(session: Session, message: Control & { type: "P2PTRANS" }, now: number): Effect<ServerEvent>[] {
+    const target = directory.find(message.to);
+    if (!target) return refuse(session, past.has(message.to) ? "offline" : "unknown", message.to, now);
+    const cost = message.body.length;
+    if (!spend(session.relayed, RELAYED_BYTES_PER_SESSION, { cost, now })) {
+      return refuse(session, "busy", message.to, now);
+    }
+    const isCurrent = message.nonce === target.nonce; // else it is sealed for a login of old: nobody could open it
+    if (isCurrent && !message.call) {
+      return [tell(target, { type: "RELAYED", from: session.name, nonce: session.nonce, body: message.body })];
+    }
+    if (!spend(session.calls, CALLS_PER_SESSION, { now })) return refuse(session, "busy", message.to, now);
+    const body = isCurrent ? message.body : new Uint8Array(0);
+    return [
+      tell(target, { type: "P2PSOMEONEWANTTOCALLYOU", peer: introduction(session, target), body }),
+      tell(session, { type: "INTRODUCTION", peer: introduction(target, session) }),
+    ];
+  }
+
+  // -- events in, effects out
+
+  function hear(session: Session, message: Control, datagram: Datagram, now: number): Effect<ServerEvent>[] {
+    switch (message.type) {
+      case "LOGOUT":
+        return remove(session, "left", now);
+      case "GETALLUSER":
+        return list(session, message, now);
+      case "P2PTRANS":
+        return relay(session, message, now);
+      case "PUNCHED": {
+        const target = directory.find(message.peer);
+        if (!target || !spend(session.calls, CALLS_PER_SESSION, { now })) return [];
+        return [tell(target, { type: "PUNCHED", peer: session.name })];
+      }
+      case "KEEPALIVE": {
+        const at: Address = { endpoint: datagram.from, socket: datagram.socket };
+        const isKnown = at.endpoint === session.home.endpoint || at.endpoint === session.other?.endpoint;
+        const moved = !isKnown && isCookieOf(at.endpoint, message.cookie, now);
+        session.rttMs = message.rttMs;
+        session.local = message.local;
+        const events = moved ? move(session, at) : [];
+        if (!isKnown && !moved) return [];
+        return [...events, tell(session, { type: "ALIVE", asked: message.counter, public: at.endpoint }, at)];
+      }
+      default:
+        return [];
+    }
+  }
+
+  return {
+    opened: () => [],
+    receive(datagram, now) {
+      const message = decode(datagram.data);
+      if (!message) return [];
+      if (message.type === "LOGIN") return login(message, datagram, now);
+      const session = sessions.get(message.id);
+      if (!session) return datagram.data.length < MIN_CLIENT_BYTES ? [] : [challenge(datagram, message, false, now)];
+      if (!verifies(datagram.data, session.keys.toServer) || !isFresh(session.window, message.counter)) return [];
+      session.heardAt = now;
+      const effects = hear(session, message, datagram, now);
+      const isKnown = [session.home.endpoint, session.other?.endpoint].includes(datagram.from);
+      if (!isKnown && sessions.has(session.token)) effects.push(challenge(datagram, message, true, now));
+      return effects;
+    },
+    wake(now) {
+      if (now < sweepAt) return [];
+      sweepAt = now + SWEEP_INTERVAL_MS;
+      for (const [name, { forgetAt }] of past) if (forgetAt <= now) past.delete(name);
+      for (const [prefix, { users, logins }] of addresses) {
+        const idle = now - logins.at > LOGINS_PER_ADDRESS.burst / LOGINS_PER_ADDRESS.perSecond * 1000;
+        if (users === 0 && idle) addresses.delete(prefix);
+      }
+      const vanished = [...directory.all()].filter(({ heardAt }) => now - heardAt >= SILENCE_MS);
+      const effects = vanished.flatMap((session) => remove(session, "vanished", now));
+      if (sessions.size + past.size + addresses.size === 0) sweepAt = Infinity;
+      return effects;
+    },
+    wakeAt: () => sweepAt,
+    stop: () => [...directory.all()].map((session) => tell(session, { type: "LOGOUT" })),
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- command line
+
+const USAGE = `The rendezvous server of Punch.
+
+  deno run --allow-net server.ts [options]
+  bun server.ts [options]
+
+  --port N             UDP port (default ${DEFAULT_PORT})
+  --host A             address to listen on (default ::, which is IPv4 too)
+  --alt-port N         second UDP port (default the next one)
+  --alt-host A         second address of this host
+  --password-file F    nobody logs in without knowing what is in F (or in PUNCH_PASSWORD)
+  --max-users N        most users at a time (default ${MAX_USERS})
+  --max-per-address N  most users at a time from one /24 or IPv6 /48 (default ${MAX_PER_ADDRESS})
+  --json               one JSON object a line on stdout
+  --trace              every datagram on stderr
+  --quiet              only errors
+`;
+
+async function main(): Promise<void> {
+  const { parseArgs } = await import("deno-std@1.4.0/cli/parse_args.js");
+  const unknown: string[] = [];
+  const args = parseArgs(process.argv.slice(2), {
+    string: ["port", "host", "alt-port", "alt-host", "password-file", "max-users", "max-per-address"],
+    boolean: ["json", "trace", "quiet", "help"],
+    unknown: (arg: string) => unknown.push(arg) < 0,
+  });
+  if (args.help) return void process.stdout.write(USAGE);
+  const number = (name: "port" | "alt-port" | "max-users" | "max-per-address", most: number, otherwise: number) => {
+    const value = args[name] === undefined ? otherwise : Number(args[name] || NaN);
+    if (Number.isInteger(value) && value >= 0 && value <= most) return value;
+    throw new UsageError(`--${name} wants a number of 0 to ${most}, not "${args[name]}"`);
+  };
+  if (unknown.length > 0) throw new UsageError(`Unknown argument "${unknown[0]}"`);
+  const port = number("port", 65535, DEFAULT_PORT);
+  const altPort = number("alt-port", 65535, port === 0 ? 0 : port + 1);
+  const maxUsers = number("max-users", 1e7, MAX_USERS);
+  const maxPerAddress = number("max-per-address", 1e7, MAX_PER_ADDRESS);
+  const host = args.host ?? "::";
+  const password = secretKey({ file: args["password-file"], variable: "PUNCH_PASSWORD", label: "password" });
+
+  const lines = fullBucket(LOG_LINES, clock());
+  const say = (event: ServerEvent) => {
+    if (event.event !== "listening" && !spend(lines, LOG_LINES, { now: clock() })) return;
+    if (args.json) console.log(JSON.stringify(event));
+    else if (!args.quiet) console.error(inWords(event));
+  };
+  const server = createServer({
+    keys: generateKeys(),
+    random: (length) => Uint8Array.from(randomBytes(length)),
+    password,
+    maxUsers,
+    maxPerAddress,
+  });
+  const onDatagram = args.trace ? createTrace() : undefined;
+  const run = (host: string) => {
+    const sockets = [{ host, port }, { host, port: altPort }];
+    if (args["alt-host"]) sockets.push({ host: args["alt-host"], port }, { host: args["alt-host"], port: altPort });
+    return listen(server, { sockets, onEvent: say, onDatagram });
+  };
+  const running = await run(host).catch((error) => {
+    if (args.host !== undefined || isInUse(error)) throw bindError(error, port);
+    return run("0.0.0.0").catch((error) => { // no IPv6 on this host
+      throw bindError(error, port);
+    });
+  });
+  say({ event: "listening", address: host, port: running.ports[0]!, altPort: running.ports[1]! });
+  const stop = () => {
+    running.perform(server.stop());
+    setTimeout(() => {
+      running.close();
+      process.exit(0);
+    }, GOODBYE_MS);
+  };
+  for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, stop);
+}
+
+/** Long enough for the last datagrams to leave. */
+const GOODBYE_MS = 50;
+
+function inWords(event: ServerEvent): string {
+  if (event.event === "listening") {
+    const port = event.port === DEFAULT_PORT ? "" : `:${event.port}`;
+    return `Listening on UDP port ${event.port} of ${event.address}. The others type:\n` +
+      `  deno task client <address of this host>${port} <name>`;
+  }
+  if (event.event === "logout") return `${event.name} is gone (${event.reason})`;
+  return event.event === "login"
+    ? `${event.name} is here, at ${event.public}`
+    : `${event.name} is now at ${event.public}`;
+}
+
+if (import.meta.main) await main().catch(exitWith);
