@@ -17,24 +17,38 @@
  *
  * @module
  */
+import { randomBytes } from "node:crypto";
+import { lookup } from "node:dns/promises";
+import { readFileSync, statSync, writeFileSync } from "node:fs";
+import { networkInterfaces } from "node:os";
+import process from "node:process";
+import { clearLine, createInterface, cursorTo } from "node:readline";
 import {
   agree,
+  bindError,
   type Bucket,
+  clock,
   concat,
   type Control,
   type ControlBody,
   controlKeys,
+  createTrace,
   type Datagram,
   decode,
   decodeHandshake,
   decodeInner,
+  DEFAULT_PORT,
   type Effect,
   encode,
   encodeHandshake,
   encodeInner,
   type Endpoint,
+  environment,
+  exitWith,
+  Failure,
   formatEndpoint,
   fullBucket,
+  generateKeys,
   type Handshake,
   hex,
   hostOf,
@@ -42,8 +56,11 @@ import {
   type Initiation,
   type Introduced,
   isFresh,
+  isInUse,
   isIPv6,
   type KeyPair,
+  keysFrom,
+  listen,
   loginKey,
   type Machine,
   MAX_CANDIDATES,
@@ -60,7 +77,10 @@ import {
   safetyCode,
   scopeOf,
   sealPeer,
+  secretWords,
   spend,
+  stretch,
+  UsageError,
   type User,
   userName,
   verifies,
@@ -1516,3 +1536,320 @@ export function createClient(options: ClientOptions): Client {
 }
 
 const round = (ms: number) => Math.round(ms * 10) / 10;
+
+// ---------------------------------------------------------------------------------------------------- command line
+
+const HELP = `Commands, one a line:
+  send NAME MESSAGE   send a message
+  getu [PREFIX]       list the users, with their public endpoints
+  path [NAME]         which way messages take
+  ping NAME [COUNT]   measure the round trip
+  verify NAME         a code to compare with the other side, aloud
+  sleep SECONDS       wait (in scripts)
+  help, exit
+`;
+
+const USAGE = `Talks to other users of a Punch server, directly wherever a hole can be punched.
+
+  deno task client [SERVER[:PORT]] [NAME] [options]
+  bun client.ts [SERVER[:PORT]] [NAME] [options]
+
+  --port N            local UDP port (default any)
+  --secret-file F     what you and your colleague alone know (or PUNCH_SECRET); "-" asks for it
+  --new-secret        print a new secret and end
+  --password-file F   the password of the server (or PUNCH_PASSWORD); "-" asks for it
+  --identity F        keep the key in F: the name is held, and colleagues recognise the key
+  --no-direct         never punch, stay on the relay
+  --json              one JSON object a line on stdout
+  --trace             every datagram on stderr
+
+${HELP}`;
+
+/** Interfaces of containers, virtual machines and tunnels: nobody at the other end can come in through them. */
+const DEAD_END_INTERFACES = /^(docker|veth|br-|virbr|tun|wg)/;
+const INTERFACES_CHECK_MS = 5_000;
+const GOODBYE_MS = 50;
+/** 20 letters of an alphabet of 32 without look-alikes: 100 bits. */
+const SECRET_LETTERS = "abcdefghijkmnpqrstuvwxyz23456789", SECRET_LENGTH = 20, SHORT_SECRET = 16;
+
+/** IP addresses of this host that a colleague on the same site may reach. */
+function localAddresses(): string[] {
+  try {
+    const all = Object.entries(networkInterfaces()).flatMap(([name, entries]) =>
+      (entries ?? []).map(({ address }) => ({ name, address }))
+    ).filter(({ address }) => scopeOf(address) === "private");
+    const alive = all.filter(({ name }) => !DEAD_END_INTERFACES.test(name));
+    return (alive.length > 0 ? alive : all).map(({ address }) => address).slice(0, MAX_CANDIDATES);
+  } catch {
+    return []; // Deno without --allow-sys=networkInterfaces: then without a path over the LAN
+  }
+}
+
+/** The server's endpoints, at most one in each IP version. */
+async function resolve(server: string): Promise<Endpoint[]> {
+  const match = /^(?:\[([^\]]+)\]|([^:]*)|(.*:.*:.*))(?::(\d+))?$/.exec(server);
+  const host = match?.[1] ?? match?.[2] ?? match?.[3], port = Number(match?.[4] ?? DEFAULT_PORT);
+  if (!host || port < 1 || port > 65535) throw new UsageError(`"${server}" is not a server: SERVER or SERVER:PORT`);
+  try {
+    const found = await lookup(host, { all: true });
+    const endpoints = [4, 6].flatMap((family) => found.filter((entry) => entry.family === family).slice(0, 1))
+      .map(({ address }) => formatEndpoint(address, port));
+    if (endpoints.length > 0) return endpoints;
+  } catch { /* the same as nothing found */ }
+  throw new Failure(`Cannot find the server "${host}": check the name, or give its IP address`);
+}
+
+/** The keys in a file, made now if there is no such file. */
+function identity(file: string): KeyPair {
+  try {
+    const keys = generateKeys();
+    writeFileSync(file, hex(keys.secret) + "\n", { mode: 0o600, flag: "wx" });
+    return keys;
+  } catch (error) {
+    const { code, message } = error as { code?: string; message: string };
+    if (code !== "EEXIST") throw new Failure(`Cannot create the identity "${file}": ${message}`);
+  }
+  try {
+    if (process.platform !== "win32" && (statSync(file).mode & 0o077) !== 0) {
+      throw new Failure(`Others can read the identity "${file}": chmod 600 ${file}`);
+    }
+    const digits = readFileSync(file, "utf8").trim();
+    if (/^[0-9a-f]{64}$/.test(digits)) return keysFrom(Uint8Array.from(Buffer.from(digits, "hex")));
+  } catch (error) {
+    throw error instanceof Failure
+      ? error
+      : new Failure(`Cannot read the identity "${file}": ${(error as Error).message}`);
+  }
+  throw new Failure(`"${file}" is not an identity: 64 hex digits; name another file, and it will be created`);
+}
+
+function newSecret(): string {
+  const letters = [...randomBytes(SECRET_LENGTH)].map((byte) => SECRET_LETTERS[byte % 32]!);
+  return letters.join("").replace(/(.{4})(?!$)/g, "$1-");
+}
+
+/** Columns that a text takes on a terminal: two for East Asian wide characters and emoji, none for marks. */
+function columns(text: string): number {
+  const wide =
+    /[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6]|\p{Emoji_Presentation}|[\u{20000}-\u{3fffd}]/u;
+  return [...text].reduce((sum, letter) => sum + (/\p{M}/u.test(letter) ? 0 : wide.test(letter) ? 2 : 1), 0);
+}
+
+/** What others wrote must not move the cursor. */
+const harmless = (text: string) => text.replace(/(?!\t)\p{Cc}/gu, "\ufffd");
+
+/** How an event is told to people, and whether it is an answer (stdout) or about the state of things (stderr). */
+function inWords(event: ClientEvent): { text: string; answer: boolean } {
+  const answer = (text: string) => ({ text, answer: true }), status = (text: string) => ({ text, answer: false });
+  switch (event.event) {
+    case "login":
+      return status(
+        `You are "${event.name}", seen at ${event.public}; ${event.users} here. A colleague joins with:\n` +
+          `  deno task client ${event.server} <name>`,
+      );
+    case "users": {
+      const width = Math.max(0, ...event.users.map(({ name }) => columns(name)));
+      const lines = event.users.map((user) =>
+        `  ${user.name}${" ".repeat(width - columns(user.name))}  ${user.public}`
+      );
+      return answer([`${event.users.length} users:`, ...lines].join("\n"));
+    }
+    case "message":
+      return answer(`${event.from}: ${harmless(event.text)}  (${event.path})`);
+    case "sent":
+      return answer(
+        event.ok
+          ? `Send OK! (to ${event.to}, ${event.path}, ${event.ms} ms)`
+          : `Send Failure! (to ${event.to}: ${FAILURES[event.reason]})`,
+      );
+    case "path":
+      return answer(
+        `The path to ${event.peer} is ${event.path === "relay" ? "over the server" : event.path}, ${event.address}` +
+          (event.rttMs === null ? "" : `, round trip ${event.rttMs} ms`),
+      );
+    case "ping":
+      return answer(
+        event.rttMs === null
+          ? `No answer from ${event.peer} (${event.path}), ${event.lost} lost`
+          : `${event.peer} answers in ${event.rttMs} ms (${event.path})`,
+      );
+    case "verify":
+      return answer(`Read this to ${event.peer}, who must see the same: ${event.code}`);
+    case "error":
+      return status(event.message);
+    case "reconnecting":
+      return status(`Connecting anew: ${event.reason}. Direct conversations go on`);
+    case "reconnected":
+      return status("Connected again");
+    case "logout":
+      return status("Logged out");
+  }
+}
+
+const FAILURES: Record<Reason, string> = {
+  unknown: "there is no such user",
+  offline: "has left",
+  timeout: "no answer in 15 s",
+  empty: "an empty message",
+  "too-long": `over ${MAX_MESSAGE_BYTES} bytes`,
+  untrusted: "the key or the secret is another one; see verify and --secret-file",
+};
+
+/** A line as a command; a text says what is wrong with it, null that there is nothing to do. */
+export function parseCommand(line: string): Command | { command: "sleep"; seconds: number } | "help" | Error | null {
+  const [, verb = "", rest = ""] = /^\s*(\S*)\s?(.*)$/s.exec(line)!;
+  const words = rest.trim().split(/\s+/).filter((word) => word !== "");
+  const [peer] = words;
+  switch (verb) {
+    case "":
+      return null;
+    case "send": {
+      const [, to, text = ""] = /^\s*(\S*)\s?(.*)$/s.exec(rest)!;
+      return to ? { command: "send", to, text } : new UsageError("Usage: send NAME MESSAGE");
+    }
+    case "getu":
+      return { command: "getu", prefix: peer ?? "" };
+    case "path":
+      return { command: "path", peer: peer ?? null };
+    case "ping": {
+      const count = Number(words[1] ?? 3);
+      if (peer && Number.isInteger(count) && count > 0 && count <= 1000) return { command: "ping", peer, count };
+      return new UsageError("Usage: ping NAME [COUNT], COUNT of 1 to 1000");
+    }
+    case "verify":
+      return peer ? { command: "verify", peer } : new UsageError("Usage: verify NAME");
+    case "sleep":
+      return Number(peer) >= 0 ? { command: "sleep", seconds: Number(peer) } : new UsageError("Usage: sleep SECONDS");
+    case "exit":
+      return { command: "exit" };
+    case "help":
+      return "help";
+    default:
+      return new UsageError(`Unknown command "${verb}": try help`);
+  }
+}
+
+async function main(): Promise<void> {
+  const { parseArgs } = await import("deno-std@1.4.0/cli/parse_args.js");
+  const unknown: string[] = [];
+  const args = parseArgs(process.argv.slice(2), {
+    string: ["port", "secret-file", "password-file", "identity", "_"],
+    boolean: ["new-secret", "direct", "json", "trace", "help"],
+    default: { direct: true },
+    negatable: ["direct"],
+    unknown: (arg: string) => arg.startsWith("-") ? unknown.push(arg) < 0 : true,
+  });
+  if (args.help) return void process.stdout.write(USAGE);
+  if (args["new-secret"]) return console.log(newSecret());
+  const port = Number(args.port ?? 0);
+  if (unknown.length > 0) throw new UsageError(`Unknown argument "${unknown[0]}"`);
+  if (!Number.isInteger(port) || port < 0 || port > 65535) throw new UsageError(`"${args.port}" is not a port`);
+  if (args._.length > 2) throw new UsageError(`Too many arguments: "${args._[2]}"`);
+
+  const isTerminal = process.stdin.isTTY === true;
+  const screen = createInterface({ input: process.stdin, output: process.stdout, terminal: isTerminal, prompt: "> " });
+  const lines = screen[Symbol.asyncIterator]();
+  const ask = async (what: string, given: unknown): Promise<string> => {
+    if (given !== undefined) return String(given);
+    if (!isTerminal) throw new UsageError(`The ${what} is missing`);
+    process.stdout.write(`${what}: `);
+    const { value, done } = await lines.next();
+    if (done) process.exit(1);
+    return value.trim() || ask(what, given);
+  };
+  const servers = await resolve(await ask("server", args._[0]));
+  const wanted = await ask("name", args._[1]);
+  const name = userName(wanted);
+  if (name === null) throw new UsageError(`"${wanted}" is not a name: 1 to 32 bytes without blanks`);
+  const secret = secretWords({ file: args["secret-file"], variable: "PUNCH_SECRET", label: "secret" });
+  if (secret !== undefined && secret.length < SHORT_SECRET) {
+    console.error(`The secret is short, somebody may guess it: better take one from --new-secret`);
+  }
+  const password = secretWords({ file: args["password-file"], variable: "PUNCH_PASSWORD", label: "password" });
+
+  const client = createClient({
+    name,
+    keys: args.identity === undefined ? generateKeys() : identity(args.identity),
+    servers,
+    random: (length) => Uint8Array.from(randomBytes(length)),
+    generateKeys,
+    psk: stretch(secret, "secret"),
+    password: stretch(password, "password"),
+    keepName: args.identity !== undefined,
+    direct: args.direct,
+    patient: isTerminal,
+  });
+
+  let failed = false, ended = false;
+  let onEvent: (event: ClientEvent) => void = () => {};
+  const say = (event: ClientEvent) => {
+    if (args.json) console.log(JSON.stringify(event));
+    else show(inWords(event));
+    onEvent(event);
+    if ((event.event === "sent" && !event.ok) || event.event === "error") failed = true;
+    if (event.event === "error" && event.fatal) end(1);
+  };
+  const show = ({ text, answer }: { text: string; answer: boolean }) => {
+    const colour = isTerminal && !environment("NO_COLOR") && !answer;
+    if (isTerminal) {
+      cursorTo(process.stdout, 0);
+      clearLine(process.stdout, 0);
+    }
+    (answer ? process.stdout : process.stderr).write((colour ? `\x1b[2m${text}\x1b[0m` : text) + "\n");
+    if (isTerminal && !ended) screen.prompt(true);
+  };
+  const trace = args.trace ? createTrace() : undefined;
+  client.interfaces(localAddresses(), clock());
+  const run = (host: string) => listen(client, { sockets: [{ host, port }], onEvent: say, onDatagram: trace });
+  const running = await run("::").catch((error) => {
+    if (isInUse(error)) throw bindError(error, port);
+    return run("0.0.0.0").catch((error) => { // no IPv6 on this host
+      throw bindError(error, port);
+    });
+  });
+  const perform = (command: Command) => running.perform(client.command(command, clock()));
+  setInterval(() => running.perform(client.interfaces(localAddresses(), clock())), INTERFACES_CHECK_MS);
+
+  function end(code: number): void {
+    if (ended) return;
+    ended = true;
+    perform({ command: "exit" });
+    setTimeout(() => process.exit(code), GOODBYE_MS);
+  }
+  for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, () => end(130));
+  screen.on("SIGINT", () => end(130));
+
+  /** Does it, and waits for what comes of it. */
+  const outcome = (command: Command) =>
+    new Promise<void>((resolve) => {
+      let left = command.command === "ping" ? command.count : 1;
+      onEvent = (event) => {
+        const wanted = { send: "sent", getu: "users", ping: "ping", verify: "verify", path: "path", exit: "logout" };
+        if (event.event === wanted[command.command] ? --left <= 0 : event.event === "error") resolve();
+      };
+      perform(command);
+      if (command.command === "path") resolve();
+    });
+
+  await new Promise<void>((resolve) => {
+    onEvent = (event) => event.event === "login" && resolve();
+  });
+  perform({ command: "getu", prefix: "" });
+  if (isTerminal) screen.prompt();
+  for await (const line of { [Symbol.asyncIterator]: () => lines }) {
+    const command = parseCommand(line);
+    trace?.restart();
+    if (command === null) continue;
+    else if (command instanceof Error) {
+      say({ event: "error", code: "usage", message: command.message });
+    } else if (command === "help") show({ text: HELP, answer: true });
+    else if (command.command === "sleep") await new Promise((done) => setTimeout(done, command.seconds * 1000));
+    else if (command.command === "exit") break;
+    else if (isTerminal) perform(command);
+    else await outcome(command);
+    if (isTerminal) screen.prompt();
+  }
+  end(failed && !isTerminal ? 1 : 0);
+}
+
+if (import.meta.main) await main().catch(exitWith);

@@ -1267,31 +1267,28 @@ export function environment(name: string): string | undefined {
 }
 
 /**
- * The 32-byte key of words that people know, from a file or else from the environment; undefined if there are none.
- * scrypt makes each guess cost a tenth of a second.
+ * Words that people know and nobody else: from a file or else from the environment; undefined if there are none.
  *
  * @throws {Failure} if the file cannot be read or is empty
  */
-export function secretKey(
+export function secretWords(
   source: { file?: string | undefined; variable: string; label: "secret" | "password" },
-): Uint8Array | undefined {
-  let words = environment(source.variable);
-  if (source.file !== undefined) {
-    try {
-      words = readFileSync(source.file, "utf8");
-    } catch (error) {
-      throw new Failure(`Cannot read the ${source.label} file "${source.file}": ${(error as Error).message}`);
-    }
-    if (words.trim() === "") throw new Failure(`The ${source.label} file "${source.file}" is empty`);
+): string | undefined {
+  if (source.file === undefined) return environment(source.variable)?.trim() || undefined;
+  let words: string;
+  try {
+    words = readFileSync(source.file, "utf8").trim();
+  } catch (error) {
+    throw new Failure(`Cannot read the ${source.label} file "${source.file}": ${(error as Error).message}`);
   }
-  return words === undefined || words.trim() === "" ? undefined : stretch(words, source.label);
+  if (words === "") throw new Failure(`The ${source.label} file "${source.file}" is empty`);
+  return words;
 }
 
-/** scrypt (RFC 7914) of some words, blanks around them left out: 32 bytes. */
-export function stretch(words: string, label: "secret" | "password"): Uint8Array {
-  return Uint8Array.from(
-    scryptSync(words.trim().normalize("NFC"), `punch ${label}`, 32, { N: 2 ** 15, maxmem: 2 ** 26 }),
-  );
+/** The 32-byte key of such words, by scrypt (RFC 7914): each guess costs a tenth of a second. */
+export function stretch(words: string | undefined, label: "secret" | "password"): Uint8Array | undefined {
+  if (words === undefined) return undefined;
+  return Uint8Array.from(scryptSync(words.normalize("NFC"), `punch ${label}`, 32, { N: 2 ** 15, maxmem: 2 ** 26 }));
 }
 
 /** Writes every datagram to stderr, in words, with the time since the last `restart`. */

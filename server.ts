@@ -54,9 +54,10 @@ import {
   type ReplayWindow,
   replayWindow,
   scopeOf,
-  secretKey,
+  secretWords,
   sipHash,
   spend,
+  stretch,
   UsageError,
   type User,
   userName,
@@ -542,7 +543,7 @@ async function main(): Promise<void> {
   const maxUsers = number("max-users", 1e7, MAX_USERS);
   const maxPerAddress = number("max-per-address", 1e7, MAX_PER_ADDRESS);
   const host = args.host ?? "::";
-  const password = secretKey({ file: args["password-file"], variable: "PUNCH_PASSWORD", label: "password" });
+  const password = secretWords({ file: args["password-file"], variable: "PUNCH_PASSWORD", label: "password" });
 
   const lines = fullBucket(LOG_LINES, clock());
   const say = (event: ServerEvent) => {
@@ -553,7 +554,7 @@ async function main(): Promise<void> {
   const server = createServer({
     keys: generateKeys(),
     random: (length) => Uint8Array.from(randomBytes(length)),
-    password,
+    password: stretch(password, "password"),
     maxUsers,
     maxPerAddress,
   });
