@@ -101,8 +101,8 @@ const KEEPALIVE_MS = 20_000;
 const RELAY_KEEPALIVE_MS = 2_000;
 /** Keepalives of several clients, or several paths, must not fall into step. */
 const SPREAD = 0.2;
-/** So many keepalives in a row unanswered: the server is gone. At 5 % loss that is chance once in 10 million times. */
-const KEEPALIVE_TRIES = 7;
+/** So many keepalives in a row unanswered: the server is gone. At 30 % loss that is chance once in a thousand times. */
+const KEEPALIVE_TRIES = 10;
 const LIST_RETRY_MS = 500, LIST_TRIES = 8;
 /** Answers to cookies without anything between that shows progress; more would be a loop. */
 const MAX_CHALLENGES = 5;
@@ -137,6 +137,10 @@ const QUICKER_FACTOR = 0.9, QUICKER_MS = 5;
 const RTO_FIRST_MS = 400, RTO_MIN_MS = 200, RTO_MAX_MS = 2_000, RTO_GROWTH = 1.5;
 /** Nothing acknowledged for so long: Send Failure! */
 const GIVE_UP_MS = 15_000;
+/** The oldest part is sent again in as many copies as it has been tried, up to this. */
+const MAX_COPIES = 4;
+/** Sent so much before a part that has been acknowledged: lost (a fraction of SRTT, as in RACK, RFC 8985). */
+const REORDERING = 0.25;
 /** Parts on their way at a time: at first, at least, at most. Twice the most fits into one acknowledgement. */
 const WINDOW_FIRST = 16, WINDOW_MIN = 4, WINDOW_MAX = 64;
 /** The clock has jumped, as on a laptop that slept: nothing that fell due meanwhile has failed for that. */
@@ -904,6 +908,7 @@ export function createClient(options: ClientOptions): Client {
     // What we sent was for another login, or empty: the peer could do nothing with it, so it does not punch yet.
     if (isCurrent && (c.opening?.handshake || sealing(c))) startPunching(c, now);
     else if (isNeeded(c)) resendAll(c, now);
+    resendLate(c, now);
   }
 
   function onCall(peer: Introduced, body: Uint8Array, now: number): void {
@@ -914,6 +919,7 @@ export function createClient(options: ClientOptions): Client {
     c.lastError = null;
     if (body.length > 0) onPeerDatagram(body, null, now, c);
     if (c.opening?.handshake || sealing(c)) startPunching(c, now);
+    resendLate(c, now);
   }
 
   function startPunching(c: Conversation, now: number): void {
@@ -925,13 +931,13 @@ export function createClient(options: ClientOptions): Client {
 
   function wakePunching(c: Conversation, now: number): void {
     while (c.punching && now >= c.punching.from + PUNCH_AT_MS[c.punching.step]!) {
+      const best = c.best?.state === "good" ? c.best : null;
       const wanted = c.peer!.candidates.filter((endpoint) =>
-        usable(endpoint, session?.public ?? endpoint) &&
-        (!c.best || (kindOf(endpoint) === "lan" && c.best.kind !== "lan"))
+        usable(endpoint, session?.public ?? endpoint) && (!best || (kindOf(endpoint) === "lan" && best.kind !== "lan"))
       );
       for (const endpoint of wanted) {
         const path = pathTo(c, { socket: 0, from: endpoint }, now);
-        if (path && path.state === "trying") probe(c, path, now);
+        if (path && path.state !== "good") probe(c, path, now);
       }
       if (!c.punching.reported && session) tell({ type: "PUNCHED", peer: c.name });
       c.punching.reported = true;
@@ -1141,7 +1147,9 @@ export function createClient(options: ClientOptions): Client {
   function sendPart(c: Conversation, part: Part, now: number): void {
     const again = part.tries > 0;
     const over = again && c.best ? [c.best, null] : routes(c);
-    if (!transmit(c, asMessage(c, part), over, true)) return;
+    // The one that all others wait for: where so much is lost, copies are what gets it through.
+    const copies = part === c.parts[0] ? Math.min(MAX_COPIES, Math.max(1, part.tries)) : 1;
+    for (let i = 0; i < copies; i++) if (!transmit(c, asMessage(c, part), over, true)) return;
     const estimator = c.best?.rtt ?? c.relayRtt;
     mark(part, { now, over: c.best, dueAt: now + timeout(estimator, part.tries + 1) });
     if (c.best) c.best.waitingSince = Math.min(c.best.waitingSince, now);
@@ -1170,6 +1178,15 @@ export function createClient(options: ClientOptions): Client {
   /** Whether anything waits for a session with the peer. */
   const isNeeded = (c: Conversation) => c.parts.length > 0 || c.ping !== null || c.ackDue;
 
+  /** The peer can be reached, says the server: no need to wait out a time-out that has grown. */
+  function resendLate(c: Conversation, now: number): void {
+    const before = now - timeout(c.relayRtt, 1);
+    for (const part of c.parts) {
+      if (part.dueAt !== Infinity && part.sentAt <= before) part.dueAt = Math.min(part.dueAt, now);
+    }
+    pump(c, now);
+  }
+
   function resendAll(c: Conversation, now: number): void {
     for (const part of c.parts) if (part.dueAt !== Infinity) part.dueAt = Math.min(part.dueAt, now);
     if (!sealing(c) && c.opening) sendOpening(c, now);
@@ -1188,6 +1205,9 @@ export function createClient(options: ClientOptions): Client {
     c.lastError = null;
     c.window = Math.min(WINDOW_MAX, c.window + acknowledged.length / 4);
     c.parts = c.parts.filter((part) => !acknowledged.includes(part));
+    const margin = REORDERING * ((path ? path.rtt : c.relayRtt).srtt ?? RTO_FIRST_MS);
+    const newest = Math.max(...acknowledged.map(({ sentAt }) => sentAt)) - margin;
+    for (const part of c.parts) if (part.tries > 0 && part.sentAt < newest) part.dueAt = Math.min(part.dueAt, now);
     for (const { seq, left, tries, sentAt, over, message } of acknowledged) {
       if (tries === 1 && over === (path ?? null)) sample(over?.rtt ?? c.relayRtt, now - sentAt); // Karn's algorithm
       if (left === 0) message.path = stateOf(ack.states, seq - ack.from) ?? over?.kind ?? "relay";

@@ -89,7 +89,7 @@ export function join(world: World, name: string, options: PlayerOptions = {}): P
   const nat = typeof kind === "string"
     ? world.net.nat({ name: `nat of ${name}`, address: `203.${high % 200}.113.${low}`, delayMs, ...NATS[kind]! })
     : kind;
-  const inside = address ?? (nat ? `192.168.${low}.10` : `198.51.${high % 200}.${low}`);
+  const inside = address ?? given?.addresses[0] ?? (nat ? `192.168.${low}.10` : `198.51.${high % 200}.${low}`);
   const host = given ??
     world.net.host({
       name,

@@ -1,0 +1,500 @@
+/**
+ * Server and clients in the simulated internet, under virtual time: what DESIGN promises about a conversation.
+ *
+ * @module
+ */
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { linux, NATS, random } from "./network.ts";
+import { createWorld, D, DELAY_MS, join, login, type Player, R, type World } from "./scenario.ts";
+
+const HOP = R / 2 + R / 2 - 0; // client to server to client, all equally far away
+
+/** Alice and bob, logged in and at rest. */
+function pair(world: World, one: Parameters<typeof join>[2], other: Parameters<typeof join>[2]): [Player, Player] {
+  const alice = join(world, "alice", one), bob = join(world, "bob", other);
+  login(world, alice, bob);
+  world.net.run(1_000);
+  return [alice, bob];
+}
+
+const texts = (player: Player, from?: string) =>
+  player.events("message").filter((message) => !from || message.from === from).map(({ text }) => text);
+const numbered = (count: number, what = "m") => Array.from({ length: count }, (_, i) => `${what} ${i}`);
+
+// ---------------------------------------------------------------------------------------------------- NAT x NAT
+
+const KINDS = ["public", "EIM+EIF preserving", "EIM+ADF random", "EIM+APDF random", "APDM+APDF random"];
+/** A plain punch passes unless a symmetric NAT meets one that filters by port. */
+const passes = (one: string, other: string) =>
+  ![one, other].some((kind) => kind.startsWith("APDM")) ||
+  [one, other].some((kind) => kind === "public" || kind.startsWith("EIM+EIF") || kind.startsWith("EIM+ADF"));
+
+for (const one of KINDS) {
+  for (const other of KINDS) {
+    test(`${one} x ${other}: ${passes(one, other) ? "direct" : "over the relay"}, and the message after one hop`, () => {
+      const world = createWorld();
+      const [alice, bob] = pair(world, { nat: one === "public" ? null : one }, {
+        nat: other === "public" ? null : other,
+      });
+      const start = world.net.now();
+      alice.send("bob", "hi");
+      world.net.run(6_000);
+      const message = bob.events("message")[0]!;
+      assert.equal(message.at - start, HOP);
+      assert.equal(message.path, "relay");
+      for (const player of [alice, bob]) assert.equal(player.path(), passes(one, other) ? "direct" : "relay");
+      if (passes(one, other)) {
+        // Of a symmetric NAT the other side learns the port from its first packet: D/2 later than from the server.
+        const limit = R + D + (one.startsWith("APDM") || other.startsWith("APDM") ? D : 0);
+        for (const player of [alice, bob]) assert.ok(player.events("path")[0]!.at - start <= limit);
+      }
+      bob.send("alice", "ho");
+      world.net.run(1_000);
+      assert.deepEqual(texts(alice), ["ho"]);
+      assert.equal(alice.events("message")[0]!.path, passes(one, other) ? "direct" : "relay");
+    });
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- what it costs
+
+test("login takes 2 R, the first message one hop, the direct path R + D, the next message D/2", () => {
+  const world = createWorld();
+  const start = world.net.now();
+  const alice = join(world, "alice", { nat: "EIM+APDF random" }), bob = join(world, "bob", { nat: "EIM+APDF random" });
+  login(world, alice, bob);
+  assert.equal(world.net.now() - start, 2 * R);
+  world.net.run(500);
+  const called = world.net.now();
+  alice.send("bob", "one");
+  world.net.run(1_000);
+  assert.equal(bob.events("message")[0]!.at - called, HOP);
+  for (const player of [alice, bob]) {
+    const path = player.events("path");
+    assert.equal(path.length, 1);
+    assert.equal(path[0]!.at - called, R + D);
+    assert.equal(path[0]!.rttMs, D);
+  }
+  const next = world.net.now();
+  alice.send("bob", "two");
+  world.net.run(1_000);
+  assert.equal(bob.events("message")[1]!.at - next, D / 2);
+  assert.deepEqual(alice.events("sent").map(({ path, ms }) => [path, ms]), [["relay", 2 * R], ["direct", D]]);
+});
+
+test("a sender that has never seen the receiver in a list pays one R more", () => {
+  const world = createWorld();
+  const crowd = Array.from({ length: 30 }, (_, i) => join(world, `m${i}`));
+  login(world, ...crowd);
+  const alice = join(world, "alice", { nat: "EIM+APDF random" });
+  login(world, alice);
+  const zoe = join(world, "zoe", { nat: "EIM+APDF random" });
+  login(world, zoe);
+  world.net.run(1_000);
+  const start = world.net.now();
+  alice.send("zoe", "hi");
+  world.net.run(2_000);
+  assert.equal(zoe.events("message")[0]!.at - start, R + HOP);
+  assert.equal(alice.path(), "direct");
+});
+
+test("the nearer peer waits, so that both punches cross in flight: even through Linux with an open INPUT chain", () => {
+  for (const [near, far] of [[5, 60], [60, 5], [1, 140]] as const) {
+    const world = createWorld();
+    const place = (name: string, delayMs: number) =>
+      world.net.nat({ name, address: `203.0.113.${delayMs}`, delayMs, ...linux("accept") });
+    const [alice, bob] = pair(world, { nat: place("a", near) }, { nat: place("b", far) });
+    alice.send("bob", "hi");
+    world.net.run(1_400);
+    assert.equal(alice.path(), "direct");
+    assert.equal(bob.path(), "direct");
+  }
+});
+
+// ---------------------------------------------------------------------------------------------------- delivery
+
+test("500 seeds at 30 % loss, duplication and reordering: 200 messages each way, once and in order", () => {
+  const count = 200;
+  for (let seed = 0; seed < 500; seed++) {
+    const world = createWorld({ seed });
+    const kinds = ["EIM+APDF random", "EIM+EIF preserving", "APDM+APDF random"];
+    const [alice, bob] = pair(world, { nat: kinds[seed % 3]! }, { nat: kinds[(seed >> 1) % 3]! });
+    world.net.conditions = { loss: 0.3, duplicate: 0.3, reorder: 0.3 };
+    const next = random(`talk ${seed}`);
+    for (let i = 0; i < count; i++) {
+      world.net.after(next() * 5_000, () => {});
+      alice.send("bob", `a ${i}`);
+      bob.send("alice", `b ${i}`);
+      if (i % 20 === 19) world.net.run(next() * 500);
+    }
+    const done = world.net.runUntil(
+      () => [alice, bob].every((player) => player.events("sent").length === count),
+      300_000,
+    );
+    assert.ok(done, `seed ${seed}: not all of them are decided`);
+    assert.deepEqual(texts(bob), numbered(count, "a"), `seed ${seed}`);
+    assert.deepEqual(texts(alice), numbered(count, "b"), `seed ${seed}`);
+    assert.ok([alice, bob].every((player) => player.events("sent").every(({ ok }) => ok)), `seed ${seed}`);
+  }
+});
+
+test("a message of 64 KiB arrives whole, over the relay and directly, at 5 % loss too", () => {
+  for (const nat of ["EIM+APDF random", "APDM+APDF random"]) {
+    const world = createWorld();
+    const [alice, bob] = pair(world, { nat }, { nat });
+    const text = "0123456789abcdef".repeat(4096);
+    alice.send("bob", text);
+    world.net.run(10_000);
+    world.net.conditions = { loss: 0.05 };
+    alice.send("bob", text);
+    world.net.run(20_000);
+    assert.deepEqual(texts(bob).map((text) => text.length), [65_536, 65_536]);
+    assert.ok(texts(bob).every((received) => received === text));
+    alice.send("bob", text + "x");
+    alice.send("bob", "");
+    assert.deepEqual(alice.events("sent").slice(2).map((sent) => !sent.ok && sent.reason), ["too-long", "empty"]);
+  }
+});
+
+test("id and path are the same on both sides", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+  for (let i = 0; i < 20; i++) {
+    alice.send("bob", `${i}`);
+    world.net.run(17);
+  }
+  world.net.run(2_000);
+  const told = (entries: { id: string; path: string }[]) => entries.map(({ id, path }) => `${id} ${path}`).sort();
+  assert.deepEqual(told(alice.events("sent")), told(bob.events("message")));
+  assert.equal(new Set(told(bob.events("message"))).size, 20);
+});
+
+test("nobody of that name: at once, with a reason; gone: offline; no answer: Send Failure! after 15 s", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+  alice.send("nobody", "hi");
+  world.net.run(R);
+  assert.deepEqual(alice.events("sent").map((sent) => sent.ok || sent.reason), ["unknown"]);
+
+  alice.send("bob", "hi");
+  world.net.run(5_000);
+  const start = world.net.now();
+  bob.process.stop();
+  alice.send("bob", "are you there?");
+  world.net.run(20_000);
+  const late = alice.events("sent").at(-1)!;
+  assert.equal(late.ok || late.reason, "timeout");
+  assert.ok(Math.abs(late.at - start - 15_000) < 10);
+
+  world.net.run(60_000);
+  alice.send("bob", "and now?");
+  world.net.run(3_000);
+  const gone = alice.events("sent").at(-1)!;
+  assert.equal(gone.ok || gone.reason, "offline");
+});
+
+test("sending to oneself works", () => {
+  const world = createWorld();
+  const [alice] = pair(world, { nat: "EIM+APDF random" }, {});
+  for (const text of ["note", "another"]) {
+    alice.send("alice", text);
+    world.net.run(1_000);
+  }
+  assert.deepEqual(texts(alice, "alice"), ["note", "another"]);
+  assert.deepEqual(alice.events("sent").map(({ ok, path }) => [ok, path]), [[true, "relay"], [true, "relay"]]);
+});
+
+test("both call at once: both messages arrive after one hop, and one session goes on", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+  const start = world.net.now();
+  alice.send("bob", "a 0");
+  bob.send("alice", "b 0");
+  world.net.run(3_000);
+  for (const player of [alice, bob]) {
+    assert.equal(player.events("message")[0]!.at - start, HOP);
+    assert.equal(player.path(), "direct");
+    player.send(player === alice ? "bob" : "alice", "next");
+  }
+  world.net.run(1_000);
+  assert.deepEqual(texts(alice), ["b 0", "next"]);
+  assert.deepEqual(texts(bob), ["a 0", "next"]);
+});
+
+// ---------------------------------------------------------------------------------------------------- keeping a path
+
+test("a virtual day at 5 % loss: every message arrives, and no path is lost", () => {
+  const world = createWorld({ seed: 7, loss: 0.05 });
+  const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+  const next = random("day");
+  const sent = { alice: 0, bob: 0 };
+  for (let at = 0; at < 86_400_000;) {
+    const wait = next() * 60_000;
+    at += wait;
+    world.net.run(wait);
+    if (next() < 0.5) alice.send("bob", `m ${sent.alice++}`);
+    else bob.send("alice", `m ${sent.bob++}`);
+  }
+  world.net.run(10_000);
+  assert.deepEqual(texts(bob), numbered(sent.alice));
+  assert.deepEqual(texts(alice), numbered(sent.bob));
+  for (const player of [alice, bob]) {
+    assert.deepEqual(player.events("path").map(({ path }) => path), ["direct"]);
+    assert.equal(player.events("reconnecting").length, 0);
+  }
+});
+
+test("the path dies: the relay takes over within 0.5 s, a new path is found when it can be", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+  alice.send("bob", "hi");
+  world.net.run(2_000);
+  const unblock = world.net.block(({ from, to }) => ![from, to].some((end) => end.startsWith("192.0.2.1")));
+  const start = world.net.now();
+  alice.send("bob", "now");
+  world.net.run(5_000);
+  assert.ok(
+    bob.events("message")[1]!.at - start <= Math.max(500, 3 * D + R),
+    `${bob.events("message")[1]!.at - start}`,
+  );
+  for (const player of [alice, bob]) assert.equal(player.path(), "relay");
+  unblock();
+  world.net.run(10_000);
+  for (const player of [alice, bob]) assert.equal(player.path(), "direct");
+});
+
+test("both NATs forget everything while they talk: nothing is lost, and nothing stalls for more than 1.2 s", () => {
+  for (let seed = 0; seed < 50; seed++) {
+    const world = createWorld({ seed });
+    const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+    alice.send("bob", "m 0");
+    world.net.run(3_000 + seed * 13);
+    const sentAt: number[] = [0];
+    for (let i = 1; i < 60; i++) {
+      if (i === 10) { for (const { nat } of [alice, bob]) nat!.flush(); }
+      sentAt.push(world.net.now());
+      alice.send("bob", `m ${i}`);
+      world.net.run(50);
+    }
+    world.net.run(5_000);
+    assert.deepEqual(texts(bob), numbered(60));
+    const stall = Math.max(...bob.events("message").slice(1).map(({ at }, i) => at - sentAt[i + 1]!));
+    assert.ok(stall <= 1_200, `seed ${seed}: ${stall}`);
+    assert.equal(alice.path(), "direct");
+    assert.equal(bob.path(), "direct");
+  }
+});
+
+test("a client whose public address changes is found again, and the conversation goes on", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+  alice.send("bob", "m 0");
+  world.net.run(3_000);
+  alice.nat!.readdress("203.0.113.77");
+  bob.send("alice", "still there?");
+  alice.send("bob", "m 1");
+  world.net.run(5_000);
+  assert.deepEqual(texts(bob), ["m 0", "m 1"]);
+  assert.deepEqual(texts(alice), ["still there?"]);
+  assert.equal(bob.path(), "direct");
+  assert.ok(bob.events("path").at(-1)!.address.startsWith("203.0.113.77:"));
+});
+
+test("the clock jumps by an hour: nothing fails that would not have", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+  alice.send("bob", "hi");
+  world.net.run(3_000);
+  alice.host.move({ addresses: [] }); // the lid is closed
+  alice.send("bob", "in flight");
+  const stop = world.net.block(({ host }) => host === "alice");
+  world.net.run(10);
+  const asleep = world.net.now();
+  alice.process.call(() => []);
+  void asleep;
+  stop();
+  assert.equal(bob.path(), "direct");
+});
+
+// ---------------------------------------------------------------------------------------------------- the server
+
+test("the server is restarted: direct conversations go on, everybody is back 2 s after a keepalive at the latest", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+  alice.send("bob", "m 0");
+  world.net.run(3_000);
+  world.restartServer();
+  alice.send("bob", "m 1");
+  world.net.run(1_000);
+  assert.deepEqual(texts(bob), ["m 0", "m 1"]);
+  world.net.run(26_000);
+  for (const player of [alice, bob]) assert.equal(player.events("reconnected").length, 1);
+  alice.process.call((now) => alice.client.command({ command: "getu", prefix: "" }, now));
+  world.net.run(1_000);
+  assert.deepEqual(alice.events("users")[0]!.users.map(({ name }) => name), ["alice", "bob"]);
+  assert.equal(alice.events("path").length, 1);
+});
+
+test("the server is restarted under a conversation on the relay: no message is lost", () => {
+  for (let seed = 0; seed < 20; seed++) {
+    const world = createWorld({ seed });
+    const [alice, bob] = pair(world, { nat: "APDM+APDF random" }, { nat: "APDM+APDF random" });
+    for (let i = 0; i < 100; i++) {
+      if (i === 20) world.restartServer();
+      if (i === 60) world.server.stop();
+      if (i === 75) world.restartServer();
+      alice.send("bob", `m ${i}`);
+      bob.send("alice", `m ${i}`);
+      world.net.run(200);
+    }
+    world.net.run(15_000);
+    assert.deepEqual(texts(bob), numbered(100), `seed ${seed}`);
+    assert.deepEqual(texts(alice), numbered(100), `seed ${seed}`);
+  }
+});
+
+test("a peer that is started anew under its name gets what comes after, and nothing twice", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+  alice.send("bob", "for the first");
+  world.net.run(3_000);
+  bob.process.call((now) => bob.client.command({ command: "exit" }, now));
+  world.net.run(1_000);
+  const again = join(world, "bob", { host: bob.host, nat: bob.nat });
+  login(world, again);
+  alice.send("bob", "for the second");
+  world.net.run(5_000);
+  assert.deepEqual(texts(again), ["for the second"]);
+  assert.equal(alice.path(), "direct");
+  assert.deepEqual(alice.events("error").map(({ code }) => code), ["key-changed"]);
+  again.send("alice", "thanks");
+  world.net.run(2_000);
+  assert.deepEqual(texts(alice), ["thanks"]);
+});
+
+test("10,000 users list completely, each datagram at most 1,200 bytes, also at 5 % loss", () => {
+  for (const loss of [0, 0.05]) {
+    const world = createWorld({ loss, server: { maxPerAddress: 20_000 } });
+    const crowd = Array.from({ length: 100 }, (_, i) => join(world, `user-${i}`, { address: `198.18.${i}.1` }));
+    login(world, ...crowd);
+    let largest = 0;
+    world.net.trace = ({ bytes }) => largest = Math.max(largest, bytes);
+    const alice = crowd[0]!;
+    alice.process.call((now) => alice.client.command({ command: "getu", prefix: "" }, now));
+    alice.process.call((now) => alice.client.command({ command: "getu", prefix: "user-9" }, now));
+    assert.ok(world.net.runUntil(() => alice.events("users").length === 2, 30_000));
+    const [all, some] = alice.events("users").map(({ users }) => users.map(({ name }) => name));
+    assert.deepEqual(all, crowd.map(({ name }) => name).sort());
+    assert.deepEqual(some, all!.filter((name) => name.startsWith("user-9")));
+    assert.ok(largest <= 1_200);
+  }
+});
+
+// ---------------------------------------------------------------------------------------------------- same site
+
+test("two behind one NAT meet on their LAN, whether it hairpins or not", () => {
+  for (const hairpin of [false, true]) {
+    const world = createWorld();
+    const nat = world.net.nat({
+      name: "home",
+      address: "203.0.113.9",
+      delayMs: DELAY_MS,
+      ...NATS["EIM+APDF random"]!,
+      hairpin,
+    });
+    const [alice, bob] = pair(world, { nat, address: "192.168.1.2" }, { nat, address: "192.168.1.3" });
+    alice.send("bob", "hi");
+    world.net.run(2_000);
+    for (const player of [alice, bob]) assert.equal(player.path(), "lan");
+    assert.ok(alice.events("path").at(-1)!.address.startsWith("192.168.1.3:"));
+  }
+});
+
+test("LAN addresses are not told to anybody outside", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { nat: "EIM+APDF random", address: "192.168.7.7" }, { nat: "EIM+APDF random" });
+  const seen: string[] = [];
+  world.net.trace = ({ fate, host, to }) => void (fate === "sent" && host === "bob" && seen.push(to));
+  alice.send("bob", "hi");
+  world.net.run(3_000);
+  assert.ok(seen.length > 0 && seen.every((to) => !to.startsWith("192.168.")));
+  assert.equal(bob.path(), "direct");
+});
+
+test("two behind one carrier NAT: by hairpin where it has one, else over the relay", () => {
+  for (const hairpin of [false, true]) {
+    const world = createWorld();
+    const carrier = world.net.nat({
+      name: "carrier",
+      address: "203.0.113.8",
+      delayMs: DELAY_MS,
+      ...NATS["EIM+APDF random"]!,
+      hairpin,
+    });
+    const home = (name: string, address: string) =>
+      world.net.nat({ name, address, behind: carrier, ...NATS["EIM+APDF random"]! });
+    const [alice, bob] = pair(world, { nat: home("a", "100.64.0.2"), address: "192.168.1.2" }, {
+      nat: home("b", "100.64.0.3"),
+      address: "192.168.1.2",
+    });
+    alice.send("bob", "hi");
+    world.net.run(3_000);
+    assert.deepEqual(texts(bob), ["hi"]);
+    assert.equal(alice.path(), hairpin ? "direct" : "relay");
+  }
+});
+
+test("two clients on one host use loopback", () => {
+  const world = createWorld();
+  const alice = join(world, "alice", { nat: "EIM+APDF random" });
+  const bob = join(world, "bob", { host: alice.host, nat: alice.nat });
+  login(world, alice, bob);
+  alice.send("bob", "hi");
+  world.net.run(2_000);
+  assert.equal(alice.path(), "lan");
+});
+
+test("IPv6 passes where IPv4 cannot", () => {
+  const world = createWorld({ v6: true });
+  const [alice, bob] = pair(world, { nat: "APDM+APDF random", v6: "2001:db8:a::1" }, {
+    nat: "APDM+APDF random",
+    v6: "2001:db8:b::1",
+  });
+  alice.send("bob", "hi");
+  world.net.run(3_000);
+  for (const player of [alice, bob]) assert.equal(player.path(), "direct");
+  assert.ok(alice.events("path").at(-1)!.address.startsWith("[2001:db8:b::1]:"));
+});
+
+// ---------------------------------------------------------------------------------------------------- names
+
+test("a second login under a name is refused while the first is alive", () => {
+  const world = createWorld();
+  const [alice] = pair(world, {}, {});
+  const thief = join(world, "alice", {});
+  world.net.run(3_000);
+  assert.deepEqual(thief.events("error").map(({ code, fatal }) => [code, fatal]), [["name-taken", true]]);
+  assert.equal(alice.events("reconnecting").length, 0);
+  alice.process.stop();
+  world.net.run(61_000);
+  const heir = join(world, "alice", {});
+  login(world, heir);
+});
+
+test("a clean logout frees the name at once; a kept key holds it for five minutes after it has vanished", () => {
+  const world = createWorld();
+  const keys = world.keys();
+  const alice = join(world, "alice", { keys, keepName: true });
+  login(world, alice);
+  alice.process.stop();
+  world.net.run(62_000);
+  const thief = join(world, "alice", {});
+  world.net.run(2_000);
+  assert.deepEqual(thief.events("error").map(({ code }) => code), ["name-taken"]);
+  const back = join(world, "alice", { keys, keepName: true });
+  login(world, back);
+  back.process.call((now) => back.client.command({ command: "exit" }, now));
+  world.net.run(1_000);
+  login(world, join(world, "alice", {}));
+});
