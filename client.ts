@@ -154,6 +154,7 @@ const MAX_CONVERSATIONS = 1_000, MAX_KNOWN_USERS = 20_000, MAX_LISTED = 1_000_00
 const HANDSHAKES_PER_PEER: Rate = { perSecond: 5, burst: 20 };
 const INTRODUCTIONS_PER_PEER: Rate = { perSecond: 5, burst: 20 };
 const MAX_EPHEMERALS = 4_096;
+const MAX_SESSIONS = 4;
 
 // ---------------------------------------------------------------------------------------------------- types
 
@@ -276,7 +277,7 @@ interface Secure {
   peerNonce: string;
   /** What numbers the peer's parts. */
   stream: string;
-  /** We answered; until the peer has shown that it knows, everything we send carries the answer. */
+  /** We answered, and the peer has not yet shown that it knows: until then everything we send carries the answer. */
   second: Uint8Array | null;
 }
 
@@ -323,8 +324,9 @@ interface Conversation {
   /** The key that `verify` has shown to the user. */
   verified: string | null;
   untrusted: boolean;
+  /** Sessions that the peer may still use, newest first, and the one that we use. */
+  sessions: Secure[];
   secure: Secure | null;
-  older: Secure | null;
   opening: Opening | null;
   handshakes: Bucket;
   introductions: Bucket;
@@ -649,8 +651,8 @@ export function createClient(options: ClientOptions): Client {
       peer: user ? { ...user, candidates: [], punchAfterMs: 0 } : null,
       verified: null,
       untrusted: false,
+      sessions: [],
       secure: null,
-      older: null,
       opening: null,
       handshakes: fullBucket(HANDSHAKES_PER_PEER, now),
       introductions: fullBucket(INTRODUCTIONS_PER_PEER, now),
@@ -682,7 +684,8 @@ export function createClient(options: ClientOptions): Client {
   const isMirror = (c: Conversation) => c.name === name;
 
   function forget(c: Conversation): void {
-    for (const [index, entry] of byIndex) if (entry.conversation === c) byIndex.delete(index);
+    dropHandshake(c);
+    for (const { index } of c.sessions) byIndex.delete(index);
   }
 
   /** The server's word on who the peer is now. */
@@ -777,16 +780,22 @@ export function createClient(options: ClientOptions): Client {
     ephemerals.set(ephemeral, { conversation: c, secure });
     openStream(c, stream);
     onFrame(c, { frame: inner, origin: null, stream, now });
+    if (secure && secure !== c.secure) acknowledge(c, null, now, secure);
   }
 
+  /**
+   * A session that the peer began replaces a working one only when the peer has used it: its first message may have
+   * been long on the way, and the peer have forgotten it.
+   */
   function newSecure(
     c: Conversation,
     made: Pick<Secure, "index" | "theirs" | "keys" | "stream" | "second">,
   ): Secure {
     const secure: Secure = { ...made, window: replayWindow(), sent: 0, peerNonce: c.peer!.nonce };
-    if (c.older) byIndex.delete(c.older.index);
-    c.older = c.secure;
-    c.secure = secure;
+    const works = sealing(c) && !c.secure!.second;
+    c.sessions.unshift(secure);
+    for (const { index } of c.sessions.splice(MAX_SESSIONS)) byIndex.delete(index);
+    if (!secure.second || !works) c.secure = secure;
     c.untrusted &&= c.verified !== null;
     byIndex.set(secure.index, { conversation: c, secure });
     return secure;
@@ -824,8 +833,7 @@ export function createClient(options: ClientOptions): Client {
     emit({ event: "error", code: "untrusted", message });
   }
 
-  function sealed(c: Conversation, frame: Peer): Uint8Array | null {
-    const secure = sealing(c);
+  function sealed(c: Conversation, frame: Peer, secure = sealing(c)): Uint8Array | null {
     if (!secure) return null;
     const data = sealPeer(frame, { index: secure.theirs, counter: secure.sent++, key: secure.keys.send });
     return secure.second
@@ -846,6 +854,7 @@ export function createClient(options: ClientOptions): Client {
     const { conversation, secure } = entry;
     const frame = openPeer(data, secure.keys.receive);
     if (!frame || !isFresh(secure.window, header!.counter)) return;
+    if (secure.second) conversation.secure = secure;
     secure.second = null;
     onFrame(conversation, { frame, origin, stream: secure.stream, now });
     settle(conversation, now);
@@ -872,8 +881,13 @@ export function createClient(options: ClientOptions): Client {
   }
 
   /** Sends the same sealed bytes every way given; the peer takes the first copy. */
-  function transmit(c: Conversation, frame: Peer, routes: (Path | null)[], calls = false): boolean {
-    const data = sealed(c, frame);
+  function transmit(
+    c: Conversation,
+    frame: Peer,
+    routes: (Path | null)[],
+    { calls = false, secure = sealing(c) } = {},
+  ): boolean {
+    const data = sealed(c, frame, secure);
     if (!data) return false;
     for (const path of routes) {
       if (path) send(path.socket, path.endpoint, data);
@@ -1029,6 +1043,7 @@ export function createClient(options: ClientOptions): Client {
       c.retries = 0;
       c.rounds = 0;
       path.probeAt = nextProbeAt(c, now);
+      resendLate(c, now);
     }
     const rttMs = path ? path.rtt.srtt : c.relayRtt.srtt;
     emit({
@@ -1149,7 +1164,7 @@ export function createClient(options: ClientOptions): Client {
     const over = again && c.best ? [c.best, null] : routes(c);
     // The one that all others wait for: where so much is lost, copies are what gets it through.
     const copies = part === c.parts[0] ? Math.min(MAX_COPIES, Math.max(1, part.tries)) : 1;
-    for (let i = 0; i < copies; i++) if (!transmit(c, asMessage(c, part), over, true)) return;
+    for (let i = 0; i < copies; i++) if (!transmit(c, asMessage(c, part), over, { calls: true })) return;
     const estimator = c.best?.rtt ?? c.relayRtt;
     mark(part, { now, over: c.best, dueAt: now + timeout(estimator, part.tries + 1) });
     if (c.best) c.best.waitingSince = Math.min(c.best.waitingSince, now);
@@ -1178,11 +1193,11 @@ export function createClient(options: ClientOptions): Client {
   /** Whether anything waits for a session with the peer. */
   const isNeeded = (c: Conversation) => c.parts.length > 0 || c.ping !== null || c.ackDue;
 
-  /** The peer can be reached, says the server: no need to wait out a time-out that has grown. */
+  /** The peer can be reached again: no need to wait out a time-out that has grown meanwhile. */
   function resendLate(c: Conversation, now: number): void {
-    const before = now - timeout(c.relayRtt, 1);
+    const before = now - (c.relayRtt.srtt ?? RTO_FIRST_MS);
     for (const part of c.parts) {
-      if (part.dueAt !== Infinity && part.sentAt <= before) part.dueAt = Math.min(part.dueAt, now);
+      if (part.sentAt < before && part.dueAt !== Infinity) part.dueAt = Math.min(part.dueAt, now);
     }
     pump(c, now);
   }
@@ -1268,12 +1283,12 @@ export function createClient(options: ClientOptions): Client {
     }
   }
 
-  function acknowledge(c: Conversation, origin: Origin, now: number): void {
+  function acknowledge(c: Conversation, origin: Origin, now: number, secure = sealing(c)): void {
     const { next, came } = c.incoming!;
     const from = Math.max(0, next - WINDOW_MAX);
     const path = origin && c.paths.get(`${origin.socket} ${origin.from}`);
     const frame: Peer = { type: "P2PMESSAGEACK", next, from, states: packStates(came, from) };
-    c.ackDue = !transmit(c, frame, path?.state === "good" ? [path] : routes(c));
+    c.ackDue = !transmit(c, frame, path?.state === "good" ? [path] : routes(c), { secure });
     if (c.ackDue) open(c, now);
   }
 
@@ -1416,10 +1431,10 @@ export function createClient(options: ClientOptions): Client {
     if (handshake.type === "P2PSECOND") return onSecond(handshake, origin, now);
     const copy = ephemerals.get(hex(handshake.noise.subarray(0, 32)));
     if (!copy) return caller && onFirst(caller, handshake, now);
-    if (!copy.secure || copy.secure !== copy.conversation.secure) return;
-    if (origin) onPunch(copy.conversation, handshake.probe, origin, now);
-    else if (copy.conversation.incoming!.next >= 0) acknowledge(copy.conversation, null, now); // ours was lost
-    else onPunch(copy.conversation, handshake.probe, null, now);
+    const { conversation, secure } = copy;
+    if (!secure?.second) return; // the peer has our answer
+    if (!origin) acknowledge(conversation, null, now, secure); // our answer was lost
+    else if (secure === conversation.secure) onPunch(conversation, handshake.probe, origin, now);
   }
 
   function conversationWakeAt(c: Conversation): number {

@@ -3,7 +3,7 @@
  *
  * @module
  */
-import { type Client, type ClientEvent, type ClientOptions, createClient } from "../client.ts";
+import { type Client, type ClientEvent, type ClientOptions, type Command, createClient } from "../client.ts";
 import { type Datagram, formatEndpoint, type KeyPair, keysFrom } from "../protocol.ts";
 import { createServer, type Server, type ServerEvent, type ServerOptions } from "../server.ts";
 import {
@@ -49,8 +49,11 @@ export interface Player {
   nat: Nat | null;
   process: Process<ClientEvent>;
   events<E extends ClientEvent["event"]>(event: E): (Extract<ClientEvent, { event: E }> & { at: number })[];
+  command(command: Command): void;
   send(to: string, text: string): void;
   path(): string;
+  /** Its computer sleeps, or somebody sets the clock: from now on `now` is so much later. */
+  jump(ms: number): void;
 }
 
 /** A network with a server in it. */
@@ -107,7 +110,13 @@ export function join(world: World, name: string, options: PlayerOptions = {}): P
     ...rest,
   });
   client.interfaces([inside], world.net.now());
-  const process = host.run<ClientEvent>(client, { ports: [port] });
+  let ahead = 0;
+  const process = host.run<ClientEvent>({
+    opened: (socket, port, now) => client.opened(socket, port, now + ahead),
+    receive: (datagram, now) => client.receive(datagram, now + ahead),
+    wake: (now) => client.wake(now + ahead),
+    wakeAt: () => client.wakeAt() - ahead,
+  }, { ports: [port] });
   const player: Player = {
     name,
     client,
@@ -116,7 +125,12 @@ export function join(world: World, name: string, options: PlayerOptions = {}): P
     process,
     events: (event) =>
       process.events.filter((entry) => entry.event.event === event).map(({ at, event }) => ({ ...event, at })) as never,
-    send: (to, text) => process.call((now) => client.command({ command: "send", to, text }, now)),
+    send: (to, text) => player.command({ command: "send", to, text }),
+    command: (command) => process.call((now) => client.command(command, now + ahead)),
+    jump(ms) {
+      ahead += ms;
+      process.call(() => []);
+    },
     path: () => player.events("path").at(-1)?.path ?? "relay",
   };
   return player;
