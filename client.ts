@@ -37,11 +37,13 @@ import {
   decode,
   decodeHandshake,
   decodeInner,
+  decodeStun,
   DEFAULT_PORT,
   type Effect,
   encode,
   encodeHandshake,
   encodeInner,
+  encodeStunRequest,
   type Endpoint,
   environment,
   exitWith,
@@ -65,8 +67,11 @@ import {
   type Machine,
   MAX_CANDIDATES,
   MAX_PART_BYTES,
+  MAX_PLANNED_PORTS,
+  type NatClass,
   type NoiseKeys,
   openPeer,
+  parseEndpoint,
   passwordProof,
   type Peer,
   peerHeader,
@@ -80,6 +85,7 @@ import {
   secretWords,
   spend,
   stretch,
+  type Stun,
   UsageError,
   type User,
   userName,
@@ -117,6 +123,33 @@ const MAX_ROUNDS = 5;
 const MAX_PATHS = 32;
 const MAX_PROBES = 256;
 
+// Knowing one's NAT.
+/** A STUN question is asked again so often; what is unanswered then has been filtered, or lost. */
+const QUERY_MS = 250, QUERY_TRIES = 4;
+const SAMPLES = 3;
+/** Ports of successive mappings this near to each other are a sequence, or this near, a block. */
+const SEQUENCE_STEP = 8, BLOCK_SPAN = 4_096;
+/** How far a block may reach beyond what we have seen of it. */
+const BLOCK_GUESS = 512;
+const UNKNOWN_NAT: NatClass = { mapping: "unknown", filtering: "unknown", allocation: "unknown" };
+
+// Harder NATs.
+/** A plain punch has so long; then fresh sockets, with fresh mappings, have their try. */
+const FRESH_SOCKETS_AFTER_MS = 1_500;
+/** Sockets that we open: one guess each against another symmetric NAT; a few are enough where the peer sprays or sweeps. */
+const GUESSES = 16, FEW = 4, SPRAY_SOCKETS = 256;
+/** Foreign flows that may have taken a port of a sequence since it was sampled: so many are guessed in turn. */
+const FOREIGN_FLOWS = 4;
+/** When a round sends; where one side opens its NAT with packets of low TTL, the next ones follow the peer's. */
+const VOLLEYS_MS = [0, 100, 250], OPENER_VOLLEYS_MS = [0, 500], SPRAY_VOLLEYS_MS = [0, 6_200];
+/** When a plan is told again, a round has failed, or a spray: in all of its time, and a little for the last echo. */
+const TELL_PLAN_MS = 300, ROUND_MS = 1_000, SPRAY_ROUND_MS = 13_000, MAX_ROUND = 4;
+/** Dies on the way, after it has opened our NAT and before a Linux router at the far end can take offence at it. */
+const OPENER_TTL = 8;
+/** A spray: so many ports, so many at a time; half of them, a pause, the other half. Nobody can have us send more. */
+const SPRAY_PORTS = 2_048, SPRAY_BURST = 4, SPRAY_BURST_MS = 20, SPRAY_PAUSE_MS = 1_000;
+const LOWEST_PORT = 1_024, PORTS = 65_536 - LOWEST_PORT;
+
 // Keeping a path.
 /** A message went either way so recently: then the path is checked all the time. */
 const ACTIVE_MS = 10_000, ACTIVE_PROBE_MS = 400;
@@ -137,7 +170,7 @@ const QUICKER_FACTOR = 0.9, QUICKER_MS = 5;
 const RTO_FIRST_MS = 400, RTO_MIN_MS = 200, RTO_MAX_MS = 2_000, RTO_GROWTH = 1.5;
 /** Nothing acknowledged for so long: Send Failure! */
 const GIVE_UP_MS = 15_000;
-/** The oldest part is sent again in as many copies as it has been tried, up to this. */
+/** What all else waits for is sent again in as many copies as it has been tried, up to this. */
 const MAX_COPIES = 4;
 /** Sent so much before a part that has been acknowledged: lost (a fraction of SRTT, as in RACK, RFC 8985). */
 const REORDERING = 0.25;
@@ -174,8 +207,21 @@ export type ClientEvent =
   | { event: "path"; peer: string; path: PathKind; address: Endpoint; rttMs: number | null; ms: number }
   | { event: "ping"; peer: string; path: PathKind; rttMs: number | null; lost: number }
   | { event: "verify"; peer: string; code: string }
+  | NatEvent
   | { event: "error"; code: string; message: string; fatal?: true }
   | { event: "reconnecting" | "reconnected" | "logout"; name: string; reason: string };
+
+/** What we know of the NAT that we are behind; null: not known. */
+export interface NatEvent extends NatClass {
+  /** The name of the event. */
+  event: "nat";
+  /** As the server sees us. */
+  public: Endpoint;
+  /** Whether two behind it reach each other by its public address. */
+  hairpin: boolean | null;
+  /** Whether UDP passes at all. */
+  udp: boolean;
+}
 
 /** What the user can ask for. */
 export type Command =
@@ -184,6 +230,7 @@ export type Command =
   | { command: "path"; peer: string | null }
   | { command: "ping"; peer: string; count: number }
   | { command: "verify"; peer: string }
+  | { command: "nat" }
   | { command: "exit" };
 
 /** What a client is made of; everything random comes in here. */
@@ -204,6 +251,8 @@ export interface ClientOptions {
   password?: Uint8Array | undefined;
   /** The keys outlive this run: the name is to be held for us. */
   keepName?: boolean | undefined;
+  /** Another STUN server, at another address than ours. */
+  observer?: Endpoint | undefined;
   /** False: never punch, stay on the relay. */
   direct?: boolean | undefined;
   /** Never give up the first login. */
@@ -233,6 +282,7 @@ interface Session {
   window: ReplayWindow;
   sent: number;
   public: Endpoint;
+  secondPort: number;
   keepaliveAt: number;
   /** The keepalive that waits for its answer. */
   asked: { counter: number; at: number; tries: number } | null;
@@ -346,12 +396,54 @@ interface Conversation {
   punching: { from: number; step: number; reported: boolean } | null;
   retries: number;
   retryAt: number;
+  round: Round | null;
   paths: Map<string, Path>;
   best: Path | null;
   relayRtt: Estimator;
   talkedAt: number;
-  probes: Map<number, { path: Path | null; at: number; ping: boolean }>;
+  /** Punches and pings that wait for their echo; a `swept` one went to many ports, whichever answers is the path. */
+  probes: Map<number, { path: Path | null; at: number; kind: "punch" | "ping" | "swept" }>;
   ping: { since: number; left: number; lost: number; nextAt: number; waiting: number | null } | null;
+}
+
+/** A STUN question of ours. */
+interface Query {
+  socket: number;
+  to: Endpoint;
+  data: Uint8Array;
+  tries: number;
+  dueAt: number;
+  done(answer: Stun | null, now: number): void;
+}
+
+/** What discovery has found out; undefined: not yet, or no answer. */
+interface Facts {
+  /** Our public address is one of our own. */
+  isNone: boolean;
+  /** How we are seen at the server's second port, and at another address. */
+  secondPort?: Endpoint | undefined;
+  elsewhere?: Endpoint | undefined;
+  /** Whether we hear from a port, and from an address, that we have never written to. */
+  thirdPort?: boolean;
+  otherAddress?: boolean;
+  /** Fresh sockets: their port inside and outside, in the order of their first packets; 0: no answer. */
+  samples: { socket: number; inside: number; outside: number }[];
+}
+
+/** One try with more than one socket or more than one port. */
+interface Round {
+  number: number;
+  /** The sockets opened for it; none: socket 0 serves. */
+  sockets: { socket: number; port: number }[];
+  plan: (Peer & { type: "P2PPLAN" }) | null;
+  theirs: (Peer & { type: "P2PPLAN" }) | null;
+  /** When our plan is told (again), the next volley leaves, and the round has failed. */
+  tellAt: number;
+  volley: number;
+  volleyAt: number;
+  /** The next of a sequence of ports without repeats; the first ones are those of the peer's block. */
+  spray: { next: number; at: number; first: number; stride: number; block: number[] } | null;
+  endAt: number;
 }
 
 /** Where a datagram came from; null: over the relay. */
@@ -372,6 +464,8 @@ interface Listing {
 
 const NO_ID = "0".repeat(16);
 const NO_BYTES = new Uint8Array(0);
+/** The magic cookie of RFC 8489, in front of each transaction id. */
+const STUN_COOKIE = "2112a442";
 const utf8 = new TextEncoder();
 const fromUtf8 = new TextDecoder();
 const KINDS: (PathKind | null)[] = [null, "relay", "direct", "lan"];
@@ -410,6 +504,58 @@ function stateOf(states: Uint8Array, i: number): PathKind | null {
   return i < 0 ? null : KINDS[(states[i >> 2] ?? 0) >> 2 * (i & 3) & 3]!;
 }
 
+/** The class of NAT that the facts leave; what one address of a server cannot tell stays unknown. */
+function classOf({ isNone, secondPort, elsewhere, thirdPort, otherAddress, samples }: Facts, seen: Endpoint): NatClass {
+  const mapping = isNone
+    ? "EIM"
+    : secondPort !== undefined && secondPort !== seen
+    ? "APDM"
+    : elsewhere === undefined
+    ? "unknown"
+    : elsewhere === seen
+    ? "EIM"
+    : "ADM";
+  const filtering = thirdPort === undefined
+    ? "unknown"
+    : !thirdPort
+    ? "APDF"
+    : otherAddress === undefined
+    ? "unknown"
+    : otherAddress
+    ? "EIF"
+    : "ADF";
+  return { mapping, filtering, allocation: allocationOf(samples) };
+}
+
+function allocationOf(samples: Facts["samples"]): NatClass["allocation"] {
+  const ports = samples.filter(({ outside }) => outside > 0);
+  if (ports.length < SAMPLES) return "unknown";
+  if (ports.every(({ inside, outside }) => inside === outside)) return "preserving";
+  if (stepOf(ports) !== 0) return "sequential";
+  const outside = ports.map((port) => port.outside);
+  return Math.max(...outside) - Math.min(...outside) <= BLOCK_SPAN ? "block" : "random";
+}
+
+/** The step of a sequence of ports, with its sign; 0 if it is none. */
+function stepOf(samples: Facts["samples"]): number {
+  const steps = samples.slice(1).map(({ outside }, i) => outside - samples[i]!.outside);
+  const sign = Math.sign(steps[0] ?? 0);
+  const isSequence = steps.every((step) => Math.sign(step) === sign && Math.abs(step) <= SEQUENCE_STEP);
+  return isSequence ? sign * Math.min(...steps.map(Math.abs)) : 0;
+}
+
+/** Symmetric: a new destination gets a new port. */
+const isHard = ({ mapping }: NatClass) => mapping === "APDM" || mapping === "ADM";
+/** ... and nobody can tell which. */
+const isRandom = (nat: NatClass) => isHard(nat) && nat.allocation !== "preserving" && nat.allocation !== "sequential";
+
+/** The nearest number that, as a stride, visits all PORTS = 2^10 x 3^2 x 7 of them once. */
+function coprime(start: number): number {
+  let stride = start | 1;
+  while (stride % 3 === 0 || stride % 7 === 0) stride += 2;
+  return stride;
+}
+
 const prologue = (initiator: string, responder: string) => utf8.encode(`punch ${initiator} ${responder}`);
 const isLower = (one: Uint8Array, other: Uint8Array) => hex(one) < hex(other);
 
@@ -434,12 +580,21 @@ export function createClient(options: ClientOptions): Client {
   const serverRtt = newEstimator();
   let session: Session | null = null, login: Login | null = null;
   let addresses: string[] = [], port = 0;
+  let nat = UNKNOWN_NAT, hairpin: boolean | null = null;
+  /** Of a sequential allocation: the step; of one in blocks: lowest and highest port that may belong to ours. */
+  let stride = 1, block: number[] = [];
+  /** Of what asks for our class of NAT; null: it is known. */
+  let discovery: { waiting: (() => void)[] } | null = null;
+  const queries = new Map<string, Query>();
+  /** Sockets that are being opened; who wants them. */
+  const opening = new Map<number, (port: number, now: number) => void>();
+  let sockets = 1;
   let state: "new" | "in" | "out" | "closed" = "new"; // `out`: was in, is coming back
   let effects: Effect<ClientEvent>[] = [];
 
   const emit = (event: ClientEvent) => void effects.push({ kind: "event", event });
-  const send = (socket: number, to: Endpoint, data: Uint8Array) =>
-    void effects.push({ kind: "send", socket, to, data });
+  const send = (socket: number, to: Endpoint, data: Uint8Array, ttl?: number) =>
+    void effects.push(ttl === undefined ? { kind: "send", socket, to, data } : { kind: "send", socket, to, data, ttl });
   const randomNumber = (bits: number) => random(4).reduce((sum, byte) => sum * 256 + byte, 0) % 2 ** bits;
   const spread = (ms: number) => ms * (1 - SPREAD + 2 * SPREAD * randomNumber(16) / 2 ** 16);
   const local = () => addresses.slice(0, MAX_CANDIDATES).map((address) => formatEndpoint(address, port));
@@ -528,6 +683,7 @@ export function createClient(options: ClientOptions): Client {
       window: replayWindow(),
       sent: login.clock,
       public: message.public,
+      secondPort: message.secondPort,
       keepaliveAt: now + spread(KEEPALIVE_MS),
       asked: null,
       challenges: 0,
@@ -538,6 +694,7 @@ export function createClient(options: ClientOptions): Client {
       emit({ event: "login", name, server, public: message.public, local: local(), users: message.total });
     } else if (state === "out") emit({ event: "reconnected", name, reason: "" });
     state = "in";
+    discover(now);
     const other = servers.find((endpoint) => isIPv6(endpoint) !== isIPv6(server));
     if (other) keepalive(now, NO_ID, other);
     for (const conversation of conversations.values()) {
@@ -571,7 +728,7 @@ export function createClient(options: ClientOptions): Client {
 
   function keepalive(now: number, cookie = NO_ID, to = session!.server): void {
     const rttMs = Math.min(65535, Math.round(serverRtt.srtt ?? 0));
-    const counter = tell({ type: "KEEPALIVE", cookie, rttMs, local: local() }, to);
+    const counter = tell({ type: "KEEPALIVE", cookie, rttMs, nat, local: local() }, to);
     if (to !== session!.server) return;
     session!.asked = { counter, at: now, tries: (session!.asked?.tries ?? 0) + 1 };
     session!.keepaliveAt = now + timeout(serverRtt, session!.asked.tries);
@@ -590,6 +747,7 @@ export function createClient(options: ClientOptions): Client {
     }
     if (message.public !== session!.public) {
       session!.public = message.public;
+      discover(now);
       for (const conversation of conversations.values()) {
         if (isWarm(conversation, now)) callAgain(conversation, now);
       }
@@ -648,7 +806,7 @@ export function createClient(options: ClientOptions): Client {
     const user = known.get(peerName || name);
     const conversation: Conversation = {
       name: peerName || name,
-      peer: user ? { ...user, candidates: [], punchAfterMs: 0 } : null,
+      peer: user ? { ...user, candidates: [], nat: UNKNOWN_NAT, punchAfterMs: 0 } : null,
       verified: null,
       untrusted: false,
       sessions: [],
@@ -667,6 +825,7 @@ export function createClient(options: ClientOptions): Client {
       calledAt: now,
       rounds: 0,
       punching: null,
+      round: null,
       retries: 0,
       retryAt: Infinity,
       paths: new Map(),
@@ -724,7 +883,9 @@ export function createClient(options: ClientOptions): Client {
     const opening = c.opening!;
     opening.handshake ??= c.peer && beginHandshake(c, c.peer, now);
     opening.dueAt = now + timeout(c.relayRtt, ++opening.tries);
-    relay(c, opening.handshake ? firstMessage(c, 0) : NO_BYTES, { calls: true });
+    for (let copy = 0; copy < Math.min(MAX_COPIES, opening.tries); copy++) {
+      relay(c, opening.handshake ? firstMessage(c, 0) : NO_BYTES, { calls: copy === 0 });
+    }
   }
 
   /** Begins a handshake, with the oldest part inside if there is one. */
@@ -821,6 +982,7 @@ export function createClient(options: ClientOptions): Client {
   /** What waited for a session. */
   function settle(c: Conversation, now: number): void {
     if (c.ackDue && sealing(c)) acknowledge(c, null, now);
+    if (c.round?.plan && c.round.tellAt === Infinity && sealing(c)) c.round.tellAt = now;
     pump(c, now);
   }
 
@@ -867,6 +1029,7 @@ export function createClient(options: ClientOptions): Client {
     if (frame.type === "P2PMESSAGE") onPart(c, frame, { origin, stream, now });
     else if (frame.type === "P2PMESSAGEACK") onAck(c, frame, origin, now);
     else if (frame.type === "P2PTRASH") onPunch(c, frame.probe, origin, now);
+    else if (frame.type === "P2PPLAN") onPlan(c, frame, now);
     else onEcho(c, frame.probe, origin, now);
   }
 
@@ -941,6 +1104,8 @@ export function createClient(options: ClientOptions): Client {
     c.punching = { from: now + c.peer!.punchAfterMs, step: 0, reported: false };
     c.retryAt = Infinity;
     wakePunching(c, now);
+    const isPermissive = ["EIF", "ADF"].includes(isHard(nat) ? c.peer!.nat.filtering : nat.filtering);
+    if (!c.round && !c.best && (isHard(nat) || isHard(c.peer!.nat)) && !isPermissive) startRound(c, 0, now);
   }
 
   function wakePunching(c: Conversation, now: number): void {
@@ -953,6 +1118,7 @@ export function createClient(options: ClientOptions): Client {
         const path = pathTo(c, { socket: 0, from: endpoint }, now);
         if (path && path.state !== "good") probe(c, path, now);
       }
+      if (now >= c.punching.from + FRESH_SOCKETS_AFTER_MS && !c.round && !best) startRound(c, 1, now);
       if (!c.punching.reported && session) tell({ type: "PUNCHED", peer: c.name });
       c.punching.reported = true;
       if (++c.punching.step < PUNCH_AT_MS.length && wanted.length > 0) continue;
@@ -988,10 +1154,15 @@ export function createClient(options: ClientOptions): Client {
     return path;
   }
 
-  function newProbe(c: Conversation, path: Path | null, now: number, ping = false): number {
+  function newProbe(
+    c: Conversation,
+    path: Path | null,
+    now: number,
+    kind: "punch" | "ping" | "swept" = "punch",
+  ): number {
     const id = randomNumber(32);
     if (c.probes.size >= MAX_PROBES) c.probes.delete(c.probes.keys().next().value!);
-    c.probes.set(id, { path, at: now, ping });
+    c.probes.set(id, { path, at: now, kind });
     return id;
   }
 
@@ -1015,12 +1186,13 @@ export function createClient(options: ClientOptions): Client {
   function onEcho(c: Conversation, id: number, origin: Origin, now: number): void {
     const asked = c.probes.get(id);
     if (!asked) return;
-    if (asked.path ? asked.path.endpoint !== origin?.from || asked.path.socket !== origin.socket : origin) return;
-    c.probes.delete(id);
+    const path = asked.kind === "swept" && origin ? pathTo(c, origin, now) : asked.path;
+    if (path ? path.endpoint !== origin?.from || path.socket !== origin.socket : origin) return;
+    if (asked.kind !== "swept") c.probes.delete(id);
     const rttMs = now - asked.at;
-    sample(asked.path?.rtt ?? c.relayRtt, rttMs);
-    if (asked.ping && c.ping?.waiting === id) onPong(c, { path: asked.path, rttMs, now });
-    if (asked.path) answered(c, asked.path, now);
+    sample(path?.rtt ?? c.relayRtt, rttMs);
+    if (asked.kind === "ping" && c.ping?.waiting === id) onPong(c, { path, rttMs, now });
+    if (path) answered(c, path, now);
   }
 
   /** Something sent on a path has been answered over it: it works in both directions. */
@@ -1079,6 +1251,7 @@ export function createClient(options: ClientOptions): Client {
       path.probeAt = now + (path.fastProbes < FAST_PROBES ? FAST_PROBE_MS : patience(path));
     } else {
       c.paths.delete(`${path.socket} ${path.endpoint}`);
+      if (path.socket !== 0) closeSocket(path.socket);
       const others = [...c.paths.values()].filter(({ state }) => state === "good");
       use(c, others.find(({ kind }) => kind === "lan") ?? others[0] ?? null, now);
       if (!c.best) {
@@ -1086,6 +1259,304 @@ export function createClient(options: ClientOptions): Client {
         resendAll(c, now);
       }
     }
+  }
+
+  // -- knowing our NAT: as RFC 5780 has it, but nothing here can spoil a mapping that a punch will need
+
+  function openSocket(then: (socket: number, port: number, now: number) => void): void {
+    const socket = sockets++;
+    opening.set(socket, (port, now) => then(socket, port, now));
+    effects.push({ kind: "open", socket });
+  }
+
+  const closeSocket = (socket: number) => void effects.push({ kind: "close", socket });
+
+  /** Asks a STUN server how it sees one of our sockets; null after some tries: nothing came back. */
+  function ask(
+    question: { socket: number; to: Endpoint; changeIp?: boolean; changePort?: boolean },
+    now: number,
+    done: (answer: Stun | null, now: number) => void,
+  ): void {
+    const { socket, to, changeIp = false, changePort = false } = question;
+    const transaction = STUN_COOKIE + hex(random(12));
+    const data = encodeStunRequest({ transaction, changeIp, changePort });
+    queries.set(transaction, { socket, to, data, tries: 0, dueAt: now, done });
+    wakeQueries(now);
+  }
+
+  function wakeQueries(now: number): void {
+    for (const [transaction, query] of queries) {
+      if (now < query.dueAt) continue;
+      if (query.tries++ < QUERY_TRIES) {
+        query.dueAt = now + QUERY_MS;
+        send(query.socket, query.to, query.data);
+      } else {
+        queries.delete(transaction);
+        query.done(null, now);
+      }
+    }
+  }
+
+  function onStun(data: Uint8Array, now: number): void {
+    const stun = decodeStun(data);
+    const query = stun && queries.get(stun.transaction);
+    if (!query) return;
+    if (stun.kind === "request") hairpin = true; // our own question came back to us by our public address
+    else {
+      queries.delete(stun.transaction);
+      query.done(stun.kind === "response" ? stun : null, now);
+    }
+  }
+
+  /** Finds out our class of NAT: the mapping and the allocation in one round trip, the filtering when silence proves it. */
+  function discover(now: number): void {
+    if (!session || isIPv6(session.server)) return;
+    const { server, public: seen, secondPort } = session;
+    const facts: Facts = { isNone: addresses.includes(hostOf(seen)), samples: [] };
+    const mine = { waiting: discovery?.waiting ?? [] };
+    discovery = mine;
+    hairpin = null;
+    let questions = 0;
+    const find = (
+      question: Parameters<typeof ask>[0],
+      at: number,
+      note: (answer: Stun | null, now: number) => void,
+    ) => {
+      questions++;
+      ask(question, at, (answer, now) => {
+        if (discovery !== mine) return;
+        note(answer, now);
+        questions--;
+        const found = classOf(facts, seen);
+        const outside = facts.samples.map((sample) => sample.outside),
+          low = Math.min(...outside),
+          high = Math.max(...outside);
+        stride = stepOf(facts.samples) || 1;
+        block = [Math.max(LOWEST_PORT, high - BLOCK_GUESS), Math.min(65_535, low + BLOCK_GUESS)];
+        if (JSON.stringify(found) !== JSON.stringify(nat)) {
+          nat = found;
+          if (session && !login) keepalive(now);
+        }
+        if (questions > 0) return;
+        discovery = null;
+        for (const tell of mine.waiting) tell();
+        for (const { socket } of facts.samples) closeSocket(socket);
+      });
+    };
+    const elsewhere = (to: Endpoint, at: number) =>
+      find({ socket: 0, to }, at, (answer) => facts.elsewhere = answer?.mapped);
+    find({ socket: 0, to: formatEndpoint(hostOf(server), secondPort) }, now, (answer, now) => {
+      facts.secondPort = answer?.mapped;
+      if (!answer?.other) return;
+      elsewhere(answer.other, now);
+      find(
+        { socket: 0, to: server, changeIp: true, changePort: true },
+        now,
+        (answer) => facts.otherAddress = answer !== null,
+      );
+    });
+    if (options.observer) elsewhere(options.observer, now);
+    find({ socket: 0, to: server, changePort: true }, now, (answer) => facts.thirdPort = answer !== null);
+    for (let i = 0; i < SAMPLES; i++) {
+      questions++;
+      openSocket((socket, inside, now) => {
+        questions--;
+        find({ socket, to: server }, now, (answer, now) => {
+          const outside = answer?.mapped;
+          facts.samples.push({ socket, inside, outside: outside ? parseEndpoint(outside)!.port : 0 });
+          if (!outside || facts.samples.length < SAMPLES) return;
+          hairpin ??= false;
+          // Both ways at once, since the mappings filter: a hairpin is a hole punched towards oneself.
+          find({ socket, to: seen }, now, () => {});
+          find({ socket: 0, to: outside }, now, () => {});
+        });
+      });
+    }
+  }
+
+  function reportNat(): void {
+    emit({
+      event: "nat",
+      ...nat,
+      public: session?.public ?? "",
+      hairpin,
+      udp: session !== null,
+    });
+  }
+
+  // -- harder NATs: rounds of more sockets, predicted ports and sprays (the table is in DESIGN 4 and README)
+
+  function startRound(c: Conversation, number: number, now: number): void {
+    const peerNat = c.peer!.nat;
+    const isHopeless = isHard(nat) && isHard(peerNat) && (isRandom(nat) || isRandom(peerNat)); // the odds are quadratic
+    if (c.round) endRound(c);
+    if (isHopeless || number > MAX_ROUND || isMirror(c)) return;
+    const count = isHard(nat)
+      ? isRandom(nat) ? SPRAY_SOCKETS : isHard(peerNat) ? GUESSES : FEW
+      : isHard(peerNat)
+      ? 0
+      : 1;
+    const round: Round = {
+      number,
+      sockets: [],
+      plan: null,
+      theirs: null,
+      tellAt: Infinity,
+      volley: 0,
+      volleyAt: Infinity,
+      spray: null,
+      endAt: now + (isRandom(nat) || isRandom(peerNat) ? SPRAY_ROUND_MS : ROUND_MS),
+    };
+    c.round = round;
+    let left = count;
+    for (let i = 0; i < count; i++) {
+      openSocket((socket, port, now) => {
+        if (c.round !== round) return closeSocket(socket);
+        if (port > 0) round.sockets.push({ socket, port });
+        if (--left === 0) plan(c, round, now);
+      });
+    }
+  }
+
+  /** Foretells the outside ports of our next packets to the peer, each from a socket that has sent nothing yet. */
+  function plan(c: Conversation, round: Round, now: number): void {
+    const announce = (ports: number[], now: number, spray = 0) => {
+      if (c.round !== round) return;
+      round.plan = { type: "P2PPLAN", round: round.number, spray, ports };
+      round.tellAt = now;
+      aim(c, now);
+      wakeRound(c, now);
+    };
+    const inside = round.sockets.map(({ port }) => port);
+    const outside = (socket: number, then: (port: number, now: number) => void) =>
+      ask(
+        { socket, to: session!.server },
+        now,
+        (answer, now) => answer?.mapped && then(parseEndpoint(answer.mapped)!.port, now),
+      );
+    if (!session || inside.length === 0) return;
+    if (!isHard(nat)) outside(round.sockets[0]!.socket, (port, now) => announce([port], now));
+    else if (isRandom(nat)) announce(nat.allocation === "block" ? block : [], now, 1);
+    else if (nat.allocation === "preserving") announce(inside, now);
+    else {
+      openSocket((socket, _port, now) =>
+        // the counter as it stands now
+        ask({ socket, to: session!.server }, now, (answer, now) => {
+          closeSocket(socket);
+          const last = answer?.mapped && parseEndpoint(answer.mapped)!.port;
+          if (!last) return;
+          const next = Array.from({ length: MAX_PLANNED_PORTS }, (_, i) => last + (i + 1) * stride);
+          announce(next.filter((port) => port > 0 && port < 65_536), now);
+        })
+      );
+    }
+  }
+
+  function onPlan(c: Conversation, theirs: Peer & { type: "P2PPLAN" }, now: number): void {
+    if (!direct || c.best?.state === "good" || theirs.round > MAX_ROUND) return;
+    if (!c.round || theirs.round > c.round.number) startRound(c, theirs.round, now);
+    if (!c.round || c.round.theirs || theirs.round !== c.round.number) return;
+    c.round.theirs = theirs;
+    aim(c, now);
+    wakeRound(c, now);
+  }
+
+  /** Whether both sides know where to send; if so, now. */
+  function aim(c: Conversation, now: number): void {
+    const round = c.round!;
+    const isReady = round.plan !== null || (!isHard(nat) && isHard(c.peer!.nat));
+    const knowsWhere = round.theirs !== null || (isHard(nat) && !isHard(c.peer!.nat));
+    if (isReady && knowsWhere && round.volleyAt === Infinity && round.volley === 0) round.volleyAt = now;
+  }
+
+  /** Where the server sees the peer, in IPv4. */
+  const publicOf = (c: Conversation) => c.peer!.candidates.findLast((endpoint) => !isIPv6(endpoint));
+
+  function volley(c: Conversation, now: number): void {
+    const round = c.round!, target = publicOf(c);
+    if (!target || c.best?.state === "good") return;
+    const host = hostOf(target), ports = round.theirs?.ports ?? [];
+    const both = isHard(nat) && isHard(c.peer!.nat), opens = isHard(nat) && !both;
+    if (round.theirs?.spray && !isHard(nat)) {
+      if (round.spray || [...conversations.values()].some((other) => other.round?.spray)) return; // one at a time
+      round.spray = { next: 0, at: now, first: randomNumber(16), stride: coprime(randomNumber(16)), block: ports };
+      round.endAt = now + SPRAY_ROUND_MS;
+      return;
+    }
+    const guess = nat.allocation === "preserving" || isLower(keys.public, c.peer!.key);
+    const sweep = newProbe(c, null, now, "swept");
+    for (const [i, { socket }] of (round.sockets.length > 0 ? round.sockets : [{ socket: 0 }]).entries()) {
+      // Against another counter: ours may be off by foreign flows, hence one side guesses how many there were.
+      const skip = c.peer!.nat.allocation === "sequential" && guess ? i % FOREIGN_FLOWS : 0;
+      const to = both ? ports.slice(i + skip, i + skip + 1) : opens ? [ports[0] ?? parseEndpoint(target)!.port] : ports;
+      const ttl = opens && round.volley === 0 ? OPENER_TTL : undefined;
+      for (const port of to) sweepTo(c, sweep, { socket, to: formatEndpoint(host, port), ttl });
+    }
+  }
+
+  function sweepTo(
+    c: Conversation,
+    probe: number,
+    { socket, to, ttl }: { socket: number; to: Endpoint; ttl?: number | undefined },
+  ): void {
+    const data = sealed(c, { type: "P2PTRASH", probe }) ?? (c.opening?.handshake ? firstMessage(c, probe) : null);
+    if (data) send(socket, to, data, ttl);
+  }
+
+  /** A burst of the spray: ports that have not been tried, those of the peer's block first. */
+  function spray(c: Conversation, now: number): void {
+    const spray = c.round!.spray!, host = hostOf(publicOf(c)!);
+    const [low = 0, high = -1] = spray.block, span = Math.max(0, high - low + 1);
+    const sweep = newProbe(c, null, now, "swept");
+    for (let sent = 0; sent < SPRAY_BURST; sent++, spray.next++) {
+      const i = spray.next;
+      const port = i < span ? low + i : LOWEST_PORT + (spray.first + i * spray.stride) % PORTS;
+      sweepTo(c, sweep, { socket: 0, to: formatEndpoint(host, port) });
+    }
+    spray.at += spray.next === SPRAY_PORTS / 2 ? SPRAY_PAUSE_MS : SPRAY_BURST_MS;
+  }
+
+  function wakeRound(c: Conversation, now: number): void {
+    const { round } = c;
+    if (!round) return;
+    if (round.plan && now >= round.tellAt) {
+      round.tellAt = transmit(c, round.plan, [null]) ? now + TELL_PLAN_MS : Infinity;
+    }
+    while (now >= round.volleyAt) {
+      volley(c, now);
+      const times = !isHard(nat) || isHard(c.peer!.nat)
+        ? VOLLEYS_MS
+        : isRandom(nat)
+        ? SPRAY_VOLLEYS_MS
+        : OPENER_VOLLEYS_MS;
+      const wait = (times[round.volley + 1] ?? Infinity) - times[round.volley]!;
+      round.volley++;
+      round.volleyAt += wait;
+    }
+    while (round.spray && now >= round.spray.at && round.spray.next < SPRAY_PORTS && c.best?.state !== "good") {
+      spray(c, now);
+    }
+    if (now < round.endAt) return;
+    const again = !c.best && !isRandom(nat) && !isRandom(c.peer!.nat);
+    if (again) startRound(c, round.number + 1, now);
+    else endRound(c);
+  }
+
+  const roundWakeAt = ({ round, best }: Conversation) =>
+    round
+      ? Math.min(
+        round.endAt,
+        round.volleyAt,
+        round.plan ? round.tellAt : Infinity,
+        round.spray && round.spray.next < SPRAY_PORTS && best?.state !== "good" ? round.spray.at : Infinity,
+      )
+      : Infinity;
+
+  /** Closes the sockets that nothing came through. */
+  function endRound(c: Conversation): void {
+    const used = new Set([...c.paths.values()].filter(({ state }) => state !== "trying").map(({ socket }) => socket));
+    for (const { socket } of c.round!.sockets) if (!used.has(socket)) closeSocket(socket);
+    c.round = null;
   }
 
   // -- messages: split, sent, acknowledged, put together again
@@ -1333,7 +1804,7 @@ export function createClient(options: ClientOptions): Client {
       return wakePing(c, now);
     }
     ping.nextAt = now + PING_LOST_MS;
-    ping.waiting = newProbe(c, c.best, now, true);
+    ping.waiting = newProbe(c, c.best, now, "ping");
     transmit(c, { type: "P2PTRASH", probe: ping.waiting }, [c.best]);
   }
 
@@ -1443,6 +1914,7 @@ export function createClient(options: ClientOptions): Client {
       c.punching ? c.punching.from + PUNCH_AT_MS[c.punching.step]! : Infinity,
       c.retryAt,
       c.ping?.nextAt ?? Infinity,
+      roundWakeAt(c),
       c.best ? c.best.probeAt : Infinity,
       c.best?.state === "good" ? c.best.waitingSince + patience(c.best) : Infinity,
     );
@@ -1467,6 +1939,7 @@ export function createClient(options: ClientOptions): Client {
     }
     wakePunching(c, now);
     if (c.best) wakePath(c, c.best, now);
+    wakeRound(c, now);
     if (now >= c.retryAt) {
       c.retryAt = Infinity;
       c.rounds = 0;
@@ -1481,6 +1954,7 @@ export function createClient(options: ClientOptions): Client {
 
   const wakeAt = () => {
     let at = Math.min(linkWakeAt(), session ? listings[0]?.dueAt ?? Infinity : Infinity);
+    for (const { dueAt } of queries.values()) at = Math.min(at, dueAt);
     for (const conversation of conversations.values()) at = Math.min(at, conversationWakeAt(conversation));
     return state === "closed" ? Infinity : at;
   };
@@ -1520,6 +1994,8 @@ export function createClient(options: ClientOptions): Client {
           }
           emit({ event: "verify", peer: command.peer, code: safetyCode(keys.public, user.key) });
         });
+      case "nat":
+        return discovery ? void discovery.waiting.push(reportNat) : reportNat();
       case "exit":
         if (session) tell({ type: "LOGOUT" });
         if (state !== "closed") emit({ event: "logout", name, reason: "exit" });
@@ -1538,7 +2014,11 @@ export function createClient(options: ClientOptions): Client {
   return {
     opened(socket, openedPort, now) {
       return step(now, () => {
-        if (socket !== 0) return;
+        if (socket !== 0) {
+          opening.get(socket)?.(openedPort, now);
+          opening.delete(socket);
+          return;
+        }
         port = openedPort;
         beginLogin(now);
         wakeLink(now);
@@ -1546,6 +2026,7 @@ export function createClient(options: ClientOptions): Client {
     },
     receive(datagram, now) {
       return step(now, () => {
+        if (datagram.data[0]! < 4) return onStun(datagram.data, now);
         const control = decode(datagram.data);
         if (control) onControl(control, datagram, now);
         else onPeerDatagram(datagram.data, { socket: datagram.socket, from: datagram.from }, now);
@@ -1555,6 +2036,7 @@ export function createClient(options: ClientOptions): Client {
       return step(now, () => {
         wakeLink(now);
         wakeListing(now);
+        wakeQueries(now);
         for (const conversation of conversations.values()) wakeConversation(conversation, now);
       });
     },
@@ -1579,6 +2061,7 @@ const HELP = `Commands, one a line:
   getu [PREFIX]       list the users, with their public endpoints
   path [NAME]         which way messages take
   ping NAME [COUNT]   measure the round trip
+  nat                 what your NAT is like, and what that means
   verify NAME         a code to compare with the other side, aloud
   sleep SECONDS       wait (in scripts)
   help, exit
@@ -1594,6 +2077,7 @@ const USAGE = `Talks to other users of a Punch server, directly wherever a hole 
   --new-secret        print a new secret and end
   --password-file F   the password of the server (or PUNCH_PASSWORD); "-" asks for it
   --identity F        keep the key in F: the name is held, and colleagues recognise the key
+  --stun HOST:PORT    a STUN server elsewhere, to know one's NAT better
   --no-direct         never punch, stay on the relay
   --json              one JSON object a line on stdout
   --trace             every datagram on stderr
@@ -1603,7 +2087,7 @@ ${HELP}`;
 /** Interfaces of containers, virtual machines and tunnels: nobody at the other end can come in through them. */
 const DEAD_END_INTERFACES = /^(docker|veth|br-|virbr|tun|wg)/;
 const INTERFACES_CHECK_MS = 5_000;
-const GOODBYE_MS = 50;
+const GOODBYE_MS = 50, STUN_PORT = 3478;
 /** 20 letters of an alphabet of 32 without look-alikes: 100 bits. */
 const SECRET_LETTERS = "abcdefghijkmnpqrstuvwxyz23456789", SECRET_LENGTH = 20, SHORT_SECRET = 16;
 
@@ -1621,9 +2105,9 @@ function localAddresses(): string[] {
 }
 
 /** The server's endpoints, at most one in each IP version. */
-async function resolve(server: string): Promise<Endpoint[]> {
+async function resolve(server: string, defaultPort: number): Promise<Endpoint[]> {
   const match = /^(?:\[([^\]]+)\]|([^:]*)|(.*:.*:.*))(?::(\d+))?$/.exec(server);
-  const host = match?.[1] ?? match?.[2] ?? match?.[3], port = Number(match?.[4] ?? DEFAULT_PORT);
+  const host = match?.[1] ?? match?.[2] ?? match?.[3], port = Number(match?.[4] ?? defaultPort);
   if (!host || port < 1 || port > 65535) throw new UsageError(`"${server}" is not a server: SERVER or SERVER:PORT`);
   try {
     const found = await lookup(host, { all: true });
@@ -1710,6 +2194,8 @@ function inWords(event: ClientEvent): { text: string; answer: boolean } {
       );
     case "verify":
       return answer(`Read this to ${event.peer}, who must see the same: ${event.code}`);
+    case "nat":
+      return answer(natInWords(event));
     case "error":
       return status(event.message);
     case "reconnecting":
@@ -1720,6 +2206,42 @@ function inWords(event: ClientEvent): { text: string; answer: boolean } {
       return status("Logged out");
   }
 }
+
+/** What one's NAT means for reaching others. */
+function natInWords({ mapping, filtering, allocation, hairpin, ...nat }: NatEvent): string {
+  if (!nat.udp) return "UDP does not reach the server: it is blocked here, or the server is not running";
+  const kind = mapping === "APDM" || mapping === "ADM"
+    ? `symmetric (${mapping}): each destination sees another port, ${ALLOCATION_WORDS[allocation]}`
+    : mapping === "EIM"
+    ? "every destination sees the same port (EIM)"
+    : "as far as one server can tell, every destination sees the same port (EIM, or ADM: --stun gives a second opinion)";
+  const filter = {
+    APDF: "Only those you have written to can write to you, port by port (APDF)",
+    ADF: "Whoever you have written to can write to you from any port (ADF)",
+    EIF: "Anybody can write to you (EIF)",
+    unknown: "A port you have not written to can write to you (EIF or ADF)",
+  }[filtering];
+  const outlook = mapping !== "APDM" && mapping !== "ADM"
+    ? "direct to everybody but those behind blocked UDP; to random symmetric NATs within seconds"
+    : allocation === "random" || allocation === "block"
+    ? "direct to everybody whose NAT is not symmetric, within seconds; over the server to the others"
+    : "direct to nearly everybody; over the server to symmetric NATs with random ports";
+  return [
+    `You are seen at ${nat.public}`,
+    `Your NAT: ${kind}`,
+    filter,
+    ...hairpin === null ? [] : [`Two behind it ${hairpin ? "reach" : "do not reach"} each other by its public address`],
+    `So you are ${outlook}`,
+  ].join("\n  ");
+}
+
+const ALLOCATION_WORDS: Record<NatClass["allocation"], string> = {
+  preserving: "the one inside if it is free",
+  sequential: "one after the other",
+  block: "any of a block",
+  random: "any",
+  unknown: "we do not know which",
+};
 
 const FAILURES: Record<Reason, string> = {
   unknown: "there is no such user",
@@ -1755,6 +2277,8 @@ export function parseCommand(line: string): Command | { command: "sleep"; second
       return peer ? { command: "verify", peer } : new UsageError("Usage: verify NAME");
     case "sleep":
       return Number(peer) >= 0 ? { command: "sleep", seconds: Number(peer) } : new UsageError("Usage: sleep SECONDS");
+    case "nat":
+      return { command: "nat" };
     case "exit":
       return { command: "exit" };
     case "help":
@@ -1768,7 +2292,7 @@ async function main(): Promise<void> {
   const { parseArgs } = await import("deno-std@1.4.0/cli/parse_args.js");
   const unknown: string[] = [];
   const args = parseArgs(process.argv.slice(2), {
-    string: ["port", "secret-file", "password-file", "identity", "_"],
+    string: ["port", "secret-file", "password-file", "identity", "stun", "_"],
     boolean: ["new-secret", "direct", "json", "trace", "help"],
     default: { direct: true },
     negatable: ["direct"],
@@ -1792,7 +2316,7 @@ async function main(): Promise<void> {
     if (done) process.exit(1);
     return value.trim() || ask(what, given);
   };
-  const servers = await resolve(await ask("server", args._[0]));
+  const servers = await resolve(await ask("server", args._[0]), DEFAULT_PORT);
   const wanted = await ask("name", args._[1]);
   const name = userName(wanted);
   if (name === null) throw new UsageError(`"${wanted}" is not a name: 1 to 32 bytes without blanks`);
@@ -1810,6 +2334,7 @@ async function main(): Promise<void> {
     generateKeys,
     psk: stretch(secret, "secret"),
     password: stretch(password, "password"),
+    observer: args.stun === undefined ? undefined : (await resolve(args.stun, STUN_PORT)).find((to) => !isIPv6(to)),
     keepName: args.identity !== undefined,
     direct: args.direct,
     patient: isTerminal,
@@ -1859,7 +2384,15 @@ async function main(): Promise<void> {
     new Promise<void>((resolve) => {
       let left = command.command === "ping" ? command.count : 1;
       onEvent = (event) => {
-        const wanted = { send: "sent", getu: "users", ping: "ping", verify: "verify", path: "path", exit: "logout" };
+        const wanted = {
+          send: "sent",
+          getu: "users",
+          ping: "ping",
+          nat: "nat",
+          verify: "verify",
+          path: "path",
+          exit: "logout",
+        };
         if (event.event === wanted[command.command] ? --left <= 0 : event.event === "error") resolve();
       };
       perform(command);

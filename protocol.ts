@@ -21,6 +21,7 @@
  * @module
  */
 /// <reference types="npm:bun-types@1.4.5" />
+import { createSocket } from "node:dgram";
 import { readFileSync } from "node:fs";
 import process from "node:process";
 import {
@@ -35,6 +36,7 @@ import {
   scryptSync,
   timingSafeEqual,
 } from "node:crypto";
+import { crc32 } from "node:zlib";
 
 // ---------------------------------------------------------------------------------------------------- constants
 
@@ -50,6 +52,8 @@ export const MIN_CLIENT_BYTES = 65;
 export const MAX_PART_BYTES = 800;
 /** Most candidates that one client may announce. */
 export const MAX_CANDIDATES = 8;
+/** Most ports that a plan names. */
+export const MAX_PLANNED_PORTS = 64;
 /** Longest user name in bytes of UTF-8. */
 export const MAX_NAME_BYTES = 32;
 
@@ -286,6 +290,35 @@ const record = <S extends Shape>(shape: S): Codec<Values<S>> => ({
 
 // ---------------------------------------------------------------------------------------------------- messages
 
+/** How a NAT behaves towards UDP (RFC 4787, sections 4 and 5), as far as somebody could tell. */
+export interface NatClass {
+  /** Which destinations share an outside port. */
+  mapping: (typeof MAPPINGS)[number];
+  /** Who may send to an outside port. */
+  filtering: (typeof FILTERINGS)[number];
+  /** How an outside port is chosen. */
+  allocation: (typeof ALLOCATIONS)[number];
+}
+/** Endpoint-independent, address-dependent, address and port-dependent. */
+export const MAPPINGS = ["unknown", "EIM", "ADM", "APDM"] as const;
+/** The same. */
+export const FILTERINGS = ["unknown", "EIF", "ADF", "APDF"] as const;
+/** The inside port, the next one, one in a block of the subscriber's, any. */
+export const ALLOCATIONS = ["unknown", "preserving", "sequential", "block", "random"] as const;
+
+const natClass: Codec<NatClass> = {
+  put(cursor, { mapping, filtering, allocation }) {
+    const code = MAPPINGS.indexOf(mapping) + 4 * FILTERINGS.indexOf(filtering) + 16 * ALLOCATIONS.indexOf(allocation);
+    u8.put(cursor, code);
+  },
+  get(cursor) {
+    const code = u8.get(cursor);
+    const mapping = MAPPINGS[code & 3]!, filtering = FILTERINGS[code >> 2 & 3]!, allocation = ALLOCATIONS[code >> 4];
+    if (allocation === undefined) cursor.bad = true;
+    return { mapping, filtering, allocation: allocation ?? "unknown" };
+  },
+};
+
 /** A line of the list of users: enough to send that user a sealed message without asking first. */
 export interface User {
   /** As `userName` leaves it. */
@@ -309,6 +342,8 @@ export interface Introduced {
   key: Uint8Array;
   /** Where it may be reached: at most twice MAX_CANDIDATES. */
   candidates: Endpoint[];
+  /** The NAT that it found itself behind. */
+  nat: NatClass;
   /** How long to wait with the first punch, so that both sides' cross in flight. */
   punchAfterMs: number;
 }
@@ -317,6 +352,7 @@ const introduced: Codec<Introduced> = record({
   nonce: id,
   key,
   candidates: list(endpoint, 2 * MAX_CANDIDATES),
+  nat: natClass,
   punchAfterMs: u16,
 });
 
@@ -358,14 +394,22 @@ export const CONTROL = {
   WELCOME: {
     code: 6,
     way: "S -> C",
-    what: "you are in; this is how the world sees you",
-    fields: { token: id, nonce: id, public: endpoint, total: u32, users: list(user, 32) },
+    what: "you are in; this is how the world sees you, and more ports of mine",
+    fields: {
+      token: id,
+      nonce: id,
+      public: endpoint,
+      secondPort: u16,
+      thirdPort: u16,
+      total: u32,
+      users: list(user, 32),
+    },
   },
   KEEPALIVE: {
     code: 7,
     way: "C -> S",
     what: "I am still here; with a cookie: and this is my address now",
-    fields: { cookie: id, rttMs: u16, local: list(endpoint, MAX_CANDIDATES) },
+    fields: { cookie: id, rttMs: u16, nat: natClass, local: list(endpoint, MAX_CANDIDATES) },
   },
   ALIVE: { code: 8, way: "S -> C", what: "so am I, and I see you here", fields: { asked: u48, public: endpoint } },
   USERS: {
@@ -412,6 +456,12 @@ export const PEER = {
   },
   P2PTRASH: { code: 103, way: "C <-> C", what: "a punch, and a question: did this reach you?", fields: { probe: u32 } },
   P2PECHO: { code: 104, way: "C <-> C", what: "it did", fields: { probe: u32 } },
+  P2PPLAN: {
+    code: 107,
+    way: "C <-> C",
+    what: "my NAT will give my next packets to you these ports, in this order; with `spray`: any ports, so try many",
+    fields: { round: u8, spray: u8, ports: list(u16, MAX_PLANNED_PORTS) },
+  },
 } as const;
 
 /** The two messages that agree on the keys of a session between clients. */
@@ -594,6 +644,13 @@ export function openPeer(data: Uint8Array, key: Uint8Array): Peer | null {
 
 /** A datagram in words, for traces: its name, what it says and what of it can be read without a key. */
 export function explain(data: Uint8Array): string {
+  const stun = decodeStun(data);
+  if (stun) {
+    const { kind, changeIp, changePort, mapped } = stun;
+    return `STUN Binding ${kind}${changeIp ? " change-ip" : ""}${changePort ? " change-port" : ""}${
+      mapped ? ` mapped=${mapped}` : ""
+    }`;
+  }
   const row = messageTable().find(({ code }) => isOurs(data) && code === data[1]);
   if (!row) return `${data.length} bytes that are not ours`;
   const shown = (value: unknown): string =>
@@ -635,6 +692,167 @@ export function concat(...parts: Uint8Array[]): Uint8Array {
     at += part.length;
   }
   return whole;
+}
+
+// ---------------------------------------------------------------------------------------------------- STUN
+//
+//     0      2        4        8                20     22       24
+//     +------+--------+--------+----------------+------+--------+-------+-----
+//     | type | length | cookie | transaction id | type | length | value | ...     RFC 8489, sections 5 and 14
+//     +------+--------+--------+----------------+------+--------+-------+-----
+//
+// Binding only. Nobody is asked who he is: user names, integrity and ICE's attributes are passed over.
+
+/** What classic STUN (RFC 3489) does not have: there these 4 bytes are a part of the transaction id. */
+export const STUN_COOKIE = "2112a442";
+/** The attribute that asks for an answer from another address or port (RFC 5780, section 7.2). */
+export const STUN_CHANGE_REQUEST = 0x0003;
+
+const STUN_HEADER_BYTES = 20;
+const STUN_KINDS = { request: 0x0001, indication: 0x0011, response: 0x0101, error: 0x0111 };
+/** RFC 8489, section 18.3; RFC 5780, section 7; RFC 3489, section 11.2. */
+const STUN = {
+  MAPPED_ADDRESS: 0x0001,
+  SOURCE_ADDRESS: 0x0004,
+  CHANGED_ADDRESS: 0x0005,
+  MESSAGE_INTEGRITY: 0x0008,
+  ERROR_CODE: 0x0009,
+  UNKNOWN_ATTRIBUTES: 0x000a,
+  MESSAGE_INTEGRITY_SHA256: 0x001c,
+  XOR_MAPPED_ADDRESS: 0x0020,
+  FINGERPRINT: 0x8028,
+  RESPONSE_ORIGIN: 0x802b,
+  OTHER_ADDRESS: 0x802c,
+} as const;
+/**
+ * Must be understood, and may be passed over here: USERNAME, PASSWORD, ERROR-CODE, UNKNOWN-ATTRIBUTES, REFLECTED-FROM,
+ * REALM, NONCE, PASSWORD-ALGORITHM, USERHASH, PRIORITY, USE-CANDIDATE. Not among them, since they would aim us at
+ * others or make us louder: RESPONSE-ADDRESS (RFC 3489), RESPONSE-PORT and PADDING (RFC 5780).
+ */
+const STUN_PASSED_OVER = [0x06, 0x07, 0x09, 0x0a, 0x0b, 0x14, 0x15, 0x1d, 0x1e, 0x24, 0x25];
+/** From here on an attribute need not be understood (RFC 8489, section 14). */
+const STUN_OPTIONAL = 0x8000;
+const STUN_CHANGE_IP = 4, STUN_CHANGE_PORT = 2, STUN_FINGERPRINT_MASK = 0x5354554e;
+
+/** A STUN Binding message. */
+export interface Stun {
+  /** Its class. */
+  kind: "request" | "response" | "error" | "indication";
+  /** The 16 bytes behind the length as hex digits: cookie and id, or all of them the id of classic STUN. */
+  transaction: string;
+  /** How the server sees the client: XOR-MAPPED-ADDRESS, or else MAPPED-ADDRESS. */
+  mapped?: Endpoint | undefined;
+  /** Where the server answers from: RESPONSE-ORIGIN, or SOURCE-ADDRESS. */
+  origin?: Endpoint | undefined;
+  /** The server's other address and port: OTHER-ADDRESS, or CHANGED-ADDRESS. */
+  other?: Endpoint | undefined;
+  /** CHANGE-REQUEST: answer from your other address. */
+  changeIp: boolean;
+  /** CHANGE-REQUEST: answer from another port. */
+  changePort: boolean;
+  /** Attributes that must be understood and are not. */
+  unknown: number[];
+  /** Without the cookie: RFC 3489. */
+  classic: boolean;
+}
+
+/** Decodes a STUN Binding message (RFC 8489, section 5), or null: also if it has a FINGERPRINT that is wrong. */
+export function decodeStun(data: Uint8Array): Stun | null {
+  const cursor = reader(data, 0, data.length);
+  const type = u16.get(cursor), length = u16.get(cursor), id = take(cursor, 16);
+  const kind = (Object.keys(STUN_KINDS) as Stun["kind"][]).find((kind) => STUN_KINDS[kind] === type);
+  if (cursor.bad || !kind || length !== data.length - STUN_HEADER_BYTES || length % 4 !== 0) return null;
+  const transaction = hex(id), classic = !transaction.startsWith(STUN_COOKIE);
+  const stun: Stun = { kind, transaction, changeIp: false, changePort: false, unknown: [], classic };
+  const address = (value: Uint8Array, mask?: Uint8Array) => {
+    const endpoint = stunEndpoint(value, mask);
+    cursor.bad ||= endpoint === "";
+    return endpoint;
+  };
+  let isSealed = false;
+  while (cursor.at < cursor.end && !cursor.bad) {
+    const at = cursor.at, type = u16.get(cursor), length = u16.get(cursor), value = take(cursor, length);
+    take(cursor, -length & 3);
+    if (cursor.bad) break;
+    if (type === STUN.FINGERPRINT) { // the last attribute, over all before it (RFC 8489, section 14.7)
+      const sum = (crc32(data.subarray(0, at)) ^ STUN_FINGERPRINT_MASK) >>> 0;
+      if (cursor.at !== cursor.end || length !== 4 || u32.get(reader(value, 0, 4)) !== sum) return null;
+    } else if (isSealed) continue; // nobody vouches for what follows MESSAGE-INTEGRITY (section 14.5)
+    else if (type === STUN.MESSAGE_INTEGRITY || type === STUN.MESSAGE_INTEGRITY_SHA256) isSealed = true;
+    else if (type === STUN.XOR_MAPPED_ADDRESS) stun.mapped = address(value, id);
+    else if (type === STUN.MAPPED_ADDRESS) stun.mapped ??= address(value);
+    else if (type === STUN.RESPONSE_ORIGIN || type === STUN.SOURCE_ADDRESS) stun.origin ??= address(value);
+    else if (type === STUN.OTHER_ADDRESS || type === STUN.CHANGED_ADDRESS) stun.other ??= address(value);
+    else if (type === STUN_CHANGE_REQUEST) {
+      const flags = u32.get(reader(value, 0, 4));
+      cursor.bad = length !== 4;
+      stun.changeIp = (flags & STUN_CHANGE_IP) !== 0;
+      stun.changePort = (flags & STUN_CHANGE_PORT) !== 0;
+    } else if (type < STUN_OPTIONAL && !STUN_PASSED_OVER.includes(type)) stun.unknown.push(type);
+  }
+  return cursor.bad ? null : stun;
+}
+
+/** Encodes a Binding request; `transaction` is STUN_COOKIE and 24 unpredictable hex digits, or 32 for classic STUN. */
+export function encodeStunRequest(
+  request: { transaction: string; changeIp?: boolean | undefined; changePort?: boolean | undefined },
+): Uint8Array {
+  const { transaction, changeIp = false, changePort = false } = request;
+  const flags = (changeIp ? STUN_CHANGE_IP : 0) + (changePort ? STUN_CHANGE_PORT : 0);
+  return stunMessage("request", transaction, flags > 0 ? [[STUN_CHANGE_REQUEST, words(0, flags)]] : []);
+}
+
+/**
+ * Encodes the answer to a Binding request, as small as it can be: without SOFTWARE, and MAPPED-ADDRESS for classic
+ * clients only, though RFC 5780, section 6.1 wants it for all. If the request has attributes that we do not know, it is
+ * an error 420 that names them (RFC 8489, section 6.3.1).
+ */
+export function encodeStunResponse(
+  request: Stun,
+  answer: { mapped: Endpoint; origin?: Endpoint | undefined; other?: Endpoint | undefined },
+): Uint8Array {
+  const { transaction, classic, unknown } = request;
+  if (unknown.length > 0) {
+    const even = classic && unknown.length % 2 > 0 ? unknown.slice(-1) : []; // RFC 3489, section 11.2.10
+    return stunMessage("error", transaction, [
+      [STUN.ERROR_CODE, Uint8Array.of(0, 0, 4, 20)],
+      [STUN.UNKNOWN_ATTRIBUTES, words(...unknown, ...even)],
+    ]);
+  }
+  const { mapped, origin, other } = answer;
+  return stunMessage("response", transaction, [
+    classic
+      ? [STUN.MAPPED_ADDRESS, stunAddress(mapped)]
+      : [STUN.XOR_MAPPED_ADDRESS, stunAddress(mapped, fromHex(transaction))],
+    ...origin ? [[classic ? STUN.SOURCE_ADDRESS : STUN.RESPONSE_ORIGIN, stunAddress(origin)] as Attribute] : [],
+    ...other ? [[classic ? STUN.CHANGED_ADDRESS : STUN.OTHER_ADDRESS, stunAddress(other)] as Attribute] : [],
+  ]);
+}
+
+const words = (...values: number[]) => Uint8Array.from(values.flatMap((value) => [value >> 8, value & 255]));
+const fromHex = (digits: string) => Uint8Array.from(digits.match(/../g)!, (pair) => parseInt(pair, 16));
+
+type Attribute = readonly [type: number, value: Uint8Array];
+function stunMessage(kind: Stun["kind"], transaction: string, attributes: Attribute[]): Uint8Array {
+  const body = concat(
+    ...attributes.flatMap(([type, value]) => [words(type, value.length), value, new Uint8Array(-value.length & 3)]),
+  );
+  return concat(words(STUN_KINDS[kind], body.length), fromHex(transaction), body);
+}
+
+/** Port and address are masked with cookie and id, so that no NAT rewrites them in passing (RFC 8489, section 14.2). */
+const masked = (bytes: Uint8Array, mask: Uint8Array | undefined) => bytes.map((byte, i) => byte ^ (mask?.[i] ?? 0));
+
+function stunAddress(endpoint: Endpoint, mask?: Uint8Array): Uint8Array {
+  const { host, port } = parseEndpoint(endpoint)!;
+  const address = addressBytes(host)!;
+  return concat(words(address.length === 4 ? 1 : 2), masked(words(port), mask), masked(address, mask));
+}
+
+function stunEndpoint(value: Uint8Array, mask?: Uint8Array): Endpoint | "" {
+  if (value.length !== [-1, 8, 20][value[1]!]) return ""; // of family 1, IPv4, or 2, IPv6
+  const port = u16.get(reader(masked(value.subarray(2, 4), mask), 0, 2));
+  return port > 0 ? formatEndpoint(formatAddress(masked(value.subarray(4), mask)), port) : "";
 }
 
 // ---------------------------------------------------------------------------------------------------- MACs
@@ -1070,18 +1288,25 @@ export async function listen<Event>(machine: Machine<Event>, options: ListenOpti
       perform(machine.receive({ socket, from, data }, clock()));
     });
 
+  /** Further sockets are for punching through IPv4 NATs, and must be able to set a TTL. */
+  const bindNext = (socket: number): Promise<Udp> =>
+    openWithTtl("0.0.0.0", 0, (data, from) => {
+      options.onDatagram?.("in", from, data);
+      perform(machine.receive({ socket, from, data }, clock()));
+    });
+
   function perform(effects: Effect<Event>[]): void {
     for (const effect of effects) {
       if (!open) return;
       if (effect.kind === "event") options.onEvent(effect.event);
       else if (effect.kind === "send") {
         options.onDatagram?.("out", effect.to, effect.data);
-        sockets[effect.socket]?.send(effect.data, effect.to);
+        sockets[effect.socket]?.send(effect.data, effect.to, effect.ttl);
       } else if (effect.kind === "close") {
         sockets[effect.socket]?.close();
         delete sockets[effect.socket];
       } else {
-        bind(effect.socket, options.sockets[0]!.host, 0).then((udp) => {
+        bindNext(effect.socket).then((udp) => {
           if (!open) return udp.close();
           sockets[effect.socket] = udp;
           perform(machine.opened(effect.socket, udp.port, clock()));
@@ -1118,6 +1343,8 @@ export async function listen<Event>(machine: Machine<Event>, options: ListenOpti
 }
 
 const LONGEST_TIMER_MS = 60_000;
+/** What a datagram without a wish of its own gets. */
+const DEFAULT_TTL = 64;
 /** Datagrams handed to the kernel and not yet taken: more would only pile up in memory (Deno). */
 const MAX_SENDS_IN_FLIGHT = 256;
 /** Datagrams read and not yet handled, and how many are handled before timers and signals get their turn (Bun). */
@@ -1127,7 +1354,7 @@ const STALE_ERRORS = ["ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH"], STALE_RETR
 
 interface Udp {
   port: number;
-  send(data: Uint8Array, to: Endpoint): void;
+  send(data: Uint8Array, to: Endpoint, ttl?: number): void;
   close(): void;
 }
 type OnData = (data: Uint8Array, from: Endpoint) => void;
@@ -1137,6 +1364,45 @@ const plainHost = (host: string) => host.startsWith("::ffff:") && host.includes(
 
 const openUdp = (host: string, port: number, onData: OnData): Promise<Udp> =>
   "Deno" in globalThis ? openDeno(host, port, onData) : openBun(host, port, onData);
+
+/** Deno's own UDP socket cannot set a TTL, Node's can: but for each datagram only when the one before has left. */
+const openWithTtl = (host: string, port: number, onData: OnData): Promise<Udp> =>
+  "Deno" in globalThis ? openNode(host, port, onData) : openBun(host, port, onData);
+
+function openNode(host: string, port: number, onData: OnData): Promise<Udp> {
+  return new Promise((resolve, reject) => {
+    const socket = createSocket("udp4");
+    const waiting: [Uint8Array, { host: string; port: number }, number][] = [];
+    let open = true, busy = false;
+    const next = () => {
+      const first = open ? waiting.shift() : undefined;
+      busy = first !== undefined;
+      if (!first) return;
+      const [data, to, ttl] = first;
+      socket.setTTL(ttl);
+      socket.send(data, to.port, to.host, next);
+    };
+    socket.on("error", reject);
+    socket.on("message", (data, from) => {
+      if (data.length <= MAX_DATAGRAM_BYTES) onData(data, formatEndpoint(from.address, from.port));
+    });
+    socket.bind(port, host, () => {
+      resolve({
+        port: socket.address().port,
+        send(data, to, ttl = DEFAULT_TTL) {
+          const target = parseEndpoint(to);
+          if (!target || isIPv6(to) || waiting.length >= MAX_SENDS_IN_FLIGHT) return;
+          waiting.push([data, target, ttl]);
+          if (!busy) next();
+        },
+        close() {
+          if (open) socket.close();
+          open = false;
+        },
+      });
+    });
+  });
+}
 
 // deno-lint-ignore require-await
 async function openDeno(host: string, port: number, onData: OnData): Promise<Udp> {
@@ -1207,16 +1473,18 @@ async function openBun(host: string, port: number, onData: OnData): Promise<Udp>
   });
   return {
     port: socket.port,
-    send(data, to) {
+    send(data, to, ttl) {
       const target = parseEndpoint(to);
+      if (ttl !== undefined && open) socket.setTTL(ttl);
       for (let attempt = 0; open && target && attempt <= STALE_RETRIES; attempt++) {
         try {
           socket.send(data, target.port, target.host);
-          return;
+          break;
         } catch (error) {
-          if (!STALE_ERRORS.includes((error as { code?: string }).code ?? "")) return;
+          if (!STALE_ERRORS.includes((error as { code?: string }).code ?? "")) break;
         }
       }
+      if (ttl !== undefined && open) socket.setTTL(DEFAULT_TTL);
     },
     close() {
       open = false;

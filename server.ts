@@ -31,11 +31,14 @@ import {
   createTrace,
   type Datagram,
   decode,
+  decodeStun,
   DEFAULT_PORT,
   type Effect,
   encode,
+  encodeStunResponse,
   type Endpoint,
   exitWith,
+  formatEndpoint,
   fullBucket,
   generateKeys,
   hex,
@@ -49,6 +52,8 @@ import {
   loginKey,
   type Machine,
   MIN_CLIENT_BYTES,
+  type NatClass,
+  parseEndpoint,
   passwordProof,
   type Rate,
   type ReplayWindow,
@@ -58,6 +63,7 @@ import {
   sipHash,
   spend,
   stretch,
+  STUN_CHANGE_REQUEST,
   UsageError,
   type User,
   userName,
@@ -92,6 +98,19 @@ const PAGES_PER_SESSION: Rate = { perSecond: 200, burst: 2_000 };
 const RELAYED_BYTES_PER_SESSION: Rate = { perSecond: 256 * 1024, burst: 512 * 1024 };
 const ERRORS_PER_SESSION: Rate = { perSecond: 10, burst: 20 };
 const LOG_LINES: Rate = { perSecond: 20, burst: 200 };
+// STUN alone is larger than its question (1.6 times; 2.2 with IPv6, 2.8 and 4.6 with a second address), and it cannot
+// ask for a cookie: whoever forges a victim's address gets no more than this to it, and nobody can make us remember
+// more addresses than so many. Those who come once that is full have one bucket together.
+const STUN_PER_ADDRESS: Rate = { perSecond: 20, burst: 100 }, MAX_STUN_ADDRESSES = 10_000;
+const STUN_WHEN_FULL: Rate = { perSecond: 200, burst: 200 }, STUN_ALTOGETHER: Rate = { perSecond: 2_000, burst: 2_000 };
+
+/** Sockets 0, 1: our two ports; 2: a third, to which no client writes; 3, 4: the two ports of a second address. */
+const SECOND_PORT = 1, THIRD_PORT = 2, SECOND_ADDRESS = 3;
+/**
+ * Which socket answers a STUN request that came in at socket 0, 1, ... (RFC 5780, section 6.1). Another port is the
+ * third one, so that nobody who asks what his NAT lets in has ever written to where the answer comes from.
+ */
+const STUN_FROM = { same: [0, 1, 2, 3, 4], port: [2, 2, 0, 4, 3], address: [3, 4, 3, 0, 1], both: [4, 3, 4, 1, 0] };
 
 // ---------------------------------------------------------------------------------------------------- types
 
@@ -113,9 +132,11 @@ export interface ServerOptions {
   maxUsers?: number | undefined;
   /** Most users at a time from one address. */
   maxPerAddress?: number | undefined;
+  /** The address of sockets 0 to 2 and that of 3 and 4, if there is a second one. */
+  hosts?: [string, string] | undefined;
 }
 
-/** A server without sockets. */
+/** A server without sockets. It wants 0: main port, 1: second port, 2: any port, and 3, 4: as 0, 1 at another address. */
 export interface Server extends Machine<ServerEvent> {
   /** Tells all clients that the server is going. */
   stop(): Effect<ServerEvent>[];
@@ -148,6 +169,7 @@ interface Session {
   /** Its own idea of its addresses. */
   local: Endpoint[];
   keepName: boolean;
+  nat: NatClass;
   rttMs: number;
   heardAt: number;
   calls: Bucket;
@@ -199,6 +221,11 @@ function prefixOf(endpoint: Endpoint): string {
   return hex(bytes.subarray(0, bytes.length === 4 ? 3 : 6));
 }
 
+/** Whether a bucket has been left alone for so long that a new one would be the same. */
+function isIdle(bucket: Bucket, { burst, perSecond }: Rate, now: number): boolean {
+  return now - bucket.at > burst / perSecond * 1000;
+}
+
 /** Whether two sessions come from behind the same NAT: the same IPv4 address, or the same /64. */
 function sameSite(one: Session, other: Session): boolean {
   const site = (address: Address | null) => {
@@ -226,7 +253,7 @@ const userBytes = (session: Session) => 44 + Buffer.byteLength(session.name) + (
 
 /** Makes a server. */
 export function createServer(options: ServerOptions): Server {
-  const { keys, random, password, maxUsers = MAX_USERS, maxPerAddress = MAX_PER_ADDRESS } = options;
+  const { keys, random, password, maxUsers = MAX_USERS, maxPerAddress = MAX_PER_ADDRESS, hosts } = options;
   const cookieKey = random(16);
   const sessions = new Map<string, Session>();
   const directory = createDirectory<Session>();
@@ -234,7 +261,42 @@ export function createServer(options: ServerOptions): Server {
   const past = new Map<string, { key: Uint8Array; heldUntil: number; forgetAt: number }>();
   /** Of each address that has returned a cookie: how many users, and its bucket of logins. */
   const addresses = new Map<string, { users: number; logins: Bucket }>();
+  /** Of each address that has lately sent STUN requests, or whose name somebody has put on his. */
+  const stunned = new Map<string, Bucket>();
+  const stunWhenFull = fullBucket(STUN_WHEN_FULL, 0), stunAltogether = fullBucket(STUN_ALTOGETHER, 0);
+  /** Of our sockets; 0: not open. */
+  const ports = [0, 0, 0, 0, 0];
   let sweepAt = Infinity;
+
+  // -- STUN: how a stranger's endpoint looks from here
+
+  /** A refusal is silence, as a lost datagram would be. */
+  function mayAskStun(from: Endpoint, now: number): boolean {
+    const prefix = prefixOf(from);
+    let bucket = stunned.get(prefix);
+    if (!bucket && stunned.size < MAX_STUN_ADDRESSES) stunned.set(prefix, bucket = fullBucket(STUN_PER_ADDRESS, now));
+    if (sweepAt === Infinity) sweepAt = now + SWEEP_INTERVAL_MS;
+    const own = bucket ? spend(bucket, STUN_PER_ADDRESS, { now }) : spend(stunWhenFull, STUN_WHEN_FULL, { now });
+    return own && spend(stunAltogether, STUN_ALTOGETHER, { now });
+  }
+
+  function answerStun({ socket, from, data }: Datagram, now: number): Effect<ServerEvent>[] {
+    const asked = decodeStun(data);
+    if (asked?.kind !== "request" || !parseEndpoint(from) || !mayAskStun(from, now)) return [];
+    const endpoint = (socket: number) =>
+      hosts && formatEndpoint(hosts[socket < SECOND_ADDRESS ? 0 : 1], ports[socket]!);
+    const change = asked.changeIp ? asked.changePort ? "both" : "address" : asked.changePort ? "port" : "same";
+    const answerer = STUN_FROM[change][socket]!;
+    if (asked.unknown.length === 0 && ports[answerer]! > 0) {
+      const answer = { mapped: from, origin: endpoint(answerer), other: endpoint(STUN_FROM.both[socket]!) };
+      return [{ kind: "send", socket: answerer, to: from, data: encodeStunResponse(asked, answer) }];
+    }
+    // Without that socket it is an error, not silence, which would look like a NAT that filters (RFC 5780, section 6.1).
+    // A classic client takes whatever comes in for the answer that it hopes for: there silence errs to the safe side.
+    if (asked.unknown.length === 0 && asked.classic) return [];
+    const unknown = asked.unknown.length > 0 ? asked.unknown : [STUN_CHANGE_REQUEST];
+    return [{ kind: "send", socket, to: from, data: encodeStunResponse({ ...asked, unknown }, { mapped: from }) }];
+  }
 
   // -- cookies: what shows that somebody receives at an address, without our keeping anything
 
@@ -349,6 +411,7 @@ export function createServer(options: ServerOptions): Server {
       other: null,
       local: message.local,
       keepName: message.keepName === 1,
+      nat: { mapping: "unknown", filtering: "unknown", allocation: "unknown" },
       rttMs: message.rttMs,
       heardAt: now,
       calls: fullBucket(CALLS_PER_SESSION, now),
@@ -372,7 +435,16 @@ export function createServer(options: ServerOptions): Server {
   function welcome(session: Session, { id, counter }: Control): Effect<ServerEvent> {
     const { token, nonce, home } = session;
     const users = page(directory.after("", ""));
-    const message = { type: "WELCOME", token, nonce, public: home.endpoint, total: directory.size(), users } as const;
+    const message = {
+      type: "WELCOME",
+      token,
+      nonce,
+      public: home.endpoint,
+      secondPort: ports[SECOND_PORT]!,
+      thirdPort: ports[THIRD_PORT]!,
+      total: directory.size(),
+      users,
+    } as const;
     const data = encode(message, { id, counter, key: session.keys.toClient });
     return { kind: "send", socket: home.socket, to: home.endpoint, data };
   }
@@ -418,8 +490,8 @@ export function createServer(options: ServerOptions): Server {
   function introduction(subject: Session, viewer: Session): Introduced {
     // Both hear of each other at the same instant of ours; the nearer one waits until the other can have heard too.
     const punchAfterMs = Math.min(MAX_PUNCH_DELAY_MS, Math.max(0, (subject.rttMs - viewer.rttMs) >> 1));
-    const { name, nonce, key } = subject;
-    return { name, nonce, key, candidates: candidatesFor(subject, viewer), punchAfterMs };
+    const { name, nonce, key, nat } = subject;
+    return { name, nonce, key, candidates: candidatesFor(subject, viewer), nat, punchAfterMs };
   }
 
   function relay(session: Session, message: Control & { type: "P2PTRANS" }, now: number): Effect<ServerEvent>[] {
@@ -461,6 +533,7 @@ export function createServer(options: ServerOptions): Server {
         const isKnown = at.endpoint === session.home.endpoint || at.endpoint === session.other?.endpoint;
         const moved = !isKnown && isCookieOf(at.endpoint, message.cookie, now);
         session.rttMs = message.rttMs;
+        session.nat = message.nat;
         session.local = message.local;
         const events = moved ? move(session, at) : [];
         if (!isKnown && !moved) return [];
@@ -472,8 +545,12 @@ export function createServer(options: ServerOptions): Server {
   }
 
   return {
-    opened: () => [],
+    opened(socket, port) {
+      ports[socket] = port;
+      return [];
+    },
     receive(datagram, now) {
+      if (datagram.data[0]! < 4) return answerStun(datagram, now);
       const message = decode(datagram.data);
       if (!message) return [];
       if (message.type === "LOGIN") return login(message, datagram, now);
@@ -491,12 +568,12 @@ export function createServer(options: ServerOptions): Server {
       sweepAt = now + SWEEP_INTERVAL_MS;
       for (const [name, { forgetAt }] of past) if (forgetAt <= now) past.delete(name);
       for (const [prefix, { users, logins }] of addresses) {
-        const idle = now - logins.at > LOGINS_PER_ADDRESS.burst / LOGINS_PER_ADDRESS.perSecond * 1000;
-        if (users === 0 && idle) addresses.delete(prefix);
+        if (users === 0 && isIdle(logins, LOGINS_PER_ADDRESS, now)) addresses.delete(prefix);
       }
+      for (const [prefix, bucket] of stunned) if (isIdle(bucket, STUN_PER_ADDRESS, now)) stunned.delete(prefix);
       const vanished = [...directory.all()].filter(({ heardAt }) => now - heardAt >= SILENCE_MS);
       const effects = vanished.flatMap((session) => remove(session, "vanished", now));
-      if (sessions.size + past.size + addresses.size === 0) sweepAt = Infinity;
+      if (sessions.size + past.size + addresses.size + stunned.size === 0) sweepAt = Infinity;
       return effects;
     },
     wakeAt: () => sweepAt,
@@ -514,7 +591,7 @@ const USAGE = `The rendezvous server of Punch.
   --port N             UDP port (default ${DEFAULT_PORT})
   --host A             address to listen on (default ::, which is IPv4 too)
   --alt-port N         second UDP port (default the next one)
-  --alt-host A         second address of this host
+  --alt-host A         second address of this host, for a complete STUN service; wants --host
   --password-file F    nobody logs in without knowing what is in F (or in PUNCH_PASSWORD)
   --max-users N        most users at a time (default ${MAX_USERS})
   --max-per-address N  most users at a time from one /24 or IPv6 /48 (default ${MAX_PER_ADDRESS})
@@ -542,7 +619,17 @@ async function main(): Promise<void> {
   const altPort = number("alt-port", 65535, port === 0 ? 0 : port + 1);
   const maxUsers = number("max-users", 1e7, MAX_USERS);
   const maxPerAddress = number("max-per-address", 1e7, MAX_PER_ADDRESS);
-  const host = args.host ?? "::";
+  const host = args.host ?? "::", altHost = args["alt-host"];
+  if (altHost !== undefined) {
+    const [own, other] = [host, altHost].map((address) => addressBytes(address));
+    if (!other?.some((byte) => byte !== 0)) {
+      throw new UsageError(`--alt-host wants the IP address of an interface, not "${altHost}"`);
+    }
+    if (!own?.some((byte) => byte !== 0) || own.length !== other.length) {
+      throw new UsageError(`--alt-host wants --host with this host's other IP address of that kind, not "${host}"`);
+    }
+    if (port === 0 || altPort === 0) throw new UsageError(`--alt-host wants --port and --alt-port to be other than 0`);
+  }
   const password = secretWords({ file: args["password-file"], variable: "PUNCH_PASSWORD", label: "password" });
 
   const lines = fullBucket(LOG_LINES, clock());
@@ -557,11 +644,12 @@ async function main(): Promise<void> {
     password: stretch(password, "password"),
     maxUsers,
     maxPerAddress,
+    hosts: altHost === undefined ? undefined : [host, altHost],
   });
   const onDatagram = args.trace ? createTrace() : undefined;
   const run = (host: string) => {
-    const sockets = [{ host, port }, { host, port: altPort }];
-    if (args["alt-host"]) sockets.push({ host: args["alt-host"], port }, { host: args["alt-host"], port: altPort });
+    const sockets = [{ host, port }, { host, port: altPort }, { host, port: 0 }];
+    if (altHost !== undefined) sockets.push({ host: altHost, port }, { host: altHost, port: altPort });
     return listen(server, { sockets, onEvent: say, onDatagram });
   };
   const running = await run(host).catch((error) => {

@@ -31,7 +31,7 @@ const PATIENCE_MS = 10_000;
 
 const PREFIX = `punch-${process.pid}-`;
 const SELF = fileURLToPath(import.meta.url);
-const ROOT = fileURLToPath(new URL("..", import.meta.url));
+const ROOT = `${import.meta.dirname}/..`;
 const ENVIRONMENT = { ...process.env, DENO_NO_UPDATE_CHECK: "1" };
 
 const sleep = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));

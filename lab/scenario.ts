@@ -67,7 +67,7 @@ export function createWorld(options: NetworkOptions & { server?: Partial<ServerO
   const serverHost = net.host({ name: "server", addresses, delayMs: DELAY_MS });
   const start = () =>
     serverHost.run<ServerEvent>(createServer({ keys: keys(), random: bytes, ...serverOptions }), {
-      ports: [2280, 2281],
+      ports: [2280, 2281, 2282],
     });
   const world: World = {
     net,

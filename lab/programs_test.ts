@@ -1,0 +1,746 @@
+/**
+ * The command line of DESIGN 6 on real processes: what scripts may rely on. Each case has a server of its own; several
+ * cases run at a time, since most of the time they wait. `deno test` starts the programs on Deno with the permissions
+ * of their tasks, `bun test` on Bun.
+ *
+ * @module
+ */
+import assert from "node:assert/strict";
+import dgram from "node:dgram";
+import { mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { networkInterfaces, tmpdir } from "node:os";
+import { join } from "node:path";
+import { test } from "node:test";
+import { type Event, executable, OTHER, OWN, type Program, type Runtime, start } from "./demo.ts";
+
+/** Cases at the same time; more would measure how long a runtime takes to start. */
+const CONCURRENT = 6;
+const CASE_LIMIT_MS = 40_000;
+/** As the runner sees it, a case waits for its turn too. */
+const LIMIT_MS = 180_000;
+const MAX_MESSAGE_BYTES = 65_536;
+
+const sleep = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));
+
+// ---------------------------------------------------------------------------------------------------- events
+
+const ENDPOINT = /^(\d+\.\d+\.\d+\.\d+|\[[0-9a-f:.]+\]):\d+$/;
+type Check = (value: unknown) => boolean;
+const isText: Check = (value) => typeof value === "string";
+const isNumber: Check = (value) => typeof value === "number" && Number.isFinite(value) && value >= 0;
+const isEndpoint: Check = (value) => isText(value) && ENDPOINT.test(String(value));
+const isOneOf = (...values: unknown[]): Check => (value) => values.includes(value);
+const isListOf = (check: Check): Check => (value) => Array.isArray(value) && value.every(check);
+const isRtt: Check = (value) => value === null || isNumber(value);
+const isPath = isOneOf("relay", "direct", "lan");
+const isUser: Check = (value) => {
+  const { name, public: endpoint } = value as Record<string, unknown>;
+  return isText(name) && isEndpoint(endpoint);
+};
+
+/** Fields that each event must have. Others may be added. */
+const CLIENT_EVENTS: Record<string, Record<string, Check>> = {
+  login: { name: isText, server: isEndpoint, public: isEndpoint, local: isListOf(isEndpoint), users: isNumber },
+  users: { users: isListOf(isUser) },
+  message: { from: isText, text: isText, path: isPath, id: isText },
+  sent: { to: isText, id: isText, ok: isOneOf(true, false), ms: isNumber, path: isPath },
+  path: { peer: isText, path: isPath, address: isEndpoint, rttMs: isRtt, ms: isNumber },
+  nat: {
+    mapping: isOneOf("EIM", "ADM", "APDM", "unknown"),
+    filtering: isOneOf("EIF", "ADF", "APDF", "unknown"),
+    allocation: isOneOf("preserving", "sequential", "block", "random", "unknown"),
+  },
+  ping: { peer: isText, path: isPath, rttMs: isRtt, lost: isNumber },
+  verify: { peer: isText, code: isText },
+  error: { code: isText, message: isText },
+  reconnecting: { name: isText, reason: isText },
+  reconnected: { name: isText, reason: isText },
+  logout: { name: isText, reason: isText },
+};
+const SERVER_EVENTS: typeof CLIENT_EVENTS = {
+  listening: { address: isText, port: isNumber, altPort: isNumber },
+  login: { name: isText, public: isEndpoint },
+  moved: { name: isText, public: isEndpoint },
+  logout: { name: isText, reason: isText },
+};
+const REASONS = isOneOf("unknown", "offline", "timeout", "empty", "too-long", "untrusted");
+
+/** Everything on stdout is an object with the documented fields. */
+function assertEvents(program: Program, table: typeof CLIENT_EVENTS): void {
+  for (const line of program.stdout().split("\n").filter((line) => line !== "")) {
+    let event: Record<string, unknown>;
+    try {
+      event = JSON.parse(line);
+    } catch {
+      assert.fail(`${program.name} with --json says on stdout: ${line}`);
+    }
+    const fields = table[String(event["event"])];
+    assert.ok(fields, `${program.name} says something that is not documented: ${line}`);
+    for (const [field, check] of Object.entries(fields)) assert.ok(check(event[field]), `"${field}" in ${line}`);
+    if (event["event"] === "sent" && !event["ok"]) assert.ok(REASONS(event["reason"]), `"reason" in ${line}`);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- cases
+
+/** What a case has to itself: programs that end with it, and a directory. */
+interface Stage {
+  start: typeof start;
+  /** A server that listens; its `at` is what the clients take for SERVER. */
+  server(
+    args?: string[],
+    options?: { runtime?: Runtime; host?: string },
+  ): Promise<Program & { at: string; port: number }>;
+  /** A client with `--json` that has logged in. */
+  client(at: string, name: string, args?: string[], options?: { runtime?: Runtime }): Promise<Program>;
+  /** A client with `--json` that is given these lines and ends; fails unless it ends with `code`. */
+  script(
+    at: string,
+    name: string,
+    lines: string[],
+    options?: { code?: number; args?: string[]; env?: Record<string, string> },
+  ): Promise<Program>;
+  /** Writes a file; the name of it. */
+  file(name: string, text: string, mode?: number): string;
+  directory: string;
+}
+
+async function onStage(play: (stage: Stage) => Promise<void>): Promise<void> {
+  const programs: Program[] = [];
+  const directory = mkdtempSync(join(tmpdir(), "punch-"));
+  const stage: Stage = {
+    directory,
+    start(...args) {
+      const program = start(...args);
+      programs.push(program);
+      return program;
+    },
+    async server(args = [], { host = "127.0.0.1", ...options } = {}) {
+      const port = args.includes("--port") ? [] : ["--port", "0", "--alt-port", "0"];
+      const program = stage.start("server", ["--host", host, ...port, "--json", ...args], options);
+      const listening = await program.until({ event: "listening" });
+      const at = `${host.includes(":") ? `[${host}]` : host}:${listening["port"]}`;
+      return Object.assign(program, { at, port: Number(listening["port"]) });
+    },
+    async client(at, name, args = [], options = {}) {
+      const program = stage.start("client", [at, name, "--json", ...args], { name, ...options });
+      await program.until({ event: "login" });
+      return program;
+    },
+    async script(at, name, lines, { code = 0, args = [], env = {} } = {}) {
+      const program = stage.start("client", [at, name, "--json", ...args], { name, env });
+      program.pipe(...lines);
+      assert.equal(await program.ended, code, `exit code\n${program.evidence()}`);
+      return program;
+    },
+    file(name, text, mode = 0o600) {
+      const path = join(directory, name);
+      writeFileSync(path, text, { mode });
+      return path;
+    },
+  };
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  const late = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`Not done after ${CASE_LIMIT_MS} ms`)), CASE_LIMIT_MS);
+  });
+  try {
+    await Promise.race([play(stage), late]);
+    for (const program of programs) {
+      if (program.args.includes("--json")) {
+        assertEvents(program, program.program === "server" ? SERVER_EVENTS : CLIENT_EVENTS);
+      }
+    }
+  } catch (error) {
+    if (error instanceof Error) error.message += `\n${programs.map((program) => program.evidence()).join("")}`;
+    throw error;
+  } finally {
+    clearTimeout(timer);
+    for (const program of programs) program.signal("SIGKILL");
+    await Promise.all(programs.map(({ ended }) => ended));
+    rmSync(directory, { recursive: true });
+  }
+}
+
+const queue: (() => Promise<void>)[] = [];
+let workers: Promise<void>[] | null = null;
+
+/** Some at a time, in the order of this file; the first test that runs starts them all. */
+function startAll(): void {
+  workers ??= Array.from({ length: CONCURRENT }, async () => {
+    for (let next = queue.shift(); next; next = queue.shift()) await next();
+  });
+}
+
+function scenario(name: string, play: (stage: Stage) => Promise<void>, unless: string | false = false): void {
+  if (unless) {
+    console.log(`Skipped: ${name}: ${unless}`);
+    test(`${name} (skipped: ${unless})`, { skip: unless }, () => {});
+    return;
+  }
+  const result = new Promise<void>((resolve, reject) => {
+    queue.push(() => onStage(play).then(resolve, reject));
+  });
+  result.catch(() => {}); // its own test tells
+  test(name, { timeout: LIMIT_MS }, () => {
+    startAll();
+    return result;
+  });
+}
+
+const of = (program: Program, event: string) => program.events.filter((entry) => entry.event === event);
+const names = (users: Event) => (users["users"] as { name: string }[]).map(({ name }) => name);
+
+/** Somebody else's socket. */
+async function strange(host = "127.0.0.1"): Promise<dgram.Socket> {
+  const socket = dgram.createSocket(host.includes(":") ? "udp6" : "udp4");
+  await new Promise<void>((resolve) => socket.bind(0, host, resolve));
+  return socket;
+}
+
+/** They meet, and talk directly in both directions. */
+async function converse(alice: Program, bob: Program): Promise<void> {
+  alice.type(`send ${bob.name} first`);
+  const first = await bob.until({ event: "message", from: alice.name, text: "first" });
+  const sent = await alice.until({ event: "sent", to: bob.name, ok: true });
+  assert.equal(first["id"], sent["id"], "the id is the same on both sides");
+  for (const [one, other] of [[alice, bob], [bob, alice]] as const) {
+    await one.until({ event: "path", peer: other.name, path: "lan" });
+  }
+  for (const [one, other] of [[alice, bob], [bob, alice]] as const) {
+    const from = one.events.length;
+    one.type(`send ${other.name} second`);
+    await other.until({ event: "message", from: one.name, text: "second", path: "lan" });
+    await one.until({ event: "sent", to: other.name, ok: true, path: "lan" }, { from });
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- slow ones first
+
+scenario("client ends with 1 after 10 s in which nobody answers", async ({ script }) => {
+  const silent = await strange();
+  const began = performance.now();
+  const alice = await script(`127.0.0.1:${silent.address().port}`, "alice", ["send bob hi"], { code: 1 });
+  const ms = performance.now() - began;
+  silent.close();
+  assert.ok(ms > 9_500 && ms < 15_000, `after ${ms} ms`);
+  assert.deepEqual(alice.events.map(({ event, code }) => `${event} ${code}`), ["error unreachable"]);
+});
+
+scenario("--secret-file: another secret reads nothing", async ({ server, client, file }) => {
+  const { at } = await server();
+  const alice = await client(at, "alice", ["--secret-file", file("one", "correct horse battery staple")]);
+  const bob = await client(at, "bob", ["--secret-file", file("other", "wrong horse battery staple")]);
+  const carol = await client(at, "carol");
+  for (const [i, peer] of ["bob", "carol"].entries()) {
+    alice.type(`send ${peer} for your eyes only`);
+    const { reason } = await alice.until({ event: "sent", to: peer, ok: false }, { limitMs: 25_000, from: i });
+    assert.ok(reason === "untrusted" || reason === "timeout", `reason ${reason}`);
+  }
+  assert.deepEqual([...of(bob, "message"), ...of(carol, "message")], []);
+  alice.pipe();
+  assert.equal(await alice.ended, 1);
+});
+
+scenario("server: a clean end, a new start in its place, and everybody is back with the same name", async (stage) => {
+  const server = await stage.server();
+  const alice = await stage.client(server.at, "alice"), bob = await stage.client(server.at, "bob");
+  await converse(alice, bob);
+  server.signal("SIGTERM");
+  assert.equal(await server.ended, 0, server.evidence());
+  await Promise.all([alice, bob].map((client) => client.until({ event: "reconnecting", name: client.name })));
+  alice.type("send bob without a server");
+  await bob.until({ event: "message", text: "without a server", path: "lan" });
+  await stage.server(["--port", String(server.port), "--alt-port", "0"]);
+  await Promise.all([alice, bob].map((client) => client.until({ event: "reconnected", name: client.name })));
+  const from = alice.events.length;
+  alice.pipe("getu", "send bob here again");
+  const users = await alice.until({ event: "users" }, { from });
+  assert.deepEqual(names(users), ["alice", "bob"]);
+  await bob.until({ event: "message", text: "here again" });
+  assert.equal(await alice.ended, 0, alice.evidence());
+});
+
+scenario("client goes on receiving while a `send` waits, and carries out the next line after it", async (stage) => {
+  const { at } = await stage.server();
+  const alice = await stage.client(at, "alice"), bob = await stage.client(at, "bob");
+  const carol = await stage.client(at, "carol");
+  carol.signal("SIGSTOP");
+  alice.pipe("send carol are you there?", "send bob after carol");
+  await sleep(300);
+  bob.type("send alice meanwhile");
+  await alice.until({ event: "message", from: "bob", text: "meanwhile" });
+  assert.deepEqual([...of(alice, "sent"), ...of(bob, "message")], [], "the next line waits for the first");
+  carol.signal("SIGCONT");
+  assert.equal(await alice.ended, 0, alice.evidence());
+  assert.deepEqual(of(alice, "sent").map(({ to }) => to), ["carol", "bob"]);
+});
+
+// ---------------------------------------------------------------------------------------------------- usage
+
+scenario("usage errors end with 2, and say on stderr what is wrong", async ({ start }) => {
+  const wrong: ["server" | "client", string[], RegExp][] = [
+    ["client", [], /server/],
+    ["client", ["127.0.0.1"], /name/],
+    ["client", ["127.0.0.1", "alice", "--frobnicate"], /--frobnicate/],
+    ["client", ["127.0.0.1", "alice", "--port", "70000"], /70000/],
+    ["client", ["127.0.0.1", "alice", "--port", "many"], /many/],
+    ["client", ["127.0.0.1", "alice", "--port="], /port/],
+    ["client", ["127.0.0.1", "alice", "bob"], /bob/],
+    ["client", ["127.0.0.1:99999", "alice"], /99999/],
+    ["client", ["127.0.0.1:", "alice"], /127/],
+    ["client", ["", "alice"], /server/i],
+    ["client", ["127.0.0.1", ""], /name/],
+    ["client", ["127.0.0.1", "two words"], /two words/],
+    ["client", ["127.0.0.1", "n".repeat(33)], /nnn/],
+    ["server", ["--frobnicate"], /--frobnicate/],
+    ["server", ["here"], /here/],
+    ["server", ["--port", "65536"], /65536/],
+    ["server", ["--port", "-1"], /-1/],
+    ["server", ["--port", "1.5"], /1\.5/],
+    ["server", ["--max-users", "many"], /many/],
+  ];
+  for (let i = 0; i < wrong.length; i += 3) {
+    await Promise.all(
+      wrong.slice(i, i + 3).map(async ([name, args, complaint]) => {
+        const program = start(name, args);
+        program.pipe("send bob hi");
+        assert.equal(await program.ended, 2, program.evidence());
+        assert.match(program.stderr(), complaint, program.evidence());
+        assert.equal(program.stdout(), "");
+        assert.ok(program.stderr().split("\n").length <= 4, `a short complaint:\n${program.evidence()}`);
+      }),
+    );
+  }
+});
+
+scenario("--help is on stdout and names every option", async ({ start }) => {
+  const options = {
+    server: "port host alt-port alt-host password-file max-users max-per-address json trace quiet",
+    client: "port secret-file new-secret password-file identity stun no-direct json trace",
+  };
+  for (const name of ["server", "client"] as const) {
+    const program = start(name, ["--help"]);
+    assert.equal(await program.ended, 0, program.evidence());
+    assert.equal(program.stderr(), "");
+    for (const option of options[name].split(" ")) assert.ok(program.stdout().includes(`--${option} `), `--${option}`);
+  }
+});
+
+scenario("--new-secret prints one of at least 80 bits, another one each time", async ({ start }) => {
+  const runs = [start("client", ["--new-secret"]), start("client", ["--new-secret"])];
+  for (const run of runs) {
+    assert.equal(await run.ended, 0, run.evidence());
+    assert.match(run.stdout(), /^\S+\n$/);
+    assert.ok(run.stdout().replace(/[^a-z0-9]/g, "").length >= 16, run.stdout());
+  }
+  assert.notEqual(runs[0]!.stdout(), runs[1]!.stdout());
+});
+
+// ---------------------------------------------------------------------------------------------------- commands
+
+scenario("piped lines are carried out in order, and each waits for its outcome", async ({ server, client, script }) => {
+  const { at } = await server();
+  const bob = await client(at, "bob");
+  const lines = ["send bob one", "ping bob 2", "send bob two", "getu b", "", "  send bob  three", "path bob", "exit"];
+  const alice = await script(at, "alice", [...lines, "send bob after the end"]);
+  const outcomes = alice.events.map(({ event }) => event).filter((event) =>
+    event !== "path" && event !== "reconnected"
+  );
+  const ours = ["sent", "ping", "ping", "sent", "users", "sent", "logout"];
+  assert.deepEqual(outcomes, ["login", "users", ...ours], alice.evidence());
+  assert.deepEqual(names(of(alice, "users")[1]!), ["bob"]);
+  assert.deepEqual(of(bob, "message").map(({ text }) => text), ["one", "two", " three"]);
+  assert.deepEqual(of(bob, "message").map(({ id }) => id), of(alice, "sent").map(({ id }) => id));
+  assert.ok(of(alice, "ping").every(({ rttMs }) => rttMs !== null), alice.evidence());
+});
+
+scenario("`getu PREFIX` as the first line: the list on login is not its answer", async ({ server, client, script }) => {
+  const { at } = await server();
+  for (const name of ["bob", "bodo", "carol"]) await client(at, name);
+  const alice = await script(at, "alice", ["getu bo"]);
+  assert.deepEqual(of(alice, "users").map(names), [["alice", "bob", "bodo", "carol"], ["bob", "bodo"]]);
+  const dave = await script(at, "dave", ["getu x", "getu"]);
+  assert.deepEqual(of(dave, "users").slice(1).map(names), [[], ["bob", "bodo", "carol", "dave"]]);
+});
+
+scenario("`sleep` waits, an ended input logs out, the last line needs no end", async ({ server, start, script }) => {
+  const lobby = await server();
+  const began = performance.now();
+  await script(lobby.at, "alice", ["sleep 0.7", "sleep 0.7"]);
+  assert.ok(performance.now() - began > 1_400);
+  const alice = await script(lobby.at, "alice", []);
+  assert.deepEqual(of(alice, "logout").length, 1);
+  await lobby.until({ event: "logout", name: "alice", reason: "left" });
+  const bob = start("client", [lobby.at, "bob", "--json"]);
+  bob.type("send bob one\r\nsend bob two\r");
+  bob.pipe();
+  assert.equal(await bob.ended, 0, bob.evidence());
+  assert.deepEqual(of(bob, "message").map(({ text }) => text), ["one", "two"]);
+});
+
+scenario(
+  "what fails is told, makes the exit code 1, and does not stop the rest",
+  async ({ server, client, script }) => {
+    const { at } = await server();
+    const bob = await client(at, "bob");
+    const gone = await client(at, "gone");
+    gone.pipe();
+    await gone.ended;
+    const tooLong = "x".repeat(MAX_MESSAGE_BYTES + 1);
+    const fails: [string, string][] = [
+      ["send nobody hi", "unknown"],
+      ["send gone hi", "offline"],
+      ["send bob", "empty"],
+      ["send bob ", "empty"],
+      [`send bob ${tooLong}`, "too-long"],
+      [`send bob ${"\u00e9".repeat(MAX_MESSAGE_BYTES / 2)}e`, "too-long"],
+    ];
+    const alice = await script(at, "alice", [...fails.map(([line]) => line), "send bob hi"], { code: 1 });
+    const sent = of(alice, "sent");
+    assert.deepEqual(sent.map(({ ok, reason }) => ok ? "ok" : reason), [...fails.map(([, reason]) => reason), "ok"]);
+    assert.deepEqual(of(alice, "error"), [], "one `sent` and no `error`");
+    assert.ok(sent.every(({ ms }) => Number(ms) < 3_000), "at once");
+    assert.deepEqual(of(bob, "message").map(({ text }) => text), ["hi"]);
+    assert.equal(new Set(sent.map(({ id }) => id)).size, sent.length, "each has an id of its own");
+  },
+);
+
+scenario("what is no command is an `error` of `usage`, and exit code 1", async ({ server, script }) => {
+  const { at } = await server();
+  const lines = ["frobnicate", "send", "ping", "ping alice 0", "ping alice many", "verify", "sleep", "sleep long"];
+  const alice = await script(at, "alice", [...lines, "getu"], { code: 1 });
+  assert.deepEqual(of(alice, "error").map(({ code }) => code), lines.map(() => "usage"), alice.evidence());
+  assert.equal(of(alice, "users").length, 2);
+});
+
+scenario("commands about somebody who is not there end too, with 1", async ({ server, script }) => {
+  const { at } = await server();
+  for (const line of ["path nobody", "verify nobody", "ping nobody 1"]) {
+    const alice = await script(at, "alice", [line], { code: 1 });
+    const told = alice.events.filter(({ event, lost }) => event === "error" || (event === "ping" && Number(lost) > 0));
+    assert.equal(told.length, 1, `${line}\n${alice.evidence()}`);
+  }
+});
+
+scenario("`help` is help, and with --json still nothing but objects on stdout", async ({ server, script, start }) => {
+  const { at } = await server();
+  const human = start("client", [at, "human"]);
+  human.pipe("help");
+  assert.equal(await human.ended, 0);
+  for (const command of ["send NAME", "getu", "exit", "path", "ping NAME", "verify", "nat"]) {
+    assert.ok(human.stdout().includes(command), `"${command}" in the help`);
+  }
+  await script(at, "alice", ["help"]);
+});
+
+scenario("64 KiB arrive as they were, and so do all the letters there are", async ({ server, client, script }) => {
+  const { at } = await server();
+  const bob = await client(at, "\u5c0f\u660e");
+  const texts = [
+    Array.from({ length: MAX_MESSAGE_BYTES / 8 }, (_, i) => String(i).padStart(8)).join("").replace(/^./, "x"),
+    "\u00e9".repeat(MAX_MESSAGE_BYTES / 2),
+    '\u{1f600} \u4f60\u597d "quoted" \\ \t \u0000 \u001b[31m',
+  ];
+  await script(at, "J\u00fcrgen", texts.map((text) => `send \u5c0f\u660e ${text}`));
+  const messages = of(bob, "message");
+  assert.equal(messages.length, texts.length);
+  for (const [i, text] of texts.entries()) assert.ok(messages[i]!["text"] === text, `text ${i} is another one`);
+  assert.ok(messages.every(({ from }) => from === "J\u00fcrgen"));
+});
+
+scenario("sending to oneself works, over the relay", async ({ server, script }) => {
+  const { at } = await server();
+  const alice = await script(at, "alice", ["send alice note to self", "send alice another"]);
+  assert.deepEqual(of(alice, "message").map(({ from, text, path }) => `${from} ${text} ${path}`), [
+    "alice note to self relay",
+    "alice another relay",
+  ]);
+  assert.ok(of(alice, "sent").every(({ ok, path }) => ok && path === "relay"), alice.evidence());
+});
+
+scenario("two clients of one host meet directly, and see the same `verify` code", async ({ server, client }) => {
+  const { at } = await server();
+  const alice = await client(at, "alice"), bob = await client(at, "bob");
+  await converse(alice, bob);
+  alice.type("verify bob");
+  bob.type("verify alice");
+  const [one, other] = await Promise.all([alice, bob].map((program) => program.until({ event: "verify" })));
+  assert.equal(one!["code"], other!["code"]);
+});
+
+scenario("--no-direct stays on the relay, on both sides", async ({ server, client }) => {
+  const { at } = await server();
+  const alice = await client(at, "alice", ["--no-direct"]), bob = await client(at, "bob");
+  for (let i = 0; i < 4; i++) {
+    for (const [one, other] of [[alice, bob], [bob, alice]] as const) {
+      const from = one.events.length;
+      one.type(`send ${other.name} ${i}`);
+      await other.until({ event: "message", from: one.name, text: String(i), path: "relay" });
+      await one.until({ event: "sent", ok: true, path: "relay" }, { from });
+    }
+    await sleep(200);
+  }
+  assert.deepEqual([alice, bob].flatMap((program) => of(program, "path")), []);
+});
+
+scenario("without --json: chat and answers on stdout, the state of things on stderr", async ({ server, start }) => {
+  const { at } = await server();
+  const bob = start("client", [at, "bob"], { name: "bob" });
+  bob.type("getu");
+  while (!bob.stdout().includes("bob")) await sleep(20);
+  const alice = start("client", [at, "alice"], { name: "alice" });
+  alice.pipe("send bob hi there", "getu", "ping bob 1", "send nobody hi");
+  assert.equal(await alice.ended, 1, alice.evidence());
+  assert.match(alice.stdout(), /^Send OK! .*\brelay\b.*\d ms/m);
+  assert.match(alice.stdout(), /^Send Failure! .*nobody/m);
+  assert.match(alice.stdout(), /^ *alice +127\.0\.0\.1:\d+\n *bob +127\.0\.0\.1:\d+$/m);
+  assert.match(alice.stdout(), /^bob .*\d ms/m);
+  assert.match(alice.stderr(), /alice/);
+  assert.match(bob.stdout(), /^alice: hi there/m);
+  for (const program of [alice, bob]) assert.doesNotMatch(program.stdout(), /\u{1b}|^>/mu, "no colours, no prompt");
+  bob.pipe();
+  assert.equal(await bob.ended, 0, bob.evidence());
+});
+
+scenario("server without --json: everything on stderr; with --quiet nothing", async ({ start, script }) => {
+  for (const quiet of [false, true]) {
+    const port = await freePort();
+    const args = ["--host", "127.0.0.1", "--port", String(port), "--alt-port", "0", ...quiet ? ["--quiet"] : []];
+    const server = start("server", args);
+    const [first, second] = quiet ? [/^$/, /^$/] : [/Listening on UDP port \d+/, /alice is here/];
+    await script(`127.0.0.1:${port}`, "alice", ["send alice hi"]);
+    server.signal("SIGINT");
+    assert.equal(await server.ended, 0, server.evidence());
+    assert.equal(server.stdout(), "");
+    assert.match(server.stderr(), first);
+    assert.match(server.stderr(), second);
+  }
+});
+
+scenario("--trace: every datagram on stderr, and only there", async ({ server, client, script }) => {
+  const lobby = await server(["--trace"]);
+  await client(lobby.at, "bob");
+  const alice = await script(lobby.at, "alice", ["send bob hi"], { args: ["--trace"] });
+  for (const name of ["LOGIN", "COOKIE", "WELCOME", "P2PTRANS", "INTRODUCTION", "LOGOUT"]) {
+    for (const program of [alice, lobby]) assert.match(program.stderr(), new RegExp(`\\b${name}\\b`), program.name);
+  }
+  assert.match(lobby.stderr(), /P2PSOMEONEWANTTOCALLYOU/);
+});
+
+// ---------------------------------------------------------------------------------------------------- names and signals
+
+scenario("a name that is taken: a clear error, exit 1; free again after Ctrl-C, which is 130", async (stage) => {
+  const server = await stage.server();
+  const alice = await stage.client(server.at, "alice");
+  const thief = await stage.script(server.at, "alice", ["send alice hi"], { code: 1 });
+  assert.deepEqual(thief.events.map(({ event, code }) => `${event} ${code}`), ["error name-taken"]);
+  assert.match(String(thief.events[0]!["message"]), /alice.*\d+ s/);
+  const human = stage.start("client", [server.at, "alice"], { name: "human" });
+  human.pipe("send alice hi");
+  assert.equal(await human.ended, 1);
+  assert.match(human.stderr(), /alice/);
+  assert.equal(human.stdout(), "");
+  alice.signal("SIGINT");
+  assert.equal(await alice.ended, 130, alice.evidence());
+  assert.equal(of(alice, "logout").length, 1);
+  await server.until({ event: "logout", name: "alice", reason: "left" });
+  await stage.client(server.at, "alice");
+});
+
+scenario("Ctrl-C while a `send` waits and before the login ends with 130 too", async ({ server, client, start }) => {
+  const { at } = await server();
+  const bob = await client(at, "bob");
+  bob.signal("SIGSTOP");
+  const alice = await client(at, "alice");
+  alice.type("send bob hi");
+  await sleep(300);
+  const silent = await strange();
+  const carol = start("client", [`127.0.0.1:${silent.address().port}`, "carol", "--json"]);
+  await new Promise((resolve) => silent.once("message", resolve));
+  for (const program of [alice, carol]) {
+    program.signal("SIGINT");
+    assert.equal(await program.ended, 130, program.evidence());
+  }
+  silent.close();
+});
+
+scenario("--max-users: one too many is `full`, exit 1", async ({ server, client, script }) => {
+  const { at } = await server(["--max-users", "1"]);
+  await client(at, "alice");
+  const bob = await script(at, "bob", [], { code: 1 });
+  assert.deepEqual(bob.events.map(({ event, code }) => `${event} ${code}`), ["error full"]);
+});
+
+// ---------------------------------------------------------------------------------------------------- ports and addresses
+
+async function freePort(): Promise<number> {
+  const socket = await strange();
+  const { port } = socket.address();
+  await new Promise<void>((resolve) => socket.close(() => resolve()));
+  return port;
+}
+
+scenario("a port in use: exit 1 and a sentence that names it", async ({ start }) => {
+  const other = await strange("0.0.0.0");
+  const port = String(other.address().port);
+  const programs = [start("server", ["--port", port]), start("client", ["127.0.0.1", "alice", "--port", port])];
+  for (const program of programs) {
+    program.pipe();
+    assert.equal(await program.ended, 1, program.evidence());
+    assert.match(program.stderr(), new RegExp(`^Cannot bind UDP port "${port}": address already in use.*\n$`));
+    assert.equal(program.stdout(), "");
+  }
+  other.close();
+});
+
+scenario("with --json what ends a program is an `error` event too", async ({ start }) => {
+  const other = await strange("0.0.0.0");
+  const port = String(other.address().port);
+  const cases: [Program, number, string][] = [
+    [start("client", ["127.0.0.1", "alice", "--json", "--port", port]), 1, "bind"],
+    [start("client", ["127.0.0.1", "--json"]), 2, "usage"],
+  ];
+  for (const [program, exit, code] of cases) {
+    program.pipe();
+    assert.equal(await program.ended, exit, program.evidence());
+    assert.deepEqual(
+      program.events.map(({ event, code }) => `${event} ${code}`),
+      [`error ${code}`],
+      program.evidence(),
+    );
+  }
+  other.close();
+});
+
+scenario("--port: the server sees the client at that port", async ({ server, client }) => {
+  const { at } = await server();
+  const port = await freePort();
+  const alice = await client(at, "alice", ["--port", String(port)]);
+  assert.equal(of(alice, "login")[0]!["public"], `127.0.0.1:${port}`);
+  assert.equal(of(alice, "login")[0]!["server"], at);
+});
+
+const addresses = Object.values(networkInterfaces()).flatMap((entries) => entries ?? []).map(({ address }) => address);
+const noIPv6 = !addresses.includes("::1") && "this host has no ::1";
+
+scenario("an IPv6 literal as SERVER: [::1]:PORT", async ({ server, client }) => {
+  const { at } = await server([], { host: "::1" });
+  const alice = await client(at, "alice"), bob = await client(at, "bob");
+  assert.match(String(of(alice, "login")[0]!["public"]), /^\[::1\]:\d+$/);
+  await converse(alice, bob);
+}, noIPv6);
+
+scenario("--host :: serves IPv4 and IPv6, and brings the two together", async ({ server, client }) => {
+  const { port } = await server([], { host: "::" });
+  const alice = await client(`127.0.0.1:${port}`, "alice"), bob = await client(`[::1]:${port}`, "bob");
+  alice.type("send bob hi");
+  await bob.until({ event: "message", text: "hi" });
+  await alice.until({ event: "sent", ok: true });
+}, noIPv6);
+
+scenario("datagrams from strangers change nothing, for the server or for a client", async ({ server, client }) => {
+  const { at, port } = await server();
+  const alice = await client(at, "alice"), bob = await client(at, "bob");
+  const ports = [
+    port,
+    ...[alice, bob].map((program) => Number(/\d+$/.exec(String(of(program, "login")[0]!["public"]))![0])),
+  ];
+  const stranger = await strange();
+  const noise = [[], [0], [0x50], [0x50, 1], Array(1200).fill(0x50), Array(3000).fill(7), [
+    0x50,
+    103,
+    ...Array(40).fill(9),
+  ]];
+  for (const data of noise) for (const to of ports) stranger.send(Uint8Array.from(data), to, "127.0.0.1");
+  await sleep(100);
+  stranger.close();
+  await converse(alice, bob);
+});
+
+// ---------------------------------------------------------------------------------------------------- keys and secrets
+
+scenario("--identity: created for its owner alone, the same key again, and it holds the name", async (stage) => {
+  const { at } = await stage.server();
+  const bob = await stage.client(at, "bob");
+  const file = join(stage.directory, "identity");
+  const codes: unknown[] = [];
+  for (let run = 0; run < 2; run++) {
+    const alice = await stage.client(at, "alice", ["--identity", file]);
+    assert.equal(statSync(file).mode & 0o777, 0o600);
+    alice.type("verify bob");
+    codes.push((await alice.until({ event: "verify" }))["code"]);
+    alice.signal("SIGKILL"); // its session lives on
+    await alice.ended;
+    await stage.script(at, "alice", [], { code: 1 });
+  }
+  assert.equal(codes[0], codes[1]);
+  const other = await stage.script(at, "other", ["verify bob"], { args: ["--identity", join(stage.directory, "b")] });
+  assert.notEqual(of(other, "verify")[0]!["code"], codes[0]);
+  bob.pipe();
+  await bob.ended;
+});
+
+scenario("--identity: a file that others can read, or that is none, is refused", async ({ script, start, file }) => {
+  const silent = await strange();
+  const at = `127.0.0.1:${silent.address().port}`;
+  let heard = 0;
+  silent.on("message", () => heard++);
+  const files: [string, RegExp][] = [
+    [file("open", "00".repeat(32) + "\n", 0o640), /chmod 600/],
+    [file("wrong", "nonsense\n"), /not an identity/],
+    [join("no", "such", "directory", "identity"), /identity/],
+  ];
+  for (const [name, complaint] of files) {
+    const alice = start("client", [at, "alice", "--identity", name]);
+    alice.pipe();
+    assert.equal(await alice.ended, 1, alice.evidence());
+    assert.match(alice.stderr(), complaint);
+  }
+  assert.equal(heard, 0, "nothing was sent");
+  silent.close();
+  assert.equal(readFileSync(files[1]![0], "utf8"), "nonsense\n");
+  void script;
+});
+
+scenario("--secret-file and PUNCH_SECRET: the same secret talks", async ({ server, client, script, file }) => {
+  const { at } = await server();
+  const words = "correct horse battery staple";
+  const bob = await client(at, "bob", ["--secret-file", file("secret", `${words}\n`)]);
+  await script(at, "alice", ["send bob hi", "sleep 0.2", "send bob again"], { env: { PUNCH_SECRET: words } });
+  assert.deepEqual(of(bob, "message").map(({ text }) => text), ["hi", "again"]);
+});
+
+scenario("a secret or password file that is missing or empty: exit 1, and its name", async ({ start, file }) => {
+  for (const [name, option] of [["client", "--secret-file"], ["client", "--password-file"]] as const) {
+    for (const path of [join("no", "such", "file"), file("empty", "\n")]) {
+      const program = start(name, ["127.0.0.1", "alice", option, path]);
+      program.pipe();
+      assert.equal(await program.ended, 1, program.evidence());
+      assert.ok(program.stderr().includes(path), program.evidence());
+    }
+  }
+});
+
+scenario("--password-file: the right one is let in, a wrong one or none is not", async ({ server, script, file }) => {
+  const right = file("right", "open sesame\n");
+  const { at } = await server(["--password-file", right]);
+  await script(at, "alice", ["send alice hi"], { args: ["--password-file", right] });
+  await script(at, "alice", ["send alice hi"], { env: { PUNCH_PASSWORD: "open sesame" } });
+  for (const args of [["--password-file", file("wrong", "close sesame\n")], []]) {
+    const alice = await script(at, "alice", ["send alice hi"], { args, code: 1 });
+    assert.deepEqual(alice.events.map(({ event, code }) => `${event} ${code}`), ["error bad-password"]);
+  }
+});
+
+// ---------------------------------------------------------------------------------------------------- both runtimes
+
+const noOther = !executable(OTHER) && `no ${OTHER} on the PATH`;
+
+for (const [server, one, other] of [[OWN, OWN, OTHER], [OTHER, OTHER, OWN], [OWN, OTHER, OTHER], [OTHER, OWN, OWN]]) {
+  scenario(`a ${server} server, alice on ${one}, bob on ${other}: a conversation`, async (stage) => {
+    const { at } = await stage.server([], { runtime: server! });
+    const alice = await stage.client(at, "alice", [], { runtime: one! });
+    const bob = await stage.client(at, "bob", [], { runtime: other! });
+    await converse(alice, bob);
+  }, noOther);
+}
