@@ -107,8 +107,8 @@ const KEEPALIVE_MS = 20_000;
 const RELAY_KEEPALIVE_MS = 2_000;
 /** Keepalives of several clients, or several paths, must not fall into step. */
 const SPREAD = 0.2;
-/** So many keepalives in a row unanswered: the server is gone. At 30 % loss that is chance once in a thousand times. */
-const KEEPALIVE_TRIES = 10;
+/** So many keepalives in a row unanswered: the server is gone. At 30 % loss that is chance once in 200 times, and does no harm. */
+const KEEPALIVE_TRIES = 8;
 const LIST_RETRY_MS = 500, LIST_TRIES = 8;
 /** Answers to cookies without anything between that shows progress; more would be a loop. */
 const MAX_CHALLENGES = 5;
@@ -284,8 +284,8 @@ interface Session {
   public: Endpoint;
   secondPort: number;
   keepaliveAt: number;
-  /** The keepalive that waits for its answer. */
-  asked: { counter: number; at: number; tries: number } | null;
+  /** Keepalives that wait for an answer: the counters of the first and the last, and when that was sent. */
+  asked: { first: number; counter: number; at: number; tries: number } | null;
   challenges: number;
 }
 
@@ -651,19 +651,17 @@ export function createClient(options: ClientOptions): Client {
       if (login.tries === 1) sample(serverRtt, now - login.askedAt);
       login.cookie = { cookie: message.cookie, server: from, serverKey: message.key, shared };
       sendLogin(now);
-    } else if (session && message.id === session.token && session.challenges++ < MAX_CHALLENGES) {
-      const forgotten = !message.known && message.counter === session.asked?.counter;
-      if (forgotten && !login) {
+    } else if (session && message.id === session.token) {
+      if (message.known) { // we have moved
+        if (session.challenges++ < MAX_CHALLENGES) keepalive(now, message.cookie, from);
+      } else if (!session.asked) keepalive(now); // a hint, but anybody on the way could have replayed it
+      else if (message.counter >= session.asked.first && !login) { // the question itself is answered so: it is true
+        const shared = agree(keys.secret, message.key);
         reconnect("the server has forgotten us", now);
-        login!.cookie = {
-          cookie: message.cookie,
-          server: from,
-          serverKey: message.key,
-          shared: agree(keys.secret, message.key) ?? NO_BYTES,
-        };
-        if (login!.cookie.shared.length > 0) sendLogin(now);
-        else login!.cookie = null;
-      } else if (!forgotten) keepalive(now, message.known ? message.cookie : NO_ID, from);
+        if (!shared) return;
+        login!.cookie = { cookie: message.cookie, server: from, serverKey: message.key, shared };
+        sendLogin(now);
+      }
     }
   }
 
@@ -730,7 +728,8 @@ export function createClient(options: ClientOptions): Client {
     const rttMs = Math.min(65535, Math.round(serverRtt.srtt ?? 0));
     const counter = tell({ type: "KEEPALIVE", cookie, rttMs, nat, local: local() }, to);
     if (to !== session!.server) return;
-    session!.asked = { counter, at: now, tries: (session!.asked?.tries ?? 0) + 1 };
+    const { first, tries } = session!.asked ?? { first: counter, tries: 0 };
+    session!.asked = { first, counter, at: now, tries: tries + 1 };
     session!.keepaliveAt = now + timeout(serverRtt, session!.asked.tries);
   }
 
@@ -1614,6 +1613,7 @@ export function createClient(options: ClientOptions): Client {
   function touch(c: Conversation, now: number): void {
     const { best } = c;
     c.talkedAt = now;
+    if (!best && session) session.keepaliveAt = Math.min(session.keepaliveAt, now + RELAY_KEEPALIVE_MS);
     if (!best) return;
     if (now - best.answeredAt > STALE_PATH_MS && best.state === "good") suspect(c, best, now);
     best.probeAt = Math.min(best.probeAt, now + ACTIVE_PROBE_MS);

@@ -258,7 +258,7 @@ interface Hand {
 
 function hand(name: string, dice: Dice, { keys = keysFrom(dice.bytes(32)), clock = 1 } = {}): Hand {
   const loginNonce = hex(dice.bytes(8));
-  let shared = NO_BYTES, sent = clock, toServer = NO_BYTES;
+  let sent = clock, shared: Uint8Array = NO_BYTES, toServer: Uint8Array = NO_BYTES;
   const loginWith = (cookie: string, key?: Uint8Array) =>
     encode(like("LOGIN", { cookie, key: keys.public, proof: NO_ID, keepName: 0, name, local: [] }), {
       id: loginNonce,
@@ -419,3 +419,406 @@ const part = (seq: number, text: string | Uint8Array, { base = 0, left = 0 } = {
   part: typeof text === "string" ? new TextEncoder().encode(text) : text,
 });
 
+// ---------------------------------------------------------------------------------------------------- strangers
+
+test(`${FLOOD / 2} random and mutated datagrams: the server answers strangers with no more than a COOKIE, and keeps nothing`, () => {
+  const { world, seen, homes, talk, check, list, server } = village(2);
+  const { below, next, pick, bytes } = dice("server flood");
+  const strangers = Array.from({ length: 50_000 }, (_, i) => `198.18.${i >> 8}.${i & 255}:${1_024 + i}`);
+  const questions = seen.slice();
+  const machine = server(), now = world.net.now(), wakeAt = machine.wakeAt();
+  const before = memory();
+  let answers = 0;
+  for (let i = 0; i < FLOOD / 2; i++) {
+    const origin = pick(questions);
+    const data = pick(MUTATIONS)(origin.data, { below, next, pick, bytes }, pick(questions).data);
+    const from = next() < 0.5 ? pick(strangers) : origin.from;
+    for (const effect of machine.receive({ socket: below(2), from, data }, now)) {
+      answers++;
+      assert.ok(effect.kind === "send" && effect.to === from, `datagram ${i}: ${effect.kind}`);
+      assert.ok(mayAnswer(data, effect.data), `datagram ${i}: ${typeOf(data)} answered by ${typeOf(effect.data)}`);
+    }
+  }
+  const grown = memory() - before;
+  console.log(`server: ${FLOOD / 2} datagrams, ${answers} answers, ${(grown / MIB).toFixed(1)} MiB`);
+  assert.ok(answers > 0 && grown < 8 * MIB);
+  assert.equal(machine.wakeAt(), wakeAt);
+  assert.deepEqual(new Map(list().map((user) => [user.name, user.public])), homes);
+  talk();
+  check();
+});
+
+test(`${FLOOD / 2} random and mutated datagrams: a client answers nobody, tells its user nothing, and keeps nothing`, () => {
+  const { world, seen, alice, bob, carol, homes, talk, check } = village(3);
+  const { below, next, pick, bytes } = dice("client flood");
+  const sources = [SERVER, homes.get("bob")!, homes.get("dave")!, "198.18.0.1:53", "192.168.1.1:80"];
+  const now = world.net.now();
+  const before = memory();
+  let toServer = 0;
+  const targets = [alice, bob, carol];
+  for (let i = 0; i < FLOOD / 2; i++) {
+    const origin = pick(seen);
+    const data = pick(MUTATIONS)(origin.data, { below, next, pick, bytes }, pick(seen).data);
+    const from = next() < 0.5 ? pick(sources) : origin.from;
+    for (const effect of pick(targets).client.receive({ socket: 0, from, data }, now)) {
+      // Only what passes for a COOKIE, with the token that no stranger knows: a keepalive, five times at most.
+      assert.ok(effect.kind === "send" && effect.to === SERVER, `datagram ${i}: ${effect.kind}`);
+      assert.ok(effect.data.length <= data.length, `datagram ${i}: ${typeOf(data)}`);
+      toServer++;
+    }
+  }
+  const grown = memory() - before;
+  console.log(`clients: ${FLOOD / 2} datagrams, ${toServer} answers to the server, ${(grown / MIB).toFixed(1)} MiB`);
+  assert.ok(toServer <= 5 * targets.length && grown < 8 * MIB);
+  talk();
+  check();
+});
+
+test("a server that nobody has logged in to stays without a deadline, whatever strangers send", () => {
+  const tools = dice("fresh server");
+  const server = createServer({ keys: keysFrom(tools.bytes(32)), random: tools.bytes });
+  for (let i = 0; i < 50_000; i++) {
+    const { data, from } = tools.pick(corpus);
+    const question = tools.pick(MUTATIONS)(data, tools, tools.pick(corpus).data);
+    for (const effect of server.receive({ socket: 0, from, data: question }, i)) {
+      assert.ok(effect.kind === "send" && effect.to === from && mayAnswer(question, effect.data));
+    }
+    assert.equal(server.wakeAt(), Infinity);
+  }
+});
+
+test("a client that waits for the server's first answer takes none that it has not asked for", () => {
+  const tools = dice("fresh client");
+  const zoe = createClient({
+    name: "zoe",
+    keys: keysFrom(tools.bytes(32)),
+    servers: [SERVER],
+    random: tools.bytes,
+    generateKeys: () => keysFrom(tools.bytes(32)),
+  });
+  zoe.opened(0, 40_000, 1_000);
+  const wakeAt = zoe.wakeAt();
+  for (let i = 0; i < 50_000; i++) {
+    const { data } = tools.pick(corpus);
+    const answer = tools.pick(MUTATIONS)(data, tools, tools.pick(corpus).data);
+    assert.deepEqual(zoe.receive({ socket: 0, from: tools.pick([SERVER, "198.18.0.1:53"]), data: answer }, 1_001), []);
+    assert.equal(zoe.wakeAt(), wakeAt);
+  }
+});
+
+test("a server answers no answer: two servers, or two ports of one, are not set on each other by one datagram", () => {
+  for (const from of ["192.0.2.2:2280", "192.0.2.1:2281", SERVER]) {
+    const world = createWorld();
+    const other = world.net.host({ name: "other server", addresses: ["192.0.2.2"], delayMs: DELAY_MS });
+    other.run(createServer({ keys: world.keys(), random: world.bytes }) as never, { ports: [2280, 2281] });
+    let datagrams = 0;
+    world.net.trace = ({ fate }) => void (fate === "sent" && datagrams++);
+    for (const { data } of corpus) world.net.inject({ from, to: SERVER, data });
+    world.net.run(1_000);
+    assert.ok(datagrams <= 3 * corpus.length, `${datagrams} datagrams in a second, from ${from}`);
+  }
+});
+
+test("no answer to an address that is not validated is larger than its question, whatever the message", () => {
+  const { world, alice, homes, server } = village(4);
+  const now = world.net.now();
+  const stranger = `${VICTIM}:53`;
+  const table: Record<string, { size: number; server: number; client: number }> = {};
+  const smallest = new Map<string, Uint8Array>();
+  for (const { data } of corpus) {
+    const type = typeOf(data);
+    if (data.length < (smallest.get(type)?.length ?? Infinity)) smallest.set(type, data);
+  }
+  const count = (effects: Effect<unknown>[]) => sends(effects).reduce((sum, { data }) => sum + data.length, 0);
+  let worst = 0;
+  for (const { data } of [...smallest.values()].map((data) => ({ data })).concat(corpus)) {
+    const row = table[typeOf(data)] ??= { size: data.length, server: 0, client: 0 };
+    row.size = Math.min(row.size, data.length);
+    row.server = Math.max(row.server, count(server().receive({ socket: 0, from: stranger, data }, now)) / data.length);
+    row.client = Math.max(
+      row.client,
+      count(alice.client.receive({ socket: 0, from: stranger, data }, now)) / data.length,
+    );
+    if (!isStun(data)) worst = Math.max(worst, row.server, row.client);
+  }
+  // A logged-in user whose datagrams come from an address that has returned no cookie: the answers that a user gets
+  // go to where he was, so what counts is what goes to the new address.
+  const tools = dice("amplification");
+  const known = enter(server(), hand("mallory", tools), { from: "100.64.9.9:1000", now })!;
+  const bob = { name: "bob", nonce: like("RELAYED", {}) && NO_ID };
+  const asked: ControlBody[] = [
+    like("KEEPALIVE", { cookie: NO_ID, local: [] }),
+    like("GETALLUSER", { prefix: "", after: "" }),
+    like("PUNCHED", { peer: "bob" }),
+    like("P2PTRANS", { to: bob.name, nonce: bob.nonce, call: 1, body: NO_BYTES }),
+    like("P2PTRANS", { to: "nobody", nonce: NO_ID, call: 0, body: NO_BYTES }),
+    like("LOGOUT", {}),
+  ];
+  for (const message of asked) {
+    const data = known.seal(message);
+    const answers = sends(known.say(data, now, stranger)).filter(({ to }) => to === stranger);
+    const factor = count(answers) / data.length;
+    table[`${message.type} of a user`] = { size: data.length, server: factor, client: 0 };
+    worst = Math.max(worst, factor);
+  }
+  // A peer at the address that the server has attested, but at a port that has never answered: an echo and a punch.
+  console.table(table);
+  assert.ok(worst <= 1, `${worst}`);
+  assert.equal(homes.get("alice"), village(4).homes.get("alice"));
+});
+
+// ---------------------------------------------------------------------------------------------------- the forger
+
+test("a forger off the path, who knows all but the secrets and writes any source address, changes nothing", () => {
+  const { world, all, alice, bob, homes, talk, check, list } = village(5);
+  const tools = dice("forger");
+  const [mallory] = rogueCrowd(world, ["mallory"], alice);
+  mallory!.say(like("GETALLUSER", { prefix: "", after: "" }));
+  world.net.run(1_000);
+  const users = mallory!.users;
+  mallory!.say(like("LOGOUT", {}));
+  world.net.run(1_000);
+
+  const hits = watchVictim(world);
+  let asked = 0;
+  const started = world.net.now();
+  const { server } = world;
+  const serverEvents = server.events.length, clientEvents = all.map(({ process }) => process.events.length);
+  const mine = keysFrom(tools.bytes(32));
+  const endpoints = [...homes.values(), SERVER, "192.0.2.1:2281", `${VICTIM}:53`, `${VICTIM}:2280`];
+  const id = () => tools.next() < 0.3 ? NO_ID : hex(tools.bytes(8));
+  const forge = (): Uint8Array => {
+    const user = tools.pick([...users.values()]), other = tools.pick([...users.values()]);
+    const control = tools.pick(corpus.map(({ data }) => decode(data)).filter((message) => message !== null));
+    switch (tools.below(6)) {
+      case 0: // any message of the protocol, with what the forger knows in place of what he does not
+        return encode({
+          ...control,
+          ...{ name: user.name, to: user.name, from: user.name, peer: control.type === "PUNCHED" ? user.name : undefined },
+          ...("peer" in control && typeof control.peer === "object"
+            ? { peer: { ...control.peer, ...user, candidates: [`${VICTIM}:53`] } }
+            : {}),
+          ...("users" in control ? { users: [{ ...user, key: mine.public, public: `${VICTIM}:53` }] } : {}),
+          ...("local" in control ? { local: [`${VICTIM}:53`] } : {}),
+          ...("key" in control ? { key: tools.pick([mine.public, user.key]) } : {}),
+        } as ControlBody, {
+          id: tools.next() < 0.3 ? user.nonce : id(),
+          counter: Math.floor(tools.next() * 2 ** 48),
+          key: tools.bytes(16),
+        });
+      case 1: { // a handshake in somebody's name, with the forger's keys
+        const begun = initiate({
+          own: mine,
+          peer: user.key,
+          psk: new Uint8Array(32),
+          prologue: new TextEncoder().encode(`punch ${other.nonce} ${user.nonce}`),
+          ephemeral: keysFrom(tools.bytes(32)),
+        }, concat(tools.bytes(8), encodeInner(part(0, "forged"))))!;
+        return encodeHandshake({ type: "P2PFIRST", from: 1, probe: 1, noise: begun.message });
+      }
+      case 2:
+        return encodeHandshake({
+          type: "P2PSECOND",
+          to: tools.below(2 ** 32),
+          from: 1,
+          noise: tools.bytes(56),
+          sealed: sealPeer(part(0, "forged"), { index: tools.below(2 ** 32), counter: 0, key: tools.bytes(32) }),
+        });
+      case 3:
+        return sealPeer(tools.pick<Peer>([part(0, "forged"), { type: "P2PTRASH", probe: 1 }]), {
+          index: tools.below(2 ** 32),
+          counter: tools.below(2 ** 20),
+          key: tools.bytes(32),
+        });
+      case 4: // with the nonce of a login for a token
+        return encode(tools.pick<ControlBody>([like("LOGOUT", {}), like("KEEPALIVE", {})]), {
+          id: user.nonce,
+          counter: 2 ** 47,
+          key: tools.bytes(16),
+        });
+      default: // who am I? The name is taken
+        return encode(like("LOGIN", { cookie: id(), key: mine.public, name: user.name }), {
+          id: id(),
+          counter: 2 ** 47,
+          key: tools.bytes(16),
+        });
+    }
+  };
+  for (let i = 0; i < 20_000; i++) {
+    const data = forge(), from = tools.pick(endpoints), to = tools.pick([...homes.values(), SERVER]);
+    world.net.inject({ from, to, data });
+    if (hostOf(from) === VICTIM) asked += data.length;
+    if (i % 100 === 0) world.net.run(20);
+  }
+  world.net.run(1_000);
+  assert.ok(hits.length > 100, "nobody was asked in the victim's name");
+  for (const { data, from } of hits) assert.ok(mayAnswer(data, data), `${typeOf(data)} from ${from}`);
+  assert.ok(hits.reduce((sum, { bytes }) => sum + bytes, 0) <= asked);
+  assert.equal(world.server.events.length, serverEvents, "the server has seen something happen");
+  all.forEach(({ process, name }, i) =>
+    assert.deepEqual(process.events.slice(clientEvents[i]!).map(({ event }) => event), [], `${name} was told something`)
+  );
+  talk();
+  check();
+  assert.deepEqual(new Map(list().map((user) => [user.name, user.public])), homes);
+  assert.ok([alice, bob].every((player) => player.events("reconnecting").every(({ at }) => at < started)));
+});
+
+// ---------------------------------------------------------------------------------------------------- the observer
+
+/** Repeats all that was seen, to where it went and to the others, from where it came and in a third party's name. */
+function replayAll({ world, seen, homes }: ReturnType<typeof village>): void {
+  const copies = seen.slice();
+  const elsewhere = [...homes.values()];
+  for (const { from, to, data } of copies) {
+    for (const source of [from, `${VICTIM}:53`, ...elsewhere.slice(0, 2), SERVER]) {
+      world.net.inject({ from: source, to, data });
+    }
+    for (const target of [...elsewhere, SERVER]) world.net.inject({ from, to: target, data });
+    world.net.run(1);
+  }
+  world.net.run(500);
+}
+
+/** Each copy in the third party's name, alone: is its answer larger? */
+function assertNoAmplification({ world, seen }: ReturnType<typeof village>): number {
+  let worst = 0, answered = 0;
+  const undo = world.net.tap(({ to, bytes }) => {
+    if (hostOf(to) === VICTIM) answered += bytes;
+  });
+  const unique = new Map(seen.map((datagram) => [`${datagram.to} ${hex(datagram.data)}`, datagram]));
+  for (const { to, data } of unique.values()) {
+    answered = 0;
+    world.net.inject({ from: `${VICTIM}:53`, to, data });
+    world.net.run(2 * DELAY_MS);
+    worst = Math.max(worst, answered / data.length);
+  }
+  undo();
+  return worst;
+}
+
+test("an observer repeats every datagram: nothing twice, nobody out, nothing moved, nobody amplifies", () => {
+  const place = village(6);
+  const { world, all, homes, talk, check, list } = place;
+  // At once, by what sees it pass.
+  const undo = world.net.tap(({ host, from, to, data }) => {
+    if (host === "") return;
+    for (const source of [from, `${VICTIM}:53`]) world.net.inject({ from: source, to, data });
+  });
+  const hits = watchVictim(world);
+  talk();
+  undo();
+  check();
+  const quiet = () => {
+    const server = world.server, events = server.events.length, told = all.map(({ process }) => process.events.length);
+    return (what: string) => {
+      assert.deepEqual(server.events.slice(events).map(({ event }) => event), [], `the server, ${what}`);
+      all.forEach(({ process, name }, i) =>
+        assert.deepEqual(process.events.slice(told[i]!).map(({ event }) => event), [], `${name}, ${what}`)
+      );
+    };
+  };
+  // Later.
+  let still = quiet();
+  replayAll(place);
+  const worst = assertNoAmplification(place);
+  still("later");
+  talk();
+  check();
+  // After the victim has logged in anew.
+  const alice = join(world, "bert", { nat: "EIM+APDF random" });
+  login(world, alice);
+  alice.process.stop();
+  world.net.run(70_000);
+  login(world, join(world, "bert", { nat: "EIM+APDF random" }));
+  still = quiet();
+  replayAll(place);
+  still("after a new login");
+  // After the server's restart.
+  world.restartServer();
+  replayAll(place);
+  world.net.run(30_000);
+  still = quiet();
+  replayAll(place);
+  still("after the server's restart");
+  talk();
+  check();
+  assert.deepEqual(new Map(list().filter(({ name }) => name !== "bert").map((user) => [user.name, user.public])), homes);
+  for (const { data } of hits) assert.ok(mayAnswer(data, data), `${typeOf(data)} to the third party`);
+  console.log(`replays in a third party's name: ${hits.length} answers, amplified ${worst.toFixed(2)} times at most`);
+  assert.ok(worst <= 1);
+});
+
+test("an observer repeats the LOGIN of somebody who has left: nobody comes back by that, and the name is free", () => {
+  const world = createWorld();
+  const seen = observe(world);
+  const erin = join(world, "erin", { nat: "EIM+APDF random" });
+  login(world, erin);
+  world.net.run(1_000);
+  erin.command({ command: "exit" });
+  world.net.run(1_000);
+  for (const { from, to, data } of seen) world.net.inject({ from, to, data });
+  world.net.run(1_000);
+  const told = world.server.events.map(({ event }) => event.event);
+  const again = join(world, "erin", { nat: "EIM+APDF random" });
+  world.net.run(2_000);
+  assert.deepEqual(again.events("error").map(({ code }) => code), []);
+  assert.equal(again.events("login").length, 1);
+  assert.deepEqual(told, ["login", "logout"]);
+});
+
+test("an observer's copies from elsewhere overtake the originals: no session traffic goes there, and nothing is lost", () => {
+  const { world, all, homes, talk, check, list } = village(7);
+  const hits = watchVictim(world);
+  const tools = dice("race");
+  let asked = 0;
+  const undo = world.net.tap(({ host, from, to, data }) => {
+    if (host === "" || hostOf(to) === VICTIM || tools.next() < 0.5) return;
+    world.net.inject({ from: `${VICTIM}:53`, to, data });
+    asked += data.length;
+    const original = data.slice();
+    world.net.after(60, () => world.net.inject({ from, to, data: original }));
+    return "drop";
+  });
+  for (let i = 0; i < 5; i++) talk();
+  undo();
+  world.net.run(30_000);
+  check();
+  assert.ok(hits.length > 0);
+  for (const { data } of hits) assert.ok(mayAnswer(data, data), `${typeOf(data)} to the third party`);
+  assert.ok(hits.reduce((sum, { bytes }) => sum + bytes, 0) <= asked);
+  assert.ok(!world.server.events.some(({ event }) => event.event === "moved" && hostOf(event.public) === VICTIM));
+  assert.deepEqual(new Map(list().map((user) => [user.name, user.public])), homes);
+  assert.ok(all.every((player) => player.events("reconnecting").length === 0));
+});
+
+test("an observer who passes the third party's COOKIE on to the client as well gets no more sent there than he sends", () => {
+  const { world, homes, carol, dave, list } = village(8);
+  const home = homes.get("carol")!;
+  const hits = watchVictim(world);
+  let asked = 0;
+  const undo = world.net.tap(({ host, from, to, data }) => {
+    if (hostOf(to) === VICTIM) return void world.net.inject({ from: SERVER, to: home, data });
+    if (host === "" || from !== home || to !== SERVER) return;
+    world.net.inject({ from: `${VICTIM}:53`, to, data });
+    asked += data.length;
+    const original = data.slice();
+    world.net.after(60, () => world.net.inject({ from, to, data: original }));
+    return "drop";
+  });
+  for (let i = 0; i < 50; i++) {
+    dave.send("carol", `to carol ${i}`);
+    if (i % 10 === 0) carol.send("dave", `to dave ${i}`);
+    world.net.run(200);
+  }
+  undo();
+  world.net.run(30_000);
+  const bytes = hits.reduce((sum, { bytes }) => sum + bytes, 0);
+  const session = hits.filter(({ data }) => typeOf(data) !== "COOKIE");
+  console.log(`cookies passed on: ${session.length} datagrams of the session to the third party, ${bytes} B for ${asked} B`);
+  // Who rewrites addresses on the path is a NAT: that he can move an endpoint for as long as he goes on is the price of
+  // roaming. It must end when he does, and nothing may be lost.
+  assert.equal(texts(carol).filter((text) => text.startsWith("to carol")).length, 50);
+  assert.equal(texts(dave).filter((text) => text.startsWith("to dave")).length, 5);
+  assert.equal(list().find(({ name }) => name === "carol")!.public, home);
+});

@@ -49,6 +49,9 @@ const CLIENT_EVENTS: Record<string, Record<string, Check>> = {
     mapping: isOneOf("EIM", "ADM", "APDM", "unknown"),
     filtering: isOneOf("EIF", "ADF", "APDF", "unknown"),
     allocation: isOneOf("preserving", "sequential", "block", "random", "unknown"),
+    public: isEndpoint,
+    hairpin: isOneOf(true, false, null),
+    udp: isOneOf(true, false),
   },
   ping: { peer: isText, path: isPath, rttMs: isRtt, lost: isNumber },
   verify: { peer: isText, code: isText },
@@ -62,6 +65,7 @@ const SERVER_EVENTS: typeof CLIENT_EVENTS = {
   login: { name: isText, public: isEndpoint },
   moved: { name: isText, public: isEndpoint },
   logout: { name: isText, reason: isText },
+  error: { code: isText, message: isText },
 };
 const REASONS = isOneOf("unknown", "offline", "timeout", "empty", "too-long", "untrusted");
 
@@ -89,7 +93,7 @@ interface Stage {
   /** A server that listens; its `at` is what the clients take for SERVER. */
   server(
     args?: string[],
-    options?: { runtime?: Runtime; host?: string },
+    options?: { runtime?: Runtime; host?: string; env?: Record<string, string> },
   ): Promise<Program & { at: string; port: number }>;
   /** A client with `--json` that has logged in. */
   client(at: string, name: string, args?: string[], options?: { runtime?: Runtime }): Promise<Program>;
@@ -401,16 +405,15 @@ scenario(
     assert.deepEqual(of(alice, "error"), [], "one `sent` and no `error`");
     assert.ok(sent.every(({ ms }) => Number(ms) < 3_000), "at once");
     assert.deepEqual(of(bob, "message").map(({ text }) => text), ["hi"]);
-    assert.equal(new Set(sent.map(({ id }) => id)).size, sent.length, "each has an id of its own");
   },
 );
 
 scenario("what is no command is an `error` of `usage`, and exit code 1", async ({ server, script }) => {
   const { at } = await server();
   const lines = ["frobnicate", "send", "ping", "ping alice 0", "ping alice many", "verify", "sleep", "sleep long"];
-  const alice = await script(at, "alice", [...lines, "getu"], { code: 1 });
+  const alice = await script(at, "alice", [...lines, "send alice hi"], { code: 1 });
   assert.deepEqual(of(alice, "error").map(({ code }) => code), lines.map(() => "usage"), alice.evidence());
-  assert.equal(of(alice, "users").length, 2);
+  assert.equal(of(alice, "message").length, 1);
 });
 
 scenario("commands about somebody who is not there end too, with 1", async ({ server, script }) => {
@@ -458,6 +461,12 @@ scenario("sending to oneself works, over the relay", async ({ server, script }) 
   assert.ok(of(alice, "sent").every(({ ok, path }) => ok && path === "relay"), alice.evidence());
 });
 
+scenario("`nat` tells what this network is like", async ({ server, script }) => {
+  const { at } = await server();
+  const alice = await script(at, "alice", ["nat", "send alice hi"]);
+  assert.deepEqual(of(alice, "nat").map(({ udp, allocation }) => `${udp} ${allocation}`), ["true preserving"]);
+});
+
 scenario("two clients of one host meet directly, and see the same `verify` code", async ({ server, client }) => {
   const { at } = await server();
   const alice = await client(at, "alice"), bob = await client(at, "bob");
@@ -497,7 +506,9 @@ scenario("without --json: chat and answers on stdout, the state of things on std
   assert.match(alice.stdout(), /^bob .*\d ms/m);
   assert.match(alice.stderr(), /alice/);
   assert.match(bob.stdout(), /^alice: hi there/m);
-  for (const program of [alice, bob]) assert.doesNotMatch(program.stdout(), /\u{1b}|^>/mu, "no colours, no prompt");
+  for (const program of [alice, bob]) {
+    assert.doesNotMatch(program.stdout(), /(?!\n)\p{Cc}|^>/mu, "no colours, no prompt");
+  }
   bob.pipe();
   assert.equal(await bob.ended, 0, bob.evidence());
 });
@@ -593,21 +604,14 @@ scenario("a port in use: exit 1 and a sentence that names it", async ({ start })
   other.close();
 });
 
-scenario("with --json what ends a program is an `error` event too", async ({ start }) => {
+scenario("with --json a port in use is an `error` event too", async ({ start }) => {
   const other = await strange("0.0.0.0");
   const port = String(other.address().port);
-  const cases: [Program, number, string][] = [
-    [start("client", ["127.0.0.1", "alice", "--json", "--port", port]), 1, "bind"],
-    [start("client", ["127.0.0.1", "--json"]), 2, "usage"],
-  ];
-  for (const [program, exit, code] of cases) {
+  for (const [name, args] of [["server", []], ["client", ["127.0.0.1", "alice"]]] as const) {
+    const program = start(name, [...args, "--json", "--port", port]);
     program.pipe();
-    assert.equal(await program.ended, exit, program.evidence());
-    assert.deepEqual(
-      program.events.map(({ event, code }) => `${event} ${code}`),
-      [`error ${code}`],
-      program.evidence(),
-    );
+    assert.equal(await program.ended, 1, program.evidence());
+    assert.deepEqual(program.events.map(({ event, code }) => `${event} ${code}`), ["error bind"]);
   }
   other.close();
 });
@@ -680,7 +684,7 @@ scenario("--identity: created for its owner alone, the same key again, and it ho
   await bob.ended;
 });
 
-scenario("--identity: a file that others can read, or that is none, is refused", async ({ script, start, file }) => {
+scenario("--identity: a file that others can read, or that is none, is refused", async ({ start, file }) => {
   const silent = await strange();
   const at = `127.0.0.1:${silent.address().port}`;
   let heard = 0;
@@ -699,7 +703,6 @@ scenario("--identity: a file that others can read, or that is none, is refused",
   assert.equal(heard, 0, "nothing was sent");
   silent.close();
   assert.equal(readFileSync(files[1]![0], "utf8"), "nonsense\n");
-  void script;
 });
 
 scenario("--secret-file and PUNCH_SECRET: the same secret talks", async ({ server, client, script, file }) => {
@@ -711,12 +714,20 @@ scenario("--secret-file and PUNCH_SECRET: the same secret talks", async ({ serve
 });
 
 scenario("a secret or password file that is missing or empty: exit 1, and its name", async ({ start, file }) => {
-  for (const [name, option] of [["client", "--secret-file"], ["client", "--password-file"]] as const) {
-    for (const path of [join("no", "such", "file"), file("empty", "\n")]) {
-      const program = start(name, ["127.0.0.1", "alice", option, path]);
+  const programs: ["server" | "client", string[]][] = [
+    ["client", ["127.0.0.1", "alice", "--secret-file"]],
+    ["client", ["127.0.0.1", "alice", "--password-file"]],
+    ["server", ["--port", "0", "--password-file"]],
+  ];
+  for (const [name, args] of programs) {
+    for (
+      const [path, why] of [[join("no", "such", "file"), /no such file/i], [file("empty", "\n"), /empty/]] as const
+    ) {
+      const program = start(name, [...args, path]);
       program.pipe();
       assert.equal(await program.ended, 1, program.evidence());
       assert.ok(program.stderr().includes(path), program.evidence());
+      assert.match(program.stderr(), why);
     }
   }
 });
@@ -730,6 +741,14 @@ scenario("--password-file: the right one is let in, a wrong one or none is not",
     const alice = await script(at, "alice", ["send alice hi"], { args, code: 1 });
     assert.deepEqual(alice.events.map(({ event, code }) => `${event} ${code}`), ["error bad-password"]);
   }
+});
+
+scenario("PUNCH_PASSWORD of the server: nobody is let in without it", async ({ server, script }) => {
+  const env = { PUNCH_PASSWORD: "open sesame" };
+  const { at } = await server([], { env });
+  await script(at, "alice", ["send alice hi"], { env });
+  const bob = await script(at, "bob", ["send bob hi"], { code: 1 });
+  assert.deepEqual(bob.events.map(({ event, code }) => `${event} ${code}`), ["error bad-password"]);
 });
 
 // ---------------------------------------------------------------------------------------------------- both runtimes
