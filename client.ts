@@ -144,10 +144,12 @@ const FOREIGN_FLOWS = 4;
 const VOLLEYS_MS = [0, 100, 250], OPENER_VOLLEYS_MS = [0, 500], SPRAY_VOLLEYS_MS = [0, 6_200];
 /** When a plan is told again, a round has failed, or a spray: in all of its time, and a little for the last echo. */
 const TELL_PLAN_MS = 300, ROUND_MS = 1_000, SPRAY_ROUND_MS = 13_000, MAX_ROUND = 4;
+/** The number of a round that replaces a path which still works. */
+const RENEWAL = 100, RENEWED_MS = 10_000;
 /** Dies on the way, after it has opened our NAT and before a Linux router at the far end can take offence at it. */
 const OPENER_TTL = 8;
 /** A spray: so many ports, so many at a time; half of them, a pause, the other half. Nobody can have us send more. */
-const SPRAY_PORTS = 2_048, SPRAY_BURST = 4, SPRAY_BURST_MS = 20, SPRAY_PAUSE_MS = 1_000;
+const SPRAY_PORTS = 2_048, SPRAY_BURST = 4, SPRAY_BURST_MS = 20, SPRAY_PAUSE_MS = 1_000, SPRAY_INTERVAL_MS = 20_000;
 const LOWEST_PORT = 1_024, PORTS = 65_536 - LOWEST_PORT;
 
 // Keeping a path.
@@ -163,6 +165,8 @@ const FAST_PROBE_MS = 150, FAST_PROBES = 6;
 const FAST_PROBES_BEFORE_CALL = 2;
 /** A path unused for so long is not trusted to be there still. */
 const STALE_PATH_MS = 30_000;
+/** Two paths in a row that die at about the same age, under 90 s: the next one is replaced at 70 % of it. */
+const ABSOLUTE_LIFETIME_MS = 90_000, SAME_LIFETIME = 0.75, RENEW_AT = 0.7;
 /** Of two paths of the same kind the quicker one is taken if it is quicker by this factor and this much. */
 const QUICKER_FACTOR = 0.9, QUICKER_MS = 5;
 
@@ -305,11 +309,13 @@ interface Path {
   endpoint: Endpoint;
   socket: number;
   kind: "direct" | "lan";
+  /** Only the path in use is more than `trying`. */
   state: "trying" | "good" | "suspect";
   rtt: Estimator;
   /** Since when something sent on it waits for an answer. */
   waitingSince: number;
   answeredAt: number;
+  bornAt: number;
   probeAt: number;
   fastProbes: number;
 }
@@ -399,6 +405,9 @@ interface Conversation {
   round: Round | null;
   paths: Map<string, Path>;
   best: Path | null;
+  /** How long the last two paths lived, and when to move to another before this one dies too. */
+  lifetimes: number[];
+  renewAt: number;
   relayRtt: Estimator;
   talkedAt: number;
   /** Punches and pings that wait for their echo; a `swept` one went to many ports, whichever answers is the path. */
@@ -433,6 +442,7 @@ interface Facts {
 /** One try with more than one socket or more than one port. */
 interface Round {
   number: number;
+  startedAt: number;
   /** The sockets opened for it; none: socket 0 serves. */
   sockets: { socket: number; port: number }[];
   plan: (Peer & { type: "P2PPLAN" }) | null;
@@ -588,7 +598,7 @@ export function createClient(options: ClientOptions): Client {
   const queries = new Map<string, Query>();
   /** Sockets that are being opened; who wants them. */
   const opening = new Map<number, (port: number, now: number) => void>();
-  let sockets = 1;
+  let sockets = 1, sprayedAt = -Infinity;
   let state: "new" | "in" | "out" | "closed" = "new"; // `out`: was in, is coming back
   let effects: Effect<ClientEvent>[] = [];
 
@@ -829,6 +839,8 @@ export function createClient(options: ClientOptions): Client {
       retryAt: Infinity,
       paths: new Map(),
       best: null,
+      lifetimes: [],
+      renewAt: Infinity,
       relayRtt: newEstimator(),
       talkedAt: now,
       probes: new Map(),
@@ -1115,7 +1127,7 @@ export function createClient(options: ClientOptions): Client {
       );
       for (const endpoint of wanted) {
         const path = pathTo(c, { socket: 0, from: endpoint }, now);
-        if (path && path.state !== "good") probe(c, path, now);
+        if (path) probe(c, path, now);
       }
       if (now >= c.punching.from + FRESH_SOCKETS_AFTER_MS && !c.round && !best) startRound(c, 1, now);
       if (!c.punching.reported && session) tell({ type: "PUNCHED", peer: c.name });
@@ -1146,6 +1158,7 @@ export function createClient(options: ClientOptions): Client {
       rtt: newEstimator(),
       waitingSince: Infinity,
       answeredAt: now,
+      bornAt: now,
       probeAt: Infinity,
       fastProbes: 0,
     };
@@ -1199,23 +1212,36 @@ export function createClient(options: ClientOptions): Client {
     path.waitingSince = Infinity;
     path.answeredAt = now;
     path.fastProbes = 0;
-    path.state = "good";
     const { best } = c;
     const better = !best || best.state !== "good" || (path.kind === "lan" && best.kind !== "lan") ||
-      (path.kind === best.kind && path.rtt.srtt! < best.rtt.srtt! * QUICKER_FACTOR - QUICKER_MS);
-    if (path === best) path.probeAt = nextProbeAt(c, now);
-    else if (better) use(c, path, now);
+      (path.kind === best.kind && path.rtt.srtt! < best.rtt.srtt! * QUICKER_FACTOR - QUICKER_MS) ||
+      (isRenewing(c) && path.bornAt >= c.round!.startedAt);
+    if (path !== best) return better ? use(c, path, now) : undefined;
+    path.state = "good";
+    path.probeAt = nextProbeAt(c, now);
   }
 
   function use(c: Conversation, path: Path | null, now: number): void {
+    if (c.best?.state === "suspect") c.lifetimes = [...c.lifetimes.slice(-1), now - c.best.bornAt];
+    if (c.best && c.best !== path) c.best.state = "trying";
     c.best = path;
     if (path) {
+      path.state = "good";
       c.retryAt = Infinity;
       c.retries = 0;
       c.rounds = 0;
       path.probeAt = nextProbeAt(c, now);
       resendLate(c, now);
     }
+    // Some carriers end a mapping at a certain age, whatever the traffic: then move before that, not after.
+    const [one = Infinity, other = 0] = c.lifetimes, shorter = Math.min(one, other), longer = Math.max(one, other);
+    const isAbsolute = longer < ABSOLUTE_LIFETIME_MS && shorter > longer * SAME_LIFETIME;
+    c.renewAt = path && isAbsolute ? now + shorter * RENEW_AT : Infinity;
+    tellPath(c, now);
+  }
+
+  function tellPath(c: Conversation, now: number): void {
+    const path = c.best;
     const rttMs = path ? path.rtt.srtt : c.relayRtt.srtt;
     emit({
       event: "path",
@@ -1251,12 +1277,9 @@ export function createClient(options: ClientOptions): Client {
     } else {
       c.paths.delete(`${path.socket} ${path.endpoint}`);
       if (path.socket !== 0) closeSocket(path.socket);
-      const others = [...c.paths.values()].filter(({ state }) => state === "good");
-      use(c, others.find(({ kind }) => kind === "lan") ?? others[0] ?? null, now);
-      if (!c.best) {
-        callAgain(c, now);
-        resendAll(c, now);
-      }
+      use(c, null, now);
+      callAgain(c, now);
+      resendAll(c, now);
     }
   }
 
@@ -1389,7 +1412,7 @@ export function createClient(options: ClientOptions): Client {
     const peerNat = c.peer!.nat;
     const isHopeless = isHard(nat) && isHard(peerNat) && (isRandom(nat) || isRandom(peerNat)); // the odds are quadratic
     if (c.round) endRound(c);
-    if (isHopeless || number > MAX_ROUND || isMirror(c)) return;
+    if (isHopeless || (number > MAX_ROUND && number !== RENEWAL) || isMirror(c)) return;
     const count = isHard(nat)
       ? isRandom(nat) ? SPRAY_SOCKETS : isHard(peerNat) ? GUESSES : FEW
       : isHard(peerNat)
@@ -1397,6 +1420,7 @@ export function createClient(options: ClientOptions): Client {
       : 1;
     const round: Round = {
       number,
+      startedAt: now,
       sockets: [],
       plan: null,
       theirs: null,
@@ -1452,7 +1476,8 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function onPlan(c: Conversation, theirs: Peer & { type: "P2PPLAN" }, now: number): void {
-    if (!direct || c.best?.state === "good" || theirs.round > MAX_ROUND) return;
+    const isWanted = c.best?.state !== "good" || (theirs.round === RENEWAL && now - c.best.bornAt > RENEWED_MS);
+    if (!direct || !isWanted) return;
     if (!c.round || theirs.round > c.round.number) startRound(c, theirs.round, now);
     if (!c.round || c.round.theirs || theirs.round !== c.round.number) return;
     c.round.theirs = theirs;
@@ -1473,11 +1498,12 @@ export function createClient(options: ClientOptions): Client {
 
   function volley(c: Conversation, now: number): void {
     const round = c.round!, target = publicOf(c);
-    if (!target || c.best?.state === "good") return;
+    if (!target || isSettled(c)) return;
     const host = hostOf(target), ports = round.theirs?.ports ?? [];
     const both = isHard(nat) && isHard(c.peer!.nat), opens = isHard(nat) && !both;
     if (round.theirs?.spray && !isHard(nat)) {
-      if (round.spray || [...conversations.values()].some((other) => other.round?.spray)) return; // one at a time
+      if (round.spray || now - sprayedAt < SPRAY_INTERVAL_MS) return; // one at a time, on this host
+      sprayedAt = now;
       round.spray = { next: 0, at: now, first: randomNumber(16), stride: coprime(randomNumber(16)), block: ports };
       round.endAt = now + SPRAY_ROUND_MS;
       return;
@@ -1519,7 +1545,7 @@ export function createClient(options: ClientOptions): Client {
     const { round } = c;
     if (!round) return;
     if (round.plan && now >= round.tellAt) {
-      round.tellAt = transmit(c, round.plan, [null]) ? now + TELL_PLAN_MS : Infinity;
+      round.tellAt = transmit(c, round.plan, c.best ? [c.best, null] : [null]) ? now + TELL_PLAN_MS : Infinity;
     }
     while (now >= round.volleyAt) {
       volley(c, now);
@@ -1532,29 +1558,37 @@ export function createClient(options: ClientOptions): Client {
       round.volley++;
       round.volleyAt += wait;
     }
-    while (round.spray && now >= round.spray.at && round.spray.next < SPRAY_PORTS && c.best?.state !== "good") {
+    while (round.spray && now >= round.spray.at && round.spray.next < SPRAY_PORTS && !isSettled(c)) {
       spray(c, now);
     }
     if (now < round.endAt) return;
-    const again = !c.best && !isRandom(nat) && !isRandom(c.peer!.nat);
+    const again = !c.best && round.number < RENEWAL && !isRandom(nat) && !isRandom(c.peer!.nat);
     if (again) startRound(c, round.number + 1, now);
     else endRound(c);
   }
 
-  const roundWakeAt = ({ round, best }: Conversation) =>
+  const isRenewing = (c: Conversation) => c.round?.number === RENEWAL && c.best!.bornAt < c.round.startedAt;
+  /** Nothing is left for a round to do. */
+  const isSettled = (c: Conversation) => c.best?.state === "good" && !isRenewing(c);
+
+  const roundWakeAt = (c: Conversation, { round } = c) =>
     round
       ? Math.min(
         round.endAt,
         round.volleyAt,
         round.plan ? round.tellAt : Infinity,
-        round.spray && round.spray.next < SPRAY_PORTS && best?.state !== "good" ? round.spray.at : Infinity,
+        round.spray && round.spray.next < SPRAY_PORTS && !isSettled(c) ? round.spray.at : Infinity,
       )
       : Infinity;
 
   /** Closes the sockets that nothing came through. */
   function endRound(c: Conversation): void {
-    const used = new Set([...c.paths.values()].filter(({ state }) => state !== "trying").map(({ socket }) => socket));
-    for (const { socket } of c.round!.sockets) if (!used.has(socket)) closeSocket(socket);
+    for (const { socket } of c.round!.sockets) if (socket !== c.best?.socket) closeSocket(socket);
+    for (const [id, path] of c.paths) {
+      if (path.socket === 0 || path.socket === c.best?.socket) continue;
+      if (!c.round!.sockets.some(({ socket }) => socket === path.socket)) closeSocket(path.socket);
+      c.paths.delete(id);
+    }
     c.round = null;
   }
 
@@ -1913,6 +1947,7 @@ export function createClient(options: ClientOptions): Client {
       session ? c.opening?.dueAt ?? Infinity : Infinity,
       c.punching ? c.punching.from + PUNCH_AT_MS[c.punching.step]! : Infinity,
       c.retryAt,
+      c.renewAt,
       c.ping?.nextAt ?? Infinity,
       roundWakeAt(c),
       c.best ? c.best.probeAt : Infinity,
@@ -1940,6 +1975,10 @@ export function createClient(options: ClientOptions): Client {
     wakePunching(c, now);
     if (c.best) wakePath(c, c.best, now);
     wakeRound(c, now);
+    if (now >= c.renewAt) {
+      c.renewAt = Infinity;
+      if (now - c.talkedAt < ABSOLUTE_LIFETIME_MS) startRound(c, RENEWAL, now);
+    }
     if (now >= c.retryAt) {
       c.retryAt = Infinity;
       c.rounds = 0;
@@ -1969,7 +2008,7 @@ export function createClient(options: ClientOptions): Client {
         });
       case "path": {
         const found = [...conversations.values()].filter((c) => !command.peer || c.name === command.peer);
-        for (const c of found) use(c, c.best, now);
+        for (const c of found) tellPath(c, now);
         if (found.length > 0 || !command.peer) return;
         const message = `No conversation with "${command.peer}" yet: send something first`;
         return emit({ event: "error", code: "unknown", message });

@@ -18,10 +18,13 @@ import {
   decode,
   decodeHandshake,
   decodeInner,
+  decodeStun,
   deriveKey,
   encode,
   encodeHandshake,
   encodeInner,
+  encodeStunRequest,
+  encodeStunResponse,
   explain,
   formatAddress,
   formatEndpoint,
@@ -57,6 +60,7 @@ import {
   sealPeer,
   sipHash,
   spend,
+  STUN_COOKIE,
   userName,
   verifies,
 } from "./protocol.ts";
@@ -108,8 +112,17 @@ const GOLDEN = ([
   [{ type: "GETALLUSER", prefix: "b", after: "bob" }, `50 04 ${HEAD} 01 62 03 626f62 ${pad(35)} c77382d4d633625a`],
   [{ type: "COOKIE", cookie: NONCE, key: KEY, known: 1 }, `50 05 ${HEAD} ${NONCE} ${KEY_HEX} 01 523ca905cb5a6940`],
   [
-    { type: "WELCOME", token: NONCE, nonce: SEAL.id, public: V6, total: 70_000, users: [{ ...ZOE, public: V4 }] },
-    `50 06 ${HEAD} ${NONCE} ${SEAL.id} ${V6_HEX} 00011170 01 ${ZOE_HEX} ${V4_HEX} cb5dd67445079412`,
+    {
+      type: "WELCOME",
+      token: NONCE,
+      nonce: SEAL.id,
+      public: V6,
+      secondPort: 2281,
+      thirdPort: 0,
+      total: 70_000,
+      users: [{ ...ZOE, public: V4 }],
+    },
+    `50 06 ${HEAD} ${NONCE} ${SEAL.id} ${V6_HEX} 08e9 0000 00011170 01 ${ZOE_HEX} ${V4_HEX} 5f4b78b0da9b4bf1`,
   ],
   [
     { type: "KEEPALIVE", cookie: NONCE, rttMs: 65_535, nat: NAT, local: [V4] },
@@ -283,9 +296,73 @@ function isCanonical(data: Uint8Array): boolean {
     (!handshake || hex(encodeHandshake(handshake)) === hex(data)) && (!inner || hex(encodeInner(inner)) === hex(data));
 }
 
+// A request that asks for another port, and answers as RFC 5769 (2.2, 2.3) and RFC 3489 have them.
+const STUN_ID = "b7e7a701bc34d686fa87dfae";
+const STUN_REQUEST = bytes(`0001 0008 2112a442 ${STUN_ID} 0003 0004 00000002`);
+const STUN_SOFTWARE = "8022 000b 7465737420766563746f7220";
+const STUN_V4 = bytes(
+  `0101 003c 2112a442 ${STUN_ID} ${STUN_SOFTWARE} 0020 0008 0001a147e112a643 ` +
+    "0008 0014 2b91f599fd9e90c38c7489f92af9ba53f06be7d7 8028 0004 c07d4c96",
+);
+const STUN_V6 = bytes(
+  `0101 0048 2112a442 ${STUN_ID} ${STUN_SOFTWARE} ` +
+    "0020 0014 0002a1470113a9faa5d3f179bc25f4b5bed2b9d9 " +
+    "0008 0014 a382954e4be67bf11784c97c8292c275bfe3ed41 8028 0004 c8fb0b4c",
+);
+const STUN_CLASSIC = bytes(`0101 0018 00000000 ${STUN_ID} 0001 0008 0001a028cb007107 0004 0008 000108e8c0000201`);
+
+Deno.test("decodeStun() reads the vectors of RFC 5769, and null for a flipped bit or a cut", () => {
+  const rows = [[STUN_V4, "192.0.2.1:32853"], [STUN_V6, "[2001:db8:1234:5678:11:2233:4455:6677]:32853"]] as const;
+  for (const [data, mapped] of rows) {
+    const stun = decodeStun(data)!;
+    assertEquals([stun.kind, stun.mapped, stun.unknown, stun.classic], ["response", mapped, [], false]);
+    for (let bit = 0; bit < 8 * 48; bit++) assertEquals(decodeStun(flip(data, bit)), null, `bit ${bit}`);
+    for (let bit = 8 * data.length - 32; bit < 8 * data.length; bit++) assertEquals(decodeStun(flip(data, bit)), null);
+    for (let length = 0; length < data.length; length++) assertEquals(decodeStun(data.slice(0, length)), null);
+  }
+});
+
+Deno.test("encodeStunRequest() and encodeStunResponse() have their golden bytes in both directions", () => {
+  const transaction = STUN_COOKIE + STUN_ID;
+  assertEquals(hex(encodeStunRequest({ transaction, changePort: true })), hex(STUN_REQUEST));
+  const request = decodeStun(STUN_REQUEST)!;
+  assertEquals(request, {
+    kind: "request",
+    transaction,
+    changeIp: false,
+    changePort: true,
+    unknown: [],
+    classic: false,
+  });
+  const answer = { mapped: V4, origin: "192.0.2.1:2280" };
+  assertEquals(
+    hex(encodeStunResponse({ ...request, classic: true, transaction: pad(4) + STUN_ID }, answer)),
+    hex(STUN_CLASSIC),
+  );
+  for (const mapped of [V4, V6]) assertEquals(decodeStun(encodeStunResponse(request, { mapped }))?.mapped, mapped);
+  const unknown = hex(encodeStunResponse({ ...request, unknown: [0x7fff] }, answer));
+  assertEquals(unknown, hex(bytes(`0111 0010 2112a442 ${STUN_ID} 0009 0004 00000414 000a 0002 7fff0000`)));
+});
+
+Deno.test("decodeStun() names the attributes that must be understood and are not", () => {
+  const integrity = `0008 0014 ${pad(20)}`;
+  const rows: [attributes: string, unknown: number[]][] = [
+    ["7fff 0000", [0x7fff]],
+    ["0027 0004 12340000 001a 0000", [0x27, 0x1a]], // RESPONSE-PORT would aim us at others
+    ["8022 0000 ffff 0000", []],
+    ["0006 0001 61000000 0024 0004 00000001 0025 0000", []], // what ICE says of itself
+    [`${integrity} 7fff 0000`, []], // nobody vouches for it
+  ];
+  for (const [attributes, unknown] of rows) {
+    const length = bytes(attributes).length.toString(16).padStart(4, "0");
+    assertEquals(decodeStun(bytes(`0001 ${length} 2112a442 ${STUN_ID} ${attributes}`))?.unknown, unknown, attributes);
+  }
+});
+
 Deno.test("decode() and its like never throw, and encode again what they decode, for 20,000 mutations", () => {
   const below = seeded(1);
   const sources = [...GOLDEN.map(({ data }) => data), ...PEERS.map(({ message }) => encodeInner(message as Peer))];
+  sources.push(STUN_REQUEST, STUN_V4, STUN_V6, STUN_CLASSIC);
   let decoded = 0;
   for (let round = 0; round < 20_000; round++) {
     let data = Uint8Array.from({ length: below(100) }, () => below(256));
@@ -300,6 +377,8 @@ Deno.test("decode() and its like never throw, and encode again what they decode,
     assert(isCanonical(data), hex(data));
     assertEquals(openPeer(data, counting(32, 1)), null);
     explain(data);
+    const stun = decodeStun(data);
+    assert(!stun || data[0]! < 4 && encodeStunResponse(stun, { mapped: V4 }));
     if (decode(data) || decodeHandshake(data) || decodeInner(data)) decoded++;
   }
   assert(decoded > 5_000, `only ${decoded} were worth the test`);
@@ -618,41 +697,37 @@ async function until(isSo: () => boolean, what: string): Promise<void> {
 const NO_LEAKS = { sanitizeOps: true, sanitizeResources: true };
 const LOOPBACK = { host: "127.0.0.1", port: 0 };
 
-Deno.test(
-  "listen() carries a conversation: login, message, acknowledgement, and a path over the LAN",
-  NO_LEAKS,
-  async () => {
-    const server = await listen(createServer({ keys: generateKeys(), random }), { sockets: [LOOPBACK], onEvent() {} });
-    const servers = [formatEndpoint(LOOPBACK.host, server.ports[0]!)];
-    const started: { close(): void }[] = [server];
-    const join = async (name: string) => {
-      const events: ClientEvent[] = [];
-      const client = createClient({ name, keys: generateKeys(), servers, random, generateKeys });
-      const running = await listen(client, { sockets: [LOOPBACK], onEvent: (event) => events.push(event) });
-      started.push(running);
-      const saw = (sought: Partial<ClientEvent>) =>
-        until(
-          () => events.some((event) => Object.entries(sought).every(([k, v]) => event[k as keyof ClientEvent] === v)),
-          `${name} sees ${JSON.stringify(sought)}`,
-        );
-      await saw({ event: "login", name, server: servers[0]! });
-      return { saw, perform: (command: Command) => running.perform(client.command(command, clock())) };
-    };
-    try {
-      const [alice, bob] = [await join("alice"), await join("bob")];
-      alice.perform({ command: "send", to: "bob", text: "hi" });
-      await bob.saw({ event: "message", from: "alice", text: "hi" });
-      await alice.saw({ event: "sent", to: "bob", ok: true });
-      await alice.saw({ event: "path", peer: "bob", path: "lan" });
-      await bob.saw({ event: "path", peer: "alice", path: "lan" });
-      alice.perform({ command: "send", to: "bob", text: "directly" });
-      await bob.saw({ event: "message", text: "directly", path: "lan" });
-      await alice.saw({ event: "sent", ok: true, path: "lan" });
-    } finally {
-      for (const running of started) running.close();
-    }
-  },
-);
+Deno.test("listen() carries a conversation, from the login to a path over the LAN", NO_LEAKS, async () => {
+  const server = await listen(createServer({ keys: generateKeys(), random }), { sockets: [LOOPBACK], onEvent() {} });
+  const servers = [formatEndpoint(LOOPBACK.host, server.ports[0]!)];
+  const started: { close(): void }[] = [server];
+  const join = async (name: string) => {
+    const events: ClientEvent[] = [];
+    const client = createClient({ name, keys: generateKeys(), servers, random, generateKeys });
+    const running = await listen(client, { sockets: [LOOPBACK], onEvent: (event) => events.push(event) });
+    started.push(running);
+    const saw = (sought: Partial<ClientEvent>) =>
+      until(
+        () => events.some((event) => Object.entries(sought).every(([k, v]) => event[k as keyof ClientEvent] === v)),
+        `${name} sees ${JSON.stringify(sought)}`,
+      );
+    await saw({ event: "login", name, server: servers[0]! });
+    return { saw, perform: (command: Command) => running.perform(client.command(command, clock())) };
+  };
+  try {
+    const [alice, bob] = [await join("alice"), await join("bob")];
+    alice.perform({ command: "send", to: "bob", text: "hi" });
+    await bob.saw({ event: "message", from: "alice", text: "hi" });
+    await alice.saw({ event: "sent", to: "bob", ok: true });
+    await alice.saw({ event: "path", peer: "bob", path: "lan" });
+    await bob.saw({ event: "path", peer: "alice", path: "lan" });
+    alice.perform({ command: "send", to: "bob", text: "directly" });
+    await bob.saw({ event: "message", text: "directly", path: "lan" });
+    await alice.saw({ event: "sent", ok: true, path: "lan" });
+  } finally {
+    for (const running of started) running.close();
+  }
+});
 
 /** Does nothing but count bytes. */
 const scale = (weights: number[] = []): Machine => ({
@@ -663,7 +738,7 @@ const scale = (weights: number[] = []): Machine => ({
 });
 
 Deno.test(
-  "listen() goes on after datagrams that are empty or too long, after ICMP errors and failures to send",
+  "listen() goes on after empty and too long datagrams, ICMP errors and failures to send",
   NO_LEAKS,
   async () => {
     const received: number[] = [];

@@ -18,6 +18,7 @@ import { fileURLToPath } from "node:url";
 import {
   agree,
   type Control,
+  type ControlBody,
   controlKeys,
   decode,
   encode,
@@ -35,9 +36,9 @@ import { createServer } from "../server.ts";
 const WINDOW = 64;
 const ECHO_BYTES = 60;
 const ROUNDS = 5;
-const ROUND_MS = 500;
+const ROUND_MS = 300, WORK_MS = 100;
 /** Until the runtime has compiled what is hot. */
-const WARM_UP_MS = 500;
+const WARM_UP_MS = 400;
 /** No answer for so long: the window was lost (the kernel drops what a socket buffer cannot take), send another. */
 const LOST_MS = 50;
 /** So many sessions say something in turn, since the server lets each relay 512 KiB at once and 256 KiB a second. */
@@ -46,7 +47,7 @@ const RELAYED_BYTES = 60;
 
 const isDeno = "Deno" in globalThis;
 const SELF = fileURLToPath(import.meta.url);
-const SERVER = fileURLToPath(new URL("../server.ts", import.meta.url));
+const SERVER = fileURLToPath(new URL("../server.ts", import.meta.url).href);
 const NO_ID = "0".repeat(16);
 const random = (length: number) => Uint8Array.from(randomBytes(length));
 const median = (values: number[]) => values.toSorted((one, other) => one - other)[values.length >> 1]!;
@@ -138,7 +139,7 @@ interface Load {
 
 /** Keeps a window of datagrams on their way for a while; how many answers came, and what they cost. */
 async function blast(socket: Socket, load: Load, ms: number): Promise<void> {
-  load.prepare?.(ms * 250);
+  load.prepare?.(Math.ceil(1.5 * (load.rates.at(-1) ?? 50_000) * ms / 1000));
   const began = performance.now(), processor = processorTime(load.pid);
   let answers = 0, seen = 0;
   receive = () => {
@@ -152,7 +153,7 @@ async function blast(socket: Socket, load: Load, ms: number): Promise<void> {
         clearInterval(timer);
         return resolve();
       }
-      if (answers === seen) for (let i = 0; i < WINDOW; i++) socket.send(load.next(), load.port);
+      if (answers === seen) { for (let i = 0; i < WINDOW; i++) socket.send(load.next(), load.port); }
       seen = answers;
     }, LOST_MS);
   });
@@ -166,6 +167,12 @@ let receive: (data: Uint8Array) => void = () => {};
 
 // ---------------------------------------------------------------------------------------------------- the real server
 
+const loginOf = (name: string, key: Uint8Array, cookie = NO_ID): ControlBody => (
+  { type: "LOGIN", cookie, key, proof: NO_ID, keepName: 0, rttMs: 0, name, local: [] }
+);
+const NAT = { mapping: "EIM", filtering: "EIF", allocation: "preserving" } as const;
+const KEEPALIVE: ControlBody = { type: "KEEPALIVE", cookie: NO_ID, rttMs: 20, nat: NAT, local: [] };
+
 /** A session of ours with the server, as far as the server can tell. */
 interface Session {
   token: string;
@@ -177,7 +184,6 @@ interface Session {
 /** Logs in as the client does. */
 async function logIn(socket: Socket, port: number, name: string): Promise<Session> {
   const keys = generateKeys(), id = randomBytes(8).toString("hex"), counter = Math.floor(Date.now());
-  const login = { type: "LOGIN", key: keys.public, proof: NO_ID, keepName: 0, rttMs: 0, name, local: [] } as const;
   const ask = (data: Uint8Array, type: Control["type"]) =>
     new Promise<Control>((resolve, reject) => {
       const timer = setTimeout(() => reject(new Error(`The server does not answer with ${type}`)), 2_000);
@@ -189,10 +195,11 @@ async function logIn(socket: Socket, port: number, name: string): Promise<Sessio
       };
       socket.send(data, port);
     });
-  const asked = await ask(encode({ ...login, cookie: NO_ID }, { id, counter }), "COOKIE");
+  const asked = await ask(encode(loginOf(name, keys.public), { id, counter }), "COOKIE");
   const { cookie, key } = asked as Control & { type: "COOKIE" };
   const shared = agree(keys.secret, key)!;
-  const answer = await ask(encode({ ...login, cookie }, { id, counter, key: loginKey(shared, id) }), "WELCOME");
+  const login = encode(loginOf(name, keys.public, cookie), { id, counter, key: loginKey(shared, id) });
+  const answer = await ask(login, "WELCOME");
   const { token, nonce } = answer as Control & { type: "WELCOME" };
   return { token, nonce, counter, toServer: controlKeys(shared, token).toServer };
 }
@@ -219,24 +226,26 @@ async function overSockets(): Promise<Load[]> {
     };
   };
   const seal = ({ token, toServer }: Session, counter: number) => ({ id: token, counter, key: toServer });
-  const keepalive = { type: "KEEPALIVE", cookie: NO_ID, rttMs: 20, local: [] } as const;
-  const listener = talkers[0]!;
-  const trans = { type: "P2PTRANS", to: "talker0", nonce: listener.nonce, call: 0, body: random(RELAYED_BYTES) } as const;
-  const stranger = encode(
-    { type: "LOGIN", cookie: NO_ID, key: random(32), proof: NO_ID, keepName: 0, rttMs: 0, name: "x", local: [] },
-    { id: NO_ID, counter: 1 },
-  );
+  const trans: ControlBody = {
+    type: "P2PTRANS",
+    to: "talker0",
+    nonce: talkers[0]!.nonce,
+    call: 0,
+    body: random(RELAYED_BYTES),
+  };
+  const stranger = encode(loginOf("stranger", random(32)), { id: NO_ID, counter: 1 });
   const constant = (data: Uint8Array) => ({ next: () => data });
   const loads: Load[] = [
     { label: `bare UDP echo, ${ECHO_BYTES} bytes`, ...bare, ...constant(random(ECHO_BYTES)) },
     { label: "COOKIE to a stranger's LOGIN", ...server, ...constant(stranger) },
-    { label: "KEEPALIVE -> ALIVE", ...server, ...fresh((s, counter) => encode(keepalive, seal(s, counter))) },
+    { label: "KEEPALIVE -> ALIVE", ...server, ...fresh((s, counter) => encode(KEEPALIVE, seal(s, counter))) },
     { label: "P2PTRANS -> RELAYED", ...server, ...fresh((s, counter) => encode(trans, seal(s, counter))) },
   ].map((load) => ({ ...load, rates: [], costs: [] }));
-  for (const load of loads) await blast(socket, load, WARM_UP_MS);
-  for (const load of loads) load.rates = [], load.costs = [];
-  for (let round = 0; round < ROUNDS; round++) for (const load of loads) await blast(socket, load, ROUND_MS);
+  for (let round = 0; round <= ROUNDS; round++) {
+    for (const load of loads) await blast(socket, load, round === 0 ? WARM_UP_MS : ROUND_MS);
+  }
   socket.close();
+  for (const load of loads) load.rates.shift(), load.costs.shift();
   return loads;
 }
 
@@ -252,15 +261,15 @@ interface Work {
   rates: number[];
 }
 
-function measure(works: Work[], roundMs: number): void {
+function measure(works: Work[]): void {
   const run = (work: Work, ms: number) => {
     const began = performance.now();
     let count = 0, now = began;
     for (; now - began < ms; now = performance.now()) for (let i = 0; i < 10; i++, count++) work.once();
     return count / (now - began) * 1000;
   };
-  for (const work of works) run(work, roundMs);
-  for (let round = 0; round < ROUNDS; round++) for (const work of works) work.rates.push(run(work, roundMs));
+  for (const work of works) run(work, WORK_MS);
+  for (let round = 0; round < ROUNDS; round++) for (const work of works) work.rates.push(run(work, WORK_MS));
 }
 
 /** Sealed datagrams of a chat message of so many bytes, beside AES-256-GCM of as many. */
@@ -275,16 +284,17 @@ function seals(bytes: number): Work[] {
   const { sealed, tag } = encrypt();
   const data = sealPeer(message, { index: 1, counter: 1, key });
   let counter = 1;
-  const rates: number[] = [];
   return [
-    { label: `bare aes-256-gcm, ${bytes} bytes`, once: () => void encrypt() },
+    { label: `bare aes-256-gcm, ${bytes} bytes`, once: () => void encrypt(), rates: [] },
     {
       label: `sealPeer, ${bytes} bytes`,
       bare: `bare aes-256-gcm, ${bytes} bytes`,
+      rates: [],
       once: () => void sealPeer(message, { index: 1, counter: ++counter, key }),
     },
     {
       label: `bare opening, ${bytes} bytes`,
+      rates: [],
       once() {
         const cipher = createDecipheriv("aes-256-gcm", key, iv, { authTagLength: 16 });
         cipher.setAAD(ad);
@@ -293,8 +303,13 @@ function seals(bytes: number): Work[] {
         cipher.final();
       },
     },
-    { label: `openPeer, ${bytes} bytes`, bare: `bare opening, ${bytes} bytes`, once: () => void openPeer(data, key) },
-  ].map((work) => ({ ...work, rates: [...rates] }));
+    {
+      label: `openPeer, ${bytes} bytes`,
+      bare: `bare opening, ${bytes} bytes`,
+      rates: [],
+      once: () => void openPeer(data, key),
+    },
+  ];
 }
 
 const DH = "bare X25519";
@@ -323,45 +338,87 @@ function handshakes(): Work[] {
   ];
 }
 
-/** The server's side of a login, LOGIN to WELCOME; the clients' sides are made beforehand. */
+/** The server's side of a login, from the first LOGIN to WELCOME; the clients' side is made beforehand. */
 function logins(): Work {
-  const keys = generateKeys(), now = Date.now();
-  const server = createServer({ keys, random });
-  const people = Array.from({ length: 4_000 }, (_, i) => {
+  const keys = generateKeys(), cookieKey = random(16), now = Date.now();
+  const empty = () => createServer({ keys, random: (length) => length === 16 ? cookieKey : random(length) });
+  let server = empty(), at = 0;
+  const clients = Array.from({ length: 2_000 }, (_, i) => {
     const own = generateKeys(), id = randomBytes(8).toString("hex"), name = `user${i}`;
-    const from = formatEndpoint(`198.${51 + (i >> 16)}.${i >> 8 & 255}.${i & 255}`, 40_000);
-    const login = { type: "LOGIN", key: own.public, proof: NO_ID, keepName: 0, rttMs: 0, name, local: [] } as const;
-    const first = encode({ ...login, cookie: NO_ID }, { id, counter: now });
-    const asked = server.receive({ socket: 0, from, data: first }, now)[0];
-    const { cookie } = decode((asked as { data: Uint8Array }).data) as Control & { type: "COOKIE" };
+    const from = formatEndpoint(`198.51.${i >> 8}.${i & 255}`, 40_000);
+    const first = encode(loginOf(name, own.public), { id, counter: now });
+    const asked = server.receive({ socket: 0, from, data: first }, now)[0] as { data: Uint8Array };
+    const { cookie } = decode(asked.data) as Control & { type: "COOKIE" };
     const key = loginKey(agree(own.secret, keys.public)!, id);
-    return { from, first, second: encode({ ...login, cookie }, { id, counter: now, key }) };
+    return { from, first, second: encode(loginOf(name, own.public, cookie), { id, counter: now, key }) };
   });
-  let at = 0;
   return {
     label: "login at the server (1 DH)",
     bare: DH,
     rates: [],
     once() {
-      const { from, first, second } = people[at++ % people.length]!;
+      if (at === clients.length) server = empty(), at = 0; // with the same cookies
+      const { from, first, second } = clients[at++]!;
       server.receive({ socket: 0, from, data: first }, now);
-      server.receive({ socket: 0, from, data: second }, now);
+      if (server.receive({ socket: 0, from, data: second }, now).length < 2) throw new Error("A login fails");
     },
   };
 }
 
 // ---------------------------------------------------------------------------------------------------- the table
 
-const table: string[][] = [];
-const thousands = (rate: number) => rate.toFixed(0).replace(/\B(?=(\d{3})+$)/g, ",");
-const ratio = (value: number) => Number.isFinite(value) ? value.toFixed(2) : "";
+const count = (rate: number) => rate.toFixed(0).replace(/\B(?=(\d{3})+$)/g, ",");
 
-function print(heading: string[], rows: string[][]): void {
-  table.push(heading, ...rows);
-  const all = [heading, ...rows];
-  const widths = heading.map((_, column) => Math.max(...all.map((row) => row[column]!.length)));
-  const line = (row: string[]) =>
-    row.map((cell, column) => column ? cell.padStart(widths[column]!) : cell.padEnd(widths[0]!)).join("   ").trimEnd();
-  for (const row of all) console.log(line(row));
+function print(...rows: string[][]): void {
+  const widths = rows[0]!.map((_, column) => Math.max(...rows.map((row) => row[column]!.length)));
+  for (const row of rows) {
+    const cells = row.map((cell, i) => i === 0 ? cell.padEnd(widths[i]!) : cell.padStart(widths[i]!));
+    console.log(cells.join("   ").trimEnd());
+  }
   console.log();
+}
+
+/** The median of the ratios round by round: what one round was slowed by, its bare work was too. */
+function ratio(values: number[], bare: number[]): string {
+  const all = values.map((value, round) => value / bare[round]!);
+  return all.some(Number.isNaN) ? "" : median(all).toFixed(2);
+}
+
+function printLoads(loads: Load[]): void {
+  const bare = loads[0]!;
+  const rows = loads.map(({ label, rates, costs }) => [
+    label,
+    count(median(rates)),
+    ratio(rates, bare.rates),
+    ...Number.isNaN(costs[0]!) ? ["", ""] : [median(costs).toFixed(1), ratio(costs, bare.costs)],
+  ]);
+  print([`window of ${WINDOW}, loopback`, "answers/s", "of bare", "us of processor", "of bare"], ...rows);
+}
+
+function printWorks(title: string, works: Work[]): void {
+  const rows = works.map(({ label, rates, bare, parts = 1 }) => {
+    const base = works.find((work) => work.label === bare) ?? works.find((work) => work.rates === rates)!;
+    return [label, count(median(rates)), ratio(rates.map((rate) => rate * parts), base.rates)];
+  });
+  print([title, "per second", "of bare"], ...rows);
+}
+
+async function main(): Promise<void> {
+  console.log(`${isDeno ? `Deno ${Deno.version.deno}` : `Bun ${Bun.version}`}\n`);
+  try {
+    printLoads(await overSockets());
+    const sealed = [...seals(44), ...seals(800)];
+    measure(sealed);
+    printWorks("seals, no sockets", sealed);
+    const agreed = [...handshakes(), logins()];
+    measure(agreed);
+    printWorks("keys, no sockets", agreed);
+  } finally {
+    for (const child of children) if (child.exitCode === null) child.kill("SIGKILL");
+  }
+}
+
+if (import.meta.main) {
+  if (process.argv[2] === "--echo") await echo();
+  else await main().then(() => process.exit(0));
 }

@@ -513,9 +513,10 @@ test("a server answers no answer: two servers, or two ports of one, are not set 
     other.run(createServer({ keys: world.keys(), random: world.bytes }) as never, { ports: [2280, 2281] });
     let datagrams = 0;
     world.net.trace = ({ fate }) => void (fate === "sent" && datagrams++);
-    for (const { data } of corpus) world.net.inject({ from, to: SERVER, data });
+    const ofEachType = [...new Map(corpus.map(({ data }) => [typeOf(data), data])).values()];
+    for (const data of ofEachType) world.net.inject({ from, to: SERVER, data });
     world.net.run(1_000);
-    assert.ok(datagrams <= 3 * corpus.length, `${datagrams} datagrams in a second, from ${from}`);
+    assert.ok(datagrams <= 3 * ofEachType.length, `${datagrams} datagrams in a second, from ${from}`);
   }
 });
 
@@ -531,7 +532,7 @@ test("no answer to an address that is not validated is larger than its question,
   }
   const count = (effects: Effect<unknown>[]) => sends(effects).reduce((sum, { data }) => sum + data.length, 0);
   let worst = 0;
-  for (const { data } of [...smallest.values()].map((data) => ({ data })).concat(corpus)) {
+  for (const { data } of [...[...smallest.values()].map((data) => ({ data })), ...corpus]) {
     const row = table[typeOf(data)] ??= { size: data.length, server: 0, client: 0 };
     row.size = Math.min(row.size, data.length);
     row.server = Math.max(row.server, count(server().receive({ socket: 0, from: stranger, data }, now)) / data.length);
@@ -587,9 +588,10 @@ test("a forger off the path, who knows all but the secrets and writes any source
   const mine = keysFrom(tools.bytes(32));
   const endpoints = [...homes.values(), SERVER, "192.0.2.1:2281", `${VICTIM}:53`, `${VICTIM}:2280`];
   const id = () => tools.next() < 0.3 ? NO_ID : hex(tools.bytes(8));
+  const people = [...users.values()];
+  const messages = corpus.map(({ data }) => decode(data)).filter((message) => message !== null);
   const forge = (): Uint8Array => {
-    const user = tools.pick([...users.values()]), other = tools.pick([...users.values()]);
-    const control = tools.pick(corpus.map(({ data }) => decode(data)).filter((message) => message !== null));
+    const user = tools.pick(people), other = tools.pick(people), control = tools.pick(messages);
     switch (tools.below(6)) {
       case 0: // any message of the protocol, with what the forger knows in place of what he does not
         return encode({
@@ -646,6 +648,7 @@ test("a forger off the path, who knows all but the secrets and writes any source
   };
   for (let i = 0; i < 20_000; i++) {
     const data = forge(), from = tools.pick(endpoints), to = tools.pick([...homes.values(), SERVER]);
+    if (hostOf(from) === hostOf(to)) continue;
     world.net.inject({ from, to, data });
     if (hostOf(from) === VICTIM) asked += data.length;
     if (i % 100 === 0) world.net.run(20);
@@ -672,9 +675,9 @@ function replayAll({ world, seen, homes }: ReturnType<typeof village>): void {
   const elsewhere = [...homes.values()];
   for (const { from, to, data } of copies) {
     for (const source of [from, `${VICTIM}:53`, ...elsewhere.slice(0, 2), SERVER]) {
-      world.net.inject({ from: source, to, data });
+      if (hostOf(source) !== hostOf(to)) world.net.inject({ from: source, to, data });
     }
-    for (const target of [...elsewhere, SERVER]) world.net.inject({ from, to: target, data });
+    for (const target of [...elsewhere, SERVER]) if (hostOf(target) !== hostOf(from)) world.net.inject({ from, to: target, data });
     world.net.run(1);
   }
   world.net.run(500);

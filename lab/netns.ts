@@ -24,10 +24,15 @@ import { fileURLToPath } from "node:url";
 const WIRE_MS = 20;
 /** With fewer hops to live than this, after the core's own, a packet ends there: real paths are longer than ours. */
 const CORE_TTL = 10;
+/** R, client and server there and back, and D, the same between the peers; a message over the server takes one R. */
+const R_MS = 2 * WIRE_MS, D_MS = 4 * WIRE_MS;
+/** DESIGN 3 and 4 ask for these; what two processors full of other cases add comes on top. */
+const BUSY_MS = 100;
+const MESSAGE_MS = 1.15 * R_MS + BUSY_MS, PUNCH_MS = 1.3 * (R_MS + D_MS) + BUSY_MS, SPRAY_MS = 14_000;
 /** Cases at the same time. They mostly wait, but a runtime that starts needs a processor for 100 ms. */
 const CONCURRENT = 3;
 /** For everything that must happen but has no limit of its own. */
-const PATIENCE_MS = 10_000;
+const PATIENCE_MS = 20_000;
 
 const PREFIX = `punch-${process.pid}-`;
 const SELF = fileURLToPath(import.meta.url);
@@ -49,6 +54,7 @@ interface Rules {
   source?: string;
   destination?: string;
   outgoing?: string;
+  hairpin?: string;
 }
 
 /**
@@ -63,7 +69,8 @@ interface Rules {
  * `random,fully-random` skips that look: APDM.
  *
  * Other filters do not exist in the kernel. A map of who sent from where, by which we translate what comes in, makes
- * them; it holds ports of the inside, which are those of the outside too, as masquerade keeps them.
+ * them; it holds ports of the inside, which are those of the outside too, as masquerade keeps them. What comes from
+ * the inside for our own address can be translated by it as well, and then has to get our address: a hairpin.
  */
 const NATS = {
   "masquerade": {},
@@ -79,6 +86,10 @@ const NATS = {
     outgoing: "update @contacted { ip daddr . udp sport : ip saddr }",
     destination: "dnat to ip saddr . udp dport map @contacted",
   },
+  "hairpin": {
+    outgoing: "update @opened { udp sport : ip saddr }",
+    hairpin: "ip daddr 203.0.113.2 dnat to udp dport map @opened",
+  },
 } satisfies Record<string, Rules>;
 
 type Nat = keyof typeof NATS;
@@ -89,7 +100,7 @@ type Nat = keyof typeof NATS;
  * forgets every mapping between one packet and the next, for every kind of NAT, with no interface going down.
  */
 function routerRules(nat: Nat, zone: number): string {
-  const { input = "drop", source = "masquerade", destination = "", outgoing = "" }: Rules = NATS[nat];
+  const { input = "drop", source = "masquerade", destination = "", outgoing = "", hairpin = "" }: Rules = NATS[nat];
   return `flush ruleset
     table ip lab {
       map opened { type inet_service : ipv4_addr; flags dynamic,timeout; timeout 60s; size 65535; }
@@ -103,8 +114,16 @@ function routerRules(nat: Nat, zone: number): string {
         iifname wan ct status dnat accept
         iifname wan ct state new,invalid drop
       }
-      chain destination { type nat hook prerouting priority dstnat; iifname wan ${destination}; }
-      chain source { type nat hook postrouting priority srcnat; oifname wan ${source}; }
+      chain destination {
+        type nat hook prerouting priority dstnat
+        iifname wan ${destination}
+        iifname lan ${hairpin}
+      }
+      chain source {
+        type nat hook postrouting priority srcnat
+        oifname wan ${source}
+        ${hairpin && "oifname lan ct status dnat snat to 203.0.113.2"}
+      }
     }
     table ip6 lab {
       chain forward { type filter hook forward priority 0; iifname wan ct state new,invalid drop; }
@@ -127,6 +146,8 @@ function coreRules(lossPercent: number): string {
 interface Site {
   nats: Nat[];
   users: string[];
+  /** They reach the router, but not each other, as in many a wireless network for guests. */
+  isolated?: boolean;
 }
 
 interface Weather {
@@ -191,7 +212,7 @@ async function internet(prefix: string, { sites, lossPercent = 0, ipv6 }: Weathe
   ip("server", "addr add 192.0.2.2/24 dev eth0");
   script.push(load(prefix + "core", coreRules(lossPercent)));
 
-  sites.forEach(({ nats, users }, i) => {
+  sites.forEach(({ nats, users, isolated }, i) => {
     const [first, device] = nats.length ? [`router${i}.0`, "wan"] : [users[0]!, "eth0"];
     const [near4, far4] = [`203.0.113.${16 * i + 1}`, `203.0.113.${16 * i + 2}`];
     const [near6, far6, lan6] = [`2001:db8:f${i}::1`, `2001:db8:f${i}::2`, `2001:db8:${i + 1}::`];
@@ -214,6 +235,7 @@ async function internet(prefix: string, { sites, lossPercent = 0, ipv6 }: Weathe
         create(inside, !last);
         ip(self, `link add port${n} type veth peer name ${device} netns ${prefix}${inside}`);
         ip(self, `link set port${n} master lan up`);
+        if (isolated) ip(self, `link set port${n} type bridge_slave isolated on`);
         up(inside, device, [`${lan4}${n + 2}/24`, `${lan6}${n + 2}/64`], [`${lan4}1`, `${lan6}1`]);
       });
     });
@@ -309,7 +331,7 @@ interface Program {
   /** Types a line; returns the time. */
   type(line: string): number;
   /** The first event, past or future but later than `after`, all of whose wanted fields are as wanted. */
-  until(want: Want, options?: { limitMs?: number; after?: number }): Promise<Event>;
+  until(want: Want, options?: { after?: number }): Promise<Event>;
   kill(): Promise<void>;
   /** What to show when the case fails. */
   evidence(): string;
@@ -354,15 +376,15 @@ function start(name: string, { namespace, command }: { namespace: string; comman
       child.stdin.write(`${line}\n`);
       return performance.now();
     },
-    async until(want, { limitMs = PATIENCE_MS, after = 0 } = {}) {
+    async until(want, { after = 0 } = {}) {
       const wants = Object.entries(want);
       const fits = (v: Want[string], is: unknown) => v instanceof RegExp ? v.test(`${is}`) : v === is;
-      for (const limit = performance.now() + limitMs;; await sleep(2)) {
+      for (const limit = performance.now() + PATIENCE_MS;; await sleep(2)) {
         const found = events.find((e) => e.at > after && wants.every(([k, v]) => fits(v, e[k])));
         if (found) return found;
         const text = wants.map(([field, value]) => `${field} ${value}`).join(", ");
         assert(!ended, `${name} ${ended} before ${text}`);
-        assert(performance.now() < limit, `${name} has no ${text} after ${ms(limitMs)}`);
+        assert(performance.now() < limit, `${name} has no ${text} after ${ms(PATIENCE_MS)}`);
       }
     },
     kill() {
@@ -389,16 +411,24 @@ interface World {
 
 interface Case extends Weather {
   name: string;
-  /** With every pair of runtimes instead of one. */
-  everyMix?: boolean;
+  /** With so many of the four pairs of runtimes; if two, then each of the users with each of the runtimes. */
+  mixes?: 1 | 2 | 4;
+  /** The server has a second address, and so can tell all kinds of NAT. */
+  altHost?: boolean;
   /** How the clients are told where the server is, if not by its IPv4 address. */
   server?: string;
   /** Throws where the product falls short; returns what is worth telling. */
   play(world: World): Promise<string>;
 }
 
-/** Alice says hello; both report the wanted path; the next message of each takes it. */
-const meet = (path: "direct" | "lan", address = /./) => async ({ alice, bob }: World) => {
+/** Alice says hello; both report the wanted path in time; the next message of each takes it. */
+const meet = (
+  path: "direct" | "lan",
+  { address = /./, messageMs = MESSAGE_MS, pathMs = PUNCH_MS }: Partial<Record<"messageMs" | "pathMs", number>> & {
+    address?: RegExp;
+  } = {},
+) =>
+async ({ alice, bob }: World) => {
   const typed = alice.type("send bob hello");
   const [hello, a, b] = await Promise.all([
     bob.until({ event: "message", from: "alice", text: "hello" }),
@@ -410,7 +440,10 @@ const meet = (path: "direct" | "lan", address = /./) => async ({ alice, bob }: W
   await bob.until({ event: "message", text: "again", path });
   await alice.until({ event: "message", text: "back", path });
   await alice.until({ event: "sent", to: "bob", ok: true, path });
-  return `message after ${ms(hello.at - typed)}, ${path} after ${ms(Math.max(a.at, b.at) - typed)}`;
+  const [messageAfter, pathAfter] = [hello.at - typed, Math.max(a.at, b.at) - typed];
+  const story = `message after ${ms(messageAfter)}, ${path} after ${ms(pathAfter)}`;
+  assert(messageAfter <= messageMs && pathAfter <= pathMs, `${story} (limits ${ms(messageMs)}, ${ms(pathMs)})`);
+  return story;
 };
 
 /**
@@ -425,7 +458,7 @@ async function talk({ alice, bob }: World, count: number, everyMs = 200): Promis
     await sleep(everyMs);
   }
   const last = { event: "message", text: `talk ${count - 1}` };
-  await Promise.all(ways.map(([_, to]) => to.until(last, { limitMs: 20_000 })));
+  await Promise.all(ways.map(([_, to]) => to.until(last)));
   return Math.max(...ways.flatMap(([_, to, name], way) => {
     const got = to.events.filter((e) => e.event === "message" && `${e["text"]}`.startsWith("talk "));
     const order = got.map((e) => `${e["text"]}`.slice(5)).join(" ");
@@ -445,7 +478,9 @@ async function relayed(world: World): Promise<string> {
   const worst = await talk(world, 15);
   const all = [...world.alice.events, ...world.bob.events];
   assert(!all.some((e) => e["path"] === "direct"), "Two symmetric NATs, and yet a direct path");
-  return `message after ${ms(hello.at - typed)}, 30 more in 3 s, worst ${ms(worst)}`;
+  const story = `message after ${ms(hello.at - typed)}, 30 more in 3 s, worst ${ms(worst)}`;
+  assert(hello.at - typed <= MESSAGE_MS, `${story} (limit ${ms(MESSAGE_MS)})`);
+  return story;
 }
 
 /** Both routers forget everything in the middle of a conversation, and then map to other ports. */
@@ -492,7 +527,7 @@ const restart = (path: "direct" | "relay", stallMs: number) => async (world: Wor
 
 /** Typed faster than a round trip, so that a lost datagram shows in the times that the programs tell. */
 async function hundred(world: World): Promise<string> {
-  const met = await direct(world);
+  const met = await meet("direct", { messageMs: 2000, pathMs: 3000 })(world);
   await talk(world, 100, 50);
   const sent = [...world.alice.events, ...world.bob.events].filter((e) => e.event === "sent");
   const worst = Math.max(...sent.map((e) => Number(e["ms"])));
@@ -504,21 +539,72 @@ const direct = meet("direct");
 const apart = (a: Nat[], b = a): Site[] => [{ nats: a, users: ["alice"] }, { nats: b, users: ["bob"] }];
 const together = (nat: Nat): Site[] => [{ nats: [nat], users: ["alice", "bob"] }];
 
-const overIPv6 = meet("direct", /^\[2001:db8:/);
+const overIPv6 = meet("direct", { address: /^\[2001:db8:/ });
 const [plain, symmetric] = [apart(["masquerade"]), apart(["fully-random"])];
+
+/** What a user is behind, and what `nat` finds it to be: mapping, filtering, allocation. */
+interface Kind {
+  name: string;
+  nats: Nat[];
+  is: [string, string, string | RegExp];
+}
+
+/** Three samples of random ports are near each other now and then. */
+const random = /^(random|block)$/;
+const KINDS: Kind[] = [
+  { name: "public", nats: [], is: ["EIM", "EIF", "preserving"] },
+  { name: "masquerade", nats: ["masquerade"], is: ["EIM", "APDF", "preserving"] },
+  { name: "input-accept", nats: ["input-accept"], is: ["EIM", "APDF", "preserving"] },
+  { name: "input-reject", nats: ["input-reject"], is: ["EIM", "APDF", "preserving"] },
+  { name: "double NAT", nats: ["masquerade", "masquerade"], is: ["EIM", "APDF", "preserving"] },
+  { name: "eim-random", nats: ["eim-random"], is: ["EIM", "APDF", random] },
+  { name: "full-cone", nats: ["full-cone"], is: ["EIM", "EIF", "preserving"] },
+  { name: "address-restricted", nats: ["address-restricted"], is: ["EIM", "ADF", "preserving"] },
+  { name: "fully-random", nats: ["fully-random"], is: ["APDM", "APDF", random] },
+];
+
+/** Both learn what they are behind, of which a server with one address cannot tell all; then they meet. */
+function pair(one: Kind, other: Kind, { turned = false, altHost = false }): Case {
+  const [a, b] = turned ? [other, one] : [one, other];
+  const symmetric = [a, b].filter(({ is }) => is[0] === "APDM").length;
+  const isOpen = [a, b].some(({ is }) => is[1] !== "APDF");
+  const how = symmetric === 2 ? relayed : meet("direct", symmetric && !isOpen ? { pathMs: SPRAY_MS } : {});
+  const learn = (program: Program, { nats, is: [mapping, filtering, allocation] }: Kind) =>
+    program.until({
+      event: "nat",
+      mapping: altHost || mapping !== "EIM" || nats.length === 0 ? mapping : "unknown",
+      filtering: altHost || filtering === "APDF" ? filtering : "unknown",
+      allocation,
+    });
+  return {
+    name: `${a.name} - ${b.name}${altHost ? ", --alt-host" : ""}`,
+    mixes: a === b && a.nats[0] === plain[0]!.nats[0] || symmetric === 2 ? 4 : symmetric ? 2 : 1,
+    altHost,
+    sites: apart(a.nats, b.nats),
+    async play(world) {
+      [world.alice, world.bob].forEach((program) => program.type("nat"));
+      await Promise.all([learn(world.alice, a), learn(world.bob, b)]);
+      return await how(world);
+    },
+  };
+}
+
+/** By the public address of a router that both are behind. */
+async function hairpin(world: World): Promise<string> {
+  [world.alice, world.bob].forEach((program) => program.type("nat"));
+  await Promise.all([world.alice, world.bob].map((program) => program.until({ event: "nat", hairpin: true })));
+  return await meet("direct", { address: /^203\.0\.113\.2:/ })(world);
+}
+
 const CASES: Case[] = [
-  { name: "direct", everyMix: true, sites: plain, play: direct },
-  { name: "relay", everyMix: true, sites: symmetric, play: relayed },
-  { name: "lan", everyMix: true, sites: together("masquerade"), play: meet("lan") },
-  { name: "flush", everyMix: true, sites: apart(["eim-random"]), play: failover },
-  { name: "restart, direct", everyMix: true, sites: plain, play: restart("direct", 1000) },
-  { name: "restart, relay", everyMix: true, sites: symmetric, play: restart("relay", 6000) },
-  { name: "public", sites: apart([]), play: direct },
-  { name: "input-accept", sites: apart(["input-accept"]), play: direct },
-  { name: "input-reject", sites: apart(["input-reject"]), play: direct },
-  { name: "full-cone, symmetric", sites: apart(["full-cone"], ["fully-random"]), play: direct },
-  { name: "restricted, symmetric", sites: apart(["address-restricted"], ["fully-random"]), play: direct },
-  { name: "double NAT", sites: apart(["masquerade", "masquerade"]), play: direct },
+  ...KINDS.flatMap((one, i) => KINDS.slice(i).map((other, k) => pair(one, other, { turned: (i + k) % 2 === 1 }))),
+  // Each kind once; the last two would be sprays, did the peer not know that it is let in.
+  ...[[0, 1], [2, 3], [4, 5], [6, 8], [7, 8]].map(([i, k]) => pair(KINDS[i!]!, KINDS[k!]!, { altHost: true })),
+  { name: "hairpin", sites: [{ nats: ["hairpin"], users: ["alice", "bob"], isolated: true }], play: hairpin },
+  { name: "lan", mixes: 4, sites: together("masquerade"), play: meet("lan") },
+  { name: "flush", mixes: 4, sites: apart(["eim-random"]), play: failover },
+  { name: "restart, direct", mixes: 4, sites: plain, play: restart("direct", 1000) },
+  { name: "restart, relay", mixes: 4, sites: symmetric, play: restart("relay", 6000) },
   { name: "IPv6", sites: symmetric, ipv6: true, server: "[2001:db8::1]:2280", play: overIPv6 },
   { name: "5 % loss", sites: plain, lossPercent: 5, play: hundred },
 ];
@@ -545,7 +631,8 @@ async function play(cast: Cast, prefix: string): Promise<string> {
   try {
     let server: Program;
     const startServer = async () => {
-      server = await run("server", ["server.ts", "--port", "2280"]);
+      const hosts = cast.row.altHost ? ["--host", "192.0.2.1", "--alt-host", "192.0.2.2"] : [];
+      server = await run("server", ["server.ts", "--port", "2280", ...hosts]);
     };
     await startServer();
     // Bob first, so that Alice finds him, and his key, in her list of users.
@@ -614,7 +701,7 @@ async function main(filter: string): Promise<number> {
     run(command!, ...args, "client.ts", "--new-secret");
   }
   const queue = CASES.flatMap((row, i) => {
-    const mixes = row.everyMix ? MIXES : [MIXES[1 + i % 2]!];
+    const mixes = [0, 3, 1, 2].slice(0, row.mixes ?? 1).map((other) => MIXES[i % 4 ^ other]!);
     return mixes.map((mix, k): Cast => ({ row, ...mix, server: present[(i + k) % present.length]! }));
   }).filter((cast) => title(cast).includes(filter));
   if (queue.length === 0) {

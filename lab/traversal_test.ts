@@ -212,7 +212,7 @@ test("mappings that live for 30 s idle stay open", () => {
   for (const kind of ["EIM+APDF random", "APDM+APDF sequential"]) {
     const world = createWorld();
     const place = { ...NATS[kind]!, lifetimeMs: 30_000, delayMs: DELAY_MS };
-    const alice = join(world, "alice", { nat: world.net.nat({ ...place, name: "a", address: "203.0.113.2" }) });
+    const alice = join(world, "alice", { nat: world.net.nat({ ...place, name: "a", address: "203.0.77.2" }) });
     const bob = join(world, "bob", { nat: "EIM+APDF random" });
     login(world, alice, bob);
     alice.send("bob", "hi");
@@ -220,4 +220,22 @@ test("mappings that live for 30 s idle stay open", () => {
     assert.deepEqual(alice.events("path").map(({ path }) => path), ["direct"], kind);
     assert.equal(bob.events("reconnecting").length, 0);
   }
+});
+
+test("mappings that die at a certain age, whatever the traffic, are left before that", () => {
+  const world = createWorld();
+  const place = { ...NATS["EIM+APDF random"]!, absoluteLifetimeMs: 60_000, delayMs: DELAY_MS };
+  const alice = join(world, "alice", { nat: world.net.nat({ ...place, name: "a", address: "203.0.77.2" }) });
+  const bob = join(world, "bob", { nat: "EIM+APDF random" });
+  login(world, alice, bob);
+  const slow = [0, 0];
+  for (let i = 0; i < 1_200; i++) {
+    const start = world.net.now();
+    bob.send("alice", `m ${i}`);
+    world.net.runUntil(() => alice.events("message").length > i, 20_000);
+    if (world.net.now() - start > D) slow[i < 200 ? 0 : 1]!++;
+    world.net.run(500);
+  }
+  // Without moving in time the path would die under one message in 120, ten times in all.
+  assert.ok(slow[0]! >= 1 && slow[1]! <= 2, `${slow}`);
 });
