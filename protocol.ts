@@ -1535,15 +1535,23 @@ export function environment(name: string): string | undefined {
 }
 
 /**
- * Words that people know and nobody else: from a file or else from the environment; undefined if there are none.
+ * Words that people know and nobody else: from a file, typed unseen for the file "-", or else from the environment;
+ * undefined if there are none.
  *
  * @throws {Failure} if the file cannot be read or is empty
  */
-export function secretWords(
+export async function secretWords(
   source: { file?: string | undefined; variable: string; label: "secret" | "password" },
-): string | undefined {
+): Promise<string | undefined> {
   if (source.file === undefined) return environment(source.variable)?.trim() || undefined;
   let words: string;
+  if (source.file === "-") {
+    if (!("Deno" in globalThis)) throw new Failure(`Bun cannot hide what is typed: use a file, or ${source.variable}`);
+    const { promptSecret } = await import("deno-std@1.4.0/cli/prompt_secret.js");
+    words = promptSecret(`The ${source.label}:`)?.trim() ?? "";
+    if (words === "") throw new Failure(`There was no ${source.label} typed: "-" needs a terminal`);
+    return words;
+  }
   try {
     words = readFileSync(source.file, "utf8").trim();
   } catch (error) {

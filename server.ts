@@ -239,7 +239,8 @@ function sameSite(one: Session, other: Session): boolean {
 /** Where `viewer` may try to reach `subject`: what we have seen and, on the same site, the private addresses it named. */
 function candidatesFor(subject: Session, viewer: Session): Endpoint[] {
   const seen = [subject.home.endpoint, ...subject.other ? [subject.other.endpoint] : []];
-  const local = sameSite(subject, viewer)
+  const isThisHost = scopeOf(hostOf(subject.home.endpoint)) === "loopback"; // then nothing is nearer than that
+  const local = sameSite(subject, viewer) && !isThisHost
     ? subject.local.filter((endpoint) => scopeOf(hostOf(endpoint)) === "private")
     : [];
   return [...new Set([...local, ...seen])];
@@ -630,7 +631,7 @@ async function main(): Promise<void> {
     }
     if (port === 0 || altPort === 0) throw new UsageError(`--alt-host wants --port and --alt-port to be other than 0`);
   }
-  const password = secretWords({ file: args["password-file"], variable: "PUNCH_PASSWORD", label: "password" });
+  const password = await secretWords({ file: args["password-file"], variable: "PUNCH_PASSWORD", label: "password" });
 
   const lines = fullBucket(LOG_LINES, clock());
   const say = (event: ServerEvent) => {
