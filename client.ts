@@ -52,6 +52,7 @@ import {
   fullBucket,
   generateKeys,
   type Handshake,
+  harmless,
   hex,
   hostOf,
   initiate,
@@ -66,6 +67,7 @@ import {
   loginKey,
   type Machine,
   MAX_CANDIDATES,
+  MAX_NAME_BYTES,
   MAX_PART_BYTES,
   MAX_PLANNED_PORTS,
   type NatClass,
@@ -2003,6 +2005,7 @@ export function createClient(options: ClientOptions): Client {
       case "send":
         return enqueue(command.to, command.text, now);
       case "getu":
+        if (utf8.encode(command.prefix).length > MAX_NAME_BYTES) return emit({ event: "users", users: [] });
         return list(command.prefix, now, (users) => {
           emit({ event: "users", users: users.map(({ name, public: endpoint }) => ({ name, public: endpoint })) });
         });
@@ -2014,13 +2017,16 @@ export function createClient(options: ClientOptions): Client {
         return emit({ event: "error", code: "unknown", message });
       }
       case "ping": {
-        const c = conversationWith(command.peer, now);
-        if (!c) return;
+        const peerName = userName(command.peer), c = peerName === null ? null : conversationWith(peerName, now);
+        if (!c) return emit({ event: "error", code: "unknown", message: `There is no "${command.peer}" here` });
         c.ping = { since: now, left: command.count, lost: 0, nextAt: now, waiting: null };
         touch(c, now);
         return wakePing(c, now);
       }
       case "verify":
+        if (userName(command.peer) === null) {
+          return emit({ event: "error", code: "unknown", message: `There is no "${command.peer}" here` });
+        }
         return list(command.peer, now, (users) => {
           const user = users.find(({ name }) => name === command.peer);
           const c = conversations.get(command.peer);
@@ -2192,9 +2198,6 @@ function columns(text: string): number {
     /[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6]|\p{Emoji_Presentation}|[\u{20000}-\u{3fffd}]/u;
   return [...text].reduce((sum, letter) => sum + (/\p{M}/u.test(letter) ? 0 : wide.test(letter) ? 2 : 1), 0);
 }
-
-/** What others wrote must not move the cursor. */
-const harmless = (text: string) => text.replace(/(?!\t)\p{Cc}/gu, "\ufffd");
 
 /** How an event is told to people, and whether it is an answer (stdout) or about the state of things (stderr). */
 function inWords(event: ClientEvent): { text: string; answer: boolean } {

@@ -73,7 +73,7 @@ export function parseEndpoint(text: Endpoint): { host: string; port: number } | 
   const bracketed = text[0] === "[" && text[at - 1] === "]";
   const host = bracketed ? text.slice(1, at - 1) : text.slice(0, at);
   const digits = text.slice(at + 1);
-  const port = /^\d{1,5}$/.test(digits) ? Number(digits) : 0;
+  const port = /^[1-9]\d{0,4}$/.test(digits) ? Number(digits) : 0;
   if (at < 1 || port < 1 || port > 65535 || host.includes(":") !== bracketed || !addressBytes(host)) return null;
   return { host, port };
 }
@@ -235,6 +235,7 @@ const bytes: Codec<Uint8Array> = {
 const text: Codec<string> = {
   put(cursor, value) {
     const encoded = utf8.encode(value);
+    if (encoded.length > 255) throw new RangeError("Text exceeds 255 bytes");
     u8.put(cursor, encoded.length);
     give(cursor, encoded);
   },
@@ -261,11 +262,14 @@ const endpoint: Codec<Endpoint> = {
     const address = take(cursor, length);
     const port = u16.get(cursor);
     if ((length !== 4 && length !== 16) || port === 0) cursor.bad = true;
-    return cursor.bad ? "" : formatEndpoint(formatAddress(address), port);
+    const host = cursor.bad ? "" : formatAddress(address);
+    if (addressBytes(host)?.length !== length) cursor.bad = true; // an IPv4 address has one form only
+    return cursor.bad ? "" : formatEndpoint(host, port);
   },
 };
 const list = <T>(item: Codec<T>, most: number): Codec<T[]> => ({
   put(cursor, values) {
+    if (values.length > most) throw new RangeError(`List exceeds ${most} items`);
     u8.put(cursor, values.length);
     for (const value of values) item.put(cursor, value);
   },
@@ -660,20 +664,27 @@ export function explain(data: Uint8Array): string {
       ? `[${value.map(shown).join(", ")}]`
       : typeof value === "object"
       ? `{${Object.entries(value!).map(([name, field]) => `${name}: ${shown(field)}`).join(", ")}}`
-      : String(value);
+      : harmless(String(value));
   const { type: _type, id: _id, counter: _counter, ...fields } = decode(data) ?? { type: "", id: "", counter: 0 };
   const details = Object.entries(fields).map(([name, value]) => ` ${name}=${shown(value)}`).join("");
   return `${row.name} (${row.what})${details}`;
 }
 
 /**
- * Normalises a user name and checks it: 1 to 32 bytes of UTF-8, NFC, no blanks, no control or formatting characters.
+ * Normalises a user name and checks it: 1 to 32 bytes of UTF-8, NFC, no blanks, nothing that cannot be seen.
  * Null if it is not one.
  */
 export function userName(name: string): string | null {
   const normal = name.normalize("NFC");
   const length = utf8.encode(normal).length;
-  return length < 1 || length > MAX_NAME_BYTES || /[\s\p{C}\p{Z}]/u.test(normal) ? null : normal;
+  return length < 1 || length > MAX_NAME_BYTES || /[\s\p{C}\p{Z}\p{Default_Ignorable_Code_Point}\u2800]/u.test(normal)
+    ? null
+    : normal;
+}
+
+/** A text that others wrote, without what could move the cursor of a terminal. */
+export function harmless(text: string): string {
+  return text.replace(/(?!\t)\p{Cc}/gu, "\ufffd");
 }
 
 /** Lower-case hex digits of some bytes. */
@@ -1280,6 +1291,8 @@ export function clock(): number {
  */
 export async function listen<Event>(machine: Machine<Event>, options: ListenOptions<Event>): Promise<Running<Event>> {
   const sockets: (Udp | undefined)[] = [];
+  /** Sockets whose end was asked for before they were open. */
+  const unwanted = new Set<number>();
   let timer: ReturnType<typeof setTimeout> | undefined, dueAt = Infinity, open = true;
 
   const bind = (socket: number, host: string, port: number): Promise<Udp> =>
@@ -1303,11 +1316,12 @@ export async function listen<Event>(machine: Machine<Event>, options: ListenOpti
         options.onDatagram?.("out", effect.to, effect.data);
         sockets[effect.socket]?.send(effect.data, effect.to, effect.ttl);
       } else if (effect.kind === "close") {
+        if (!sockets[effect.socket]) unwanted.add(effect.socket);
         sockets[effect.socket]?.close();
         delete sockets[effect.socket];
       } else {
         bindNext(effect.socket).then((udp) => {
-          if (!open) return udp.close();
+          if (!open || unwanted.delete(effect.socket)) return udp.close();
           sockets[effect.socket] = udp;
           perform(machine.opened(effect.socket, udp.port, clock()));
         }, () => perform(machine.opened(effect.socket, 0, clock())));
@@ -1384,7 +1398,7 @@ function openNode(host: string, port: number, onData: OnData): Promise<Udp> {
     };
     socket.on("error", reject);
     socket.on("message", (data, from) => {
-      if (data.length <= MAX_DATAGRAM_BYTES) onData(data, formatEndpoint(from.address, from.port));
+      if (open && data.length <= MAX_DATAGRAM_BYTES) guarded(onData, data, formatEndpoint(from.address, from.port));
     });
     socket.bind(port, host, () => {
       resolve({
@@ -1412,33 +1426,47 @@ async function openDeno(host: string, port: number, onData: OnData): Promise<Udp
     );
   }
   const socket = Deno.listenDatagram({ transport: "udp", hostname: host, port });
-  let open = true, inFlight = 0;
-  const done = () => void inFlight--;
-  (async () => {
+  const waiting: [Uint8Array, Deno.NetAddr][] = [];
+  let open = true, busy = false;
+  const sendAll = async () => { // one after the other: sends that do not wait for each other overtake each other
+    busy = true;
+    for (let next; open && (next = waiting.shift());) await socket.send(...next).catch(() => 0);
+    busy = false;
+  };
+  const receiveAll = async () => {
     const buffer = new Uint8Array(MAX_DATAGRAM_BYTES + 1); // one more, so that what is too long shows
     while (open) {
-      try {
-        const [data, from] = await socket.receive(buffer) as [Uint8Array, Deno.NetAddr];
-        if (data.length <= MAX_DATAGRAM_BYTES) onData(data, formatEndpoint(plainHost(from.hostname), from.port));
-      } catch (error) {
-        if (open) await new Promise((resolve) => setTimeout(resolve, 1));
-        if (open && error instanceof TypeError) console.error(error); // a bug of ours: say so, go on
+      const received = await socket.receive(buffer).catch(() => null);
+      if (!received && open) await new Promise((resolve) => setTimeout(resolve, 1));
+      else if (received && received[0].length <= MAX_DATAGRAM_BYTES) {
+        const from = received[1] as Deno.NetAddr;
+        guarded(onData, received[0], formatEndpoint(plainHost(from.hostname), from.port));
       }
     }
-  })();
+  };
+  receiveAll();
   return {
     port: (socket.addr as Deno.NetAddr).port,
     send(data, to) {
       const target = parseEndpoint(to);
-      if (!open || !target || inFlight >= MAX_SENDS_IN_FLIGHT) return;
-      inFlight++;
-      socket.send(data, { transport: "udp", hostname: target.host, port: target.port }).then(done, done);
+      if (!open || !target || waiting.length >= MAX_SENDS_IN_FLIGHT) return;
+      waiting.push([data, { transport: "udp", hostname: target.host, port: target.port }]);
+      if (!busy) sendAll();
     },
     close() {
       if (open) socket.close();
       open = false;
     },
   };
+}
+
+/** A bug of ours is shown, and is no reason to stop listening. */
+function guarded(onData: OnData, data: Uint8Array, from: Endpoint): void {
+  try {
+    onData(data, from);
+  } catch (error) {
+    console.error(error);
+  }
 }
 
 async function openBun(host: string, port: number, onData: OnData): Promise<Udp> {
@@ -1451,11 +1479,7 @@ async function openBun(host: string, port: number, onData: OnData): Promise<Udp>
     scheduled = false;
     for (const [data, from] of inbox.splice(0, INBOX_SLICE)) {
       if (!open) return;
-      try {
-        onData(data, from);
-      } catch (error) {
-        console.error(error);
-      }
+      guarded(onData, data, from);
     }
     if (inbox.length > 0) schedule();
   };

@@ -27,7 +27,7 @@ const CORE_TTL = 10;
 /** R, client and server there and back, and D, the same between the peers; a message over the server takes one R. */
 const R_MS = 2 * WIRE_MS, D_MS = 4 * WIRE_MS;
 /** DESIGN 3 and 4 ask for these; what two processors full of other cases add comes on top. */
-const BUSY_MS = 100;
+const BUSY_MS = 150;
 const MESSAGE_MS = 1.15 * R_MS + BUSY_MS, PUNCH_MS = 1.3 * (R_MS + D_MS) + BUSY_MS, SPRAY_MS = 14_000;
 /** Cases at the same time. They mostly wait, but a runtime that starts needs a processor for 100 ms. */
 const CONCURRENT = 3;
@@ -66,7 +66,7 @@ interface Rules {
  * `to :10000-29999` gives a source's first flow a random port and its next flows the same, because the kernel looks
  * for a flow of that source first (`find_appropriate_src`): EIM with ports that nobody can guess and that change
  * when the router forgets. The range must not touch that of ephemeral ports (32768-60999), or they would be kept.
- * `random,fully-random` skips that look: APDM.
+ * `random,fully-random` skips that look: APDM. With other ranges for other addresses the look is in vain: ADM.
  *
  * Other filters do not exist in the kernel. A map of who sent from where, by which we translate what comes in, makes
  * them; it holds ports of the inside, which are those of the outside too, as masquerade keeps them. What comes from
@@ -78,6 +78,11 @@ const NATS = {
   "input-reject": { input: "reject" },
   "eim-random": { source: "meta l4proto udp masquerade to :10000-29999" },
   "fully-random": { source: "masquerade random,fully-random" },
+  "adm-random": {
+    source: `meta l4proto udp masquerade to : ip daddr map {
+      192.0.2.1 : 10000-14999, 192.0.2.2 : 15000-19999, 203.0.113.0/24 : 20000-24999
+    }`,
+  },
   "full-cone": {
     outgoing: "update @opened { udp sport : ip saddr }",
     destination: "dnat to udp dport map @opened",
