@@ -1336,7 +1336,10 @@ export function createClient(options: ClientOptions): Client {
   function discover(now: number): void {
     if (!session || isIPv6(session.server)) return;
     const { server, public: seen, secondPort } = session;
-    const facts: Facts = { isNone: addresses.includes(hostOf(seen)), samples: [] };
+    const facts: Facts = {
+      isNone: addresses.includes(hostOf(seen)) || scopeOf(hostOf(seen)) === "loopback",
+      samples: [],
+    };
     const mine = { waiting: discovery?.waiting ?? [] };
     discovery = mine;
     hairpin = null;

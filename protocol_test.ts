@@ -776,3 +776,13 @@ Deno.test("listen() rejects for a port in use, and closes what it has bound befo
     running.close();
   }
 });
+
+Deno.test("messageTable() is the table of README.md", async () => {
+  const readme = await Deno.readTextFile(new URL("README.md", import.meta.url));
+  const words = (line: string) => line.split("|").map((cell) => cell.trim()).join(" | ");
+  const lines = readme.split("\n").map(words);
+  for (const { code, name, way, what, fields } of messageTable()) {
+    const row = words(`| ${code} | ${name} | ${way} | ${what} | ${fields.join(", ")} |`);
+    assert(lines.includes(row), row);
+  }
+});
