@@ -103,6 +103,8 @@ export const MAX_MESSAGE_BYTES = 65_536;
 const FIRST_LOGIN_MS = 10_000;
 /** Between two attempts to log in: grows by half each time, up to the second number. */
 const LOGIN_RETRY_MS = 400, LOGIN_RETRY_MAX_MS = 5_000;
+/** After so many attempts without a word from the server everything is forgotten that it has said. */
+const TRIES_BEFORE_ANEW = 4;
 /** Under the 30 s after which the strictest NATs forget (RFC 4787 REQ-5 asks for 2 min; few heed it). */
 const KEEPALIVE_MS = 20_000;
 /** While a conversation lives on the relay: a restarted server must be noticed before a message fails. */
@@ -609,6 +611,7 @@ export function createClient(options: ClientOptions): Client {
     void effects.push(ttl === undefined ? { kind: "send", socket, to, data } : { kind: "send", socket, to, data, ttl });
   const randomNumber = (bits: number) => random(4).reduce((sum, byte) => sum * 256 + byte, 0) % 2 ** bits;
   const spread = (ms: number) => ms * (1 - SPREAD + 2 * SPREAD * randomNumber(16) / 2 ** 16);
+  const rttForServer = () => Math.min(65_535, Math.round(serverRtt.srtt ?? 0));
   const local = () => addresses.slice(0, MAX_CANDIDATES).map((address) => formatEndpoint(address, port));
 
   // -- the server: logging in and staying in
@@ -648,7 +651,7 @@ export function createClient(options: ClientOptions): Client {
       key: keys.public,
       proof,
       keepName: Number(options.keepName ?? false),
-      rttMs: Math.round(serverRtt.srtt ?? 0),
+      rttMs: rttForServer(),
       name,
       local: local(),
     } as const;
@@ -737,8 +740,7 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function keepalive(now: number, cookie = NO_ID, to = session!.server): void {
-    const rttMs = Math.min(65535, Math.round(serverRtt.srtt ?? 0));
-    const counter = tell({ type: "KEEPALIVE", cookie, rttMs, nat, local: local() }, to);
+    const counter = tell({ type: "KEEPALIVE", cookie, rttMs: rttForServer(), nat, local: local() }, to);
     if (to !== session!.server) return;
     const { first, tries } = session!.asked ?? { first: counter, tries: 0 };
     session!.asked = { first, counter, at: now, tries: tries + 1 };
@@ -779,6 +781,8 @@ export function createClient(options: ClientOptions): Client {
       if (state === "new" && options.patient && login.tries === 5) {
         emit({ event: "error", code: "unreachable", message: `No answer yet from ${servers.join(" or ")}, trying on` });
       }
+      login.challenges = 0;
+      if (login.tries % TRIES_BEFORE_ANEW === 0) login.cookie = null; // perhaps it is the other IP version now
       sendLogin(now);
     }
     if (!session || login || now < session.keepaliveAt) return;

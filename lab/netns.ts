@@ -79,9 +79,9 @@ const NATS = {
   "eim-random": { source: "meta l4proto udp masquerade to :10000-29999" },
   "fully-random": { source: "masquerade random,fully-random" },
   "adm-random": {
-    source: `meta l4proto udp masquerade to : ip daddr map {
-      192.0.2.1 : 10000-14999, 192.0.2.2 : 15000-19999, 203.0.113.0/24 : 20000-24999
-    }`,
+    source: `ip daddr 192.0.2.1 meta l4proto udp masquerade to :10000-14999
+      oifname wan ip daddr 192.0.2.2 meta l4proto udp masquerade to :15000-19999
+      oifname wan meta l4proto udp masquerade to :20000-29999`,
   },
   "full-cone": {
     outgoing: "update @opened { udp sport : ip saddr }",
@@ -549,45 +549,47 @@ const [plain, symmetric] = [apart(["masquerade"]), apart(["fully-random"])];
 
 /** What a user is behind, and what `nat` finds it to be: mapping, filtering, allocation. */
 interface Kind {
-  name: string;
   nats: Nat[];
   is: [string, string, string | RegExp];
 }
 
 /** Three samples of random ports are near each other now and then. */
 const random = /^(random|block)$/;
-const KINDS: Kind[] = [
-  { name: "public", nats: [], is: ["EIM", "EIF", "preserving"] },
-  { name: "masquerade", nats: ["masquerade"], is: ["EIM", "APDF", "preserving"] },
-  { name: "input-accept", nats: ["input-accept"], is: ["EIM", "APDF", "preserving"] },
-  { name: "input-reject", nats: ["input-reject"], is: ["EIM", "APDF", "preserving"] },
-  { name: "double NAT", nats: ["masquerade", "masquerade"], is: ["EIM", "APDF", "preserving"] },
-  { name: "eim-random", nats: ["eim-random"], is: ["EIM", "APDF", random] },
-  { name: "full-cone", nats: ["full-cone"], is: ["EIM", "EIF", "preserving"] },
-  { name: "address-restricted", nats: ["address-restricted"], is: ["EIM", "ADF", "preserving"] },
-  { name: "fully-random", nats: ["fully-random"], is: ["APDM", "APDF", random] },
-];
+const KINDS = {
+  "public": { nats: [], is: ["EIM", "EIF", "preserving"] },
+  "masquerade": { nats: ["masquerade"], is: ["EIM", "APDF", "preserving"] },
+  "input-accept": { nats: ["input-accept"], is: ["EIM", "APDF", "preserving"] },
+  "input-reject": { nats: ["input-reject"], is: ["EIM", "APDF", "preserving"] },
+  "double NAT": { nats: ["masquerade", "masquerade"], is: ["EIM", "APDF", "preserving"] },
+  "eim-random": { nats: ["eim-random"], is: ["EIM", "APDF", random] },
+  "full-cone": { nats: ["full-cone"], is: ["EIM", "EIF", "preserving"] },
+  "address-restricted": { nats: ["address-restricted"], is: ["EIM", "ADF", "preserving"] },
+  "fully-random": { nats: ["fully-random"], is: ["APDM", "APDF", random] },
+  "adm-random": { nats: ["adm-random"], is: ["ADM", "APDF", random] },
+} satisfies Record<string, Kind>;
+type KindName = keyof typeof KINDS;
 
 /** Both learn what they are behind, of which a server with one address cannot tell all; then they meet. */
-function pair(one: Kind, other: Kind, { turned = false, altHost = false }): Case {
-  const [a, b] = turned ? [other, one] : [one, other];
-  const symmetric = [a, b].filter(({ is }) => is[0] === "APDM").length;
-  const isOpen = [a, b].some(({ is }) => is[1] !== "APDF");
-  const how = symmetric === 2 ? relayed : meet("direct", symmetric && !isOpen ? { pathMs: SPRAY_MS } : {});
-  const learn = (program: Program, { nats, is: [mapping, filtering, allocation] }: Kind) =>
-    program.until({
+function pair([one, other]: [KindName, KindName], { altHost = false } = {}): Case {
+  const [a, b]: [Kind, Kind] = [KINDS[one], KINDS[other]];
+  const symmetric = [a, b].filter(({ is }) => is[0] !== "EIM").length;
+  const isSpray = symmetric === 1 && [a, b].every(({ is }) => is[1] === "APDF");
+  const how = symmetric === 2 ? relayed : meet("direct", isSpray ? { pathMs: SPRAY_MS } : {});
+  const learn = (program: Program, { nats, is: [mapping, filtering, allocation] }: Kind) => {
+    program.type("nat");
+    return program.until({
       event: "nat",
-      mapping: altHost || mapping !== "EIM" || nats.length === 0 ? mapping : "unknown",
+      mapping: altHost || mapping === "APDM" ? mapping : nats.length > 0 ? "unknown" : /^(EIM|unknown)$/,
       filtering: altHost || filtering === "APDF" ? filtering : "unknown",
       allocation,
     });
+  };
   return {
-    name: `${a.name} - ${b.name}${altHost ? ", --alt-host" : ""}`,
-    mixes: a === b && a.nats[0] === plain[0]!.nats[0] || symmetric === 2 ? 4 : symmetric ? 2 : 1,
+    name: `${one} - ${other}${altHost ? ", --alt-host" : ""}`,
+    mixes: symmetric === 1 ? 2 : one === other && (symmetric === 2 || one === "masquerade") ? 4 : 1,
     altHost,
     sites: apart(a.nats, b.nats),
     async play(world) {
-      [world.alice, world.bob].forEach((program) => program.type("nat"));
       await Promise.all([learn(world.alice, a), learn(world.bob, b)]);
       return await how(world);
     },
@@ -596,15 +598,31 @@ function pair(one: Kind, other: Kind, { turned = false, altHost = false }): Case
 
 /** By the public address of a router that both are behind. */
 async function hairpin(world: World): Promise<string> {
-  [world.alice, world.bob].forEach((program) => program.type("nat"));
-  await Promise.all([world.alice, world.bob].map((program) => program.until({ event: "nat", hairpin: true })));
+  await Promise.all([world.alice, world.bob].map((program) => {
+    program.type("nat");
+    return program.until({ event: "nat", hairpin: true });
+  }));
   return await meet("direct", { address: /^203\.0\.113\.2:/ })(world);
 }
 
+const names = (Object.keys(KINDS) as KindName[]).filter((name) => name !== "adm-random");
 const CASES: Case[] = [
-  ...KINDS.flatMap((one, i) => KINDS.slice(i).map((other, k) => pair(one, other, { turned: (i + k) % 2 === 1 }))),
-  // Each kind once; the last two would be sprays, did the peer not know that it is let in.
-  ...[[0, 1], [2, 3], [4, 5], [6, 8], [7, 8]].map(([i, k]) => pair(KINDS[i!]!, KINDS[k!]!, { altHost: true })),
+  ...names.flatMap((one, i) => names.slice(i).map((other, k) => pair(k % 2 ? [other, one] : [one, other]))),
+  ...([
+    ["public", "masquerade"],
+    ["input-accept", "input-reject"],
+    ["double NAT", "eim-random"],
+    // Sprays, did not the peer know that all are let in.
+    ["full-cone", "fully-random"],
+    ["address-restricted", "fully-random"],
+    ["masquerade", "adm-random"],
+  ] satisfies [KindName, KindName][]).map((kinds) => pair(kinds, { altHost: true })),
+  {
+    name: "masquerade - fully-random, in haste",
+    mixes: 2,
+    sites: apart(["masquerade"], ["fully-random"]),
+    play: meet("direct", { pathMs: SPRAY_MS }),
+  },
   { name: "hairpin", sites: [{ nats: ["hairpin"], users: ["alice", "bob"], isolated: true }], play: hairpin },
   { name: "lan", mixes: 4, sites: together("masquerade"), play: meet("lan") },
   { name: "flush", mixes: 4, sites: apart(["eim-random"]), play: failover },
