@@ -88,6 +88,7 @@ import {
   spend,
   stretch,
   type Stun,
+  STUN_COOKIE,
   UsageError,
   type User,
   userName,
@@ -478,8 +479,6 @@ interface Listing {
 
 const NO_ID = "0".repeat(16);
 const NO_BYTES = new Uint8Array(0);
-/** The magic cookie of RFC 8489, in front of each transaction id. */
-const STUN_COOKIE = "2112a442";
 const utf8 = new TextEncoder();
 const fromUtf8 = new TextDecoder();
 const KINDS: (PathKind | null)[] = [null, "relay", "direct", "lan"];

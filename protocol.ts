@@ -1374,7 +1374,8 @@ interface Udp {
 type OnData = (data: Uint8Array, from: Endpoint) => void;
 
 /** On a dual-stack socket IPv4 addresses arrive as `::ffff:192.0.2.1`; link-local ones may carry a scope. */
-const plainHost = (host: string) => host.startsWith("::ffff:") && host.includes(".") ? host.slice(7) : host;
+const plainHost = (host: string) =>
+  host.startsWith("::ffff:") && host.includes(".") ? host.slice(7) : host.replace(/%.*/, "");
 
 const openUdp = (host: string, port: number, onData: OnData): Promise<Udp> =>
   "Deno" in globalThis ? openDeno(host, port, onData) : openBun(host, port, onData);

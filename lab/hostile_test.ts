@@ -471,7 +471,8 @@ test(`${FLOOD / 2} random and mutated datagrams: a client answers nobody, tells 
   const sources = [SERVER, homes.get("bob")!, homes.get("dave")!, "198.18.0.1:53", "192.168.1.1:80"];
   const now = world.net.now();
   const before = memory();
-  let toServer = 0, late = 0;
+  const belated = new Map<string, number>();
+  let toServer = 0;
   const targets = [alice, bob, carol], genuine = new Set(seen.map(({ data }) => hex(data)));
   for (let i = 0; i < FLOOD / 2; i++) {
     const origin = any(), data = pick(MUTATIONS)(origin.data, tools, any().data);
@@ -480,16 +481,18 @@ test(`${FLOOD / 2} random and mutated datagrams: a client answers nobody, tells 
       assert.ok(effect.kind === "send", `datagram ${i}: ${effect.kind}`);
       // What passes for a COOKIE, with the token that no stranger knows: a keepalive, five times at most.
       if (effect.to === SERVER) toServer++;
-      // A genuine punch that never arrived, and does so now.
-      else if (effect.to === from && hostOf(from) !== VICTIM && genuine.has(hex(data))) late++;
-      else assert.fail(`datagram ${i}: ${typeOf(data)} from ${from}, ${typeOf(effect.data)} to ${effect.to}`);
+      // A genuine punch that never arrived, and does so now; once.
+      else if (effect.to === from && hostOf(from) !== VICTIM && genuine.has(hex(data))) {
+        assert.equal(belated.get(hex(data)) ?? i, i, `datagram ${i}: ${typeOf(data)} is answered again`);
+        belated.set(hex(data), i);
+      } else assert.fail(`datagram ${i}: ${typeOf(data)} from ${from}, ${typeOf(effect.data)} to ${effect.to}`);
       assert.ok(effect.data.length <= data.length, `datagram ${i}: ${typeOf(data)}`);
     }
   }
   const grown = memory() - before;
-  const answers = `${toServer} answers to the server, ${late} to belated punches`;
+  const answers = `${toServer} answers to the server, ${belated.size} to belated punches`;
   console.log(`clients: ${FLOOD / 2} datagrams, ${answers}, ${(grown / MIB).toFixed(1)} MiB`);
-  assert.ok(toServer <= 5 * targets.length && late <= 50 && grown < 8 * MIB);
+  assert.ok(toServer <= 5 * targets.length && grown < 8 * MIB);
   talk();
   check();
 });
@@ -1049,7 +1052,12 @@ test("a key that was verified before the first message is the only one that coun
   let listing = true;
   control.onSend = (message) =>
     listing && message.type === "USERS"
-      ? [rewrite(message, ({ name }) => name === "bob" ? { key: trueKeys.bob.public, nonce: "1".repeat(16) } : {}) as ControlBody]
+      ? [
+        rewrite(
+          message,
+          ({ name }) => name === "bob" ? { key: trueKeys.bob.public, nonce: "1".repeat(16) } : {},
+        ) as ControlBody,
+      ]
       : [message as ControlBody];
   alice.command({ command: "verify", peer: "bob" });
   run(1_000);
@@ -1270,11 +1278,15 @@ for (const [what, frameOf] of Object.entries(STREAMS)) {
     for (let i = 1; i <= 20_000; i++) feed(alice, world, mallory.at, mallory.sealed(frameOf(i)));
     const grown = memory() - before;
     assert.ok(grown < 1.5 * MIB, `${(grown / MIB).toFixed(1)} MiB`);
-    mallory.relay(mallory.sealed({ type: "P2PMESSAGEACK", next: 2 ** 32 - 1, from: 2 ** 31, states: new Uint8Array(999) }));
+    mallory.relay(
+      mallory.sealed({ type: "P2PMESSAGEACK", next: 2 ** 32 - 1, from: 2 ** 31, states: new Uint8Array(999) }),
+    );
     world.net.run(1_000);
-    alice.process.events.splice(0, Infinity, ...alice.process.events.filter(({ event }) =>
-      event.event !== "message" || event.from !== "mallory"
-    ));
+    alice.process.events.splice(
+      0,
+      Infinity,
+      ...alice.process.events.filter(({ event }) => event.event !== "message" || event.from !== "mallory"),
+    );
     talk();
     check();
   });
@@ -1376,7 +1388,9 @@ test("peers write as fast as the server lets them: the victim's other conversati
       dave.send("carol", `amid ${ms}`);
       carol.send("dave", `amid ${ms}`);
     }
-    for (let i = 0; i < 40; i++, seq++) for (const each of crowd) each.relay(each.sealed(part(seq, "x", { base: seq })));
+    for (let i = 0; i < 40; i++, seq++) {
+      for (const each of crowd) each.relay(each.sealed(part(seq, "x", { base: seq })));
+    }
     world.net.run(10);
   }
   world.net.run(20_000);
@@ -1415,19 +1429,30 @@ test("a user has the server pass on as many bytes as fit into a datagram, under 
     }
   }
   for (const text of ["x".repeat(255), "\u{1f600}".repeat(63)]) {
-    for (const message of [
-      like("P2PTRANS", { to: text, nonce: NO_ID, call: 1, body: NO_BYTES }),
-      like("GETALLUSER", { prefix: text, after: text }),
-      like("PUNCHED", { peer: text }),
-    ]) giant.say(giant.seal(message));
+    for (
+      const message of [
+        like("P2PTRANS", { to: text, nonce: NO_ID, call: 1, body: NO_BYTES }),
+        like("GETALLUSER", { prefix: text, after: text }),
+        like("PUNCHED", { peer: text }),
+      ]
+    ) giant.say(giant.seal(message));
   }
+});
+
+test("a client whose server does not answer says so after ten seconds, and is idle in between", () => {
+  const world = createWorld();
+  world.server.stop();
+  const alice = join(world, "alice"), started = world.net.now();
+  world.net.run(30_000);
+  assert.deepEqual(alice.events("error").map(({ code, at }) => [code, at - started]), [["unreachable", 10_000]]);
 });
 
 test("who lost his name for minutes gets it back as soon as it is free", () => {
   const world = createWorld();
   const alice = join(world, "alice");
   login(world, alice);
-  const unblock = world.net.block(({ host, to }) => host === "alice" || hostOf(to) === alice.host.addresses[0]);
+  const [home] = alice.host.addresses;
+  const unblock = world.net.block(({ from, to }) => [from, to].some((end) => hostOf(end) === home));
   world.net.run(65_000);
   const thief = join(world, "alice", { address: "198.51.100.99" });
   login(world, thief);
@@ -1446,7 +1471,8 @@ function office(options: Partial<Parameters<typeof createServer>[0]> = {}) {
   const tools = dice("office"), keys = keysFrom(tools.bytes(32));
   const server = createServer({ keys: keysFrom(tools.bytes(32)), random: tools.bytes, ...options });
   const now = 1_700_000_000_000;
-  const come = (name: string, from: Endpoint, at = now) => enter(server, hand(name, tools, { keys }), { from, now: at });
+  const come = (name: string, from: Endpoint, at = now) =>
+    enter(server, hand(name, tools, { keys }), { from, now: at });
   return { server, tools, now, come };
 }
 const types = (effects: Effect<unknown>[]) => sends(effects).map(({ data }) => decode(data)!.type);
@@ -1558,7 +1584,7 @@ test("limit: names that were here, the last 10,000 for an hour", () => {
   const status = (name: string, at: number) =>
     reasonOf(asker.say(asker.seal(like("P2PTRANS", { to: name, nonce: NO_ID, call: 0, body: NO_BYTES })), at));
   for (let i = 0; i < 10_001; i++) {
-    const user = come(`user-${i}`, `100.${64 + (i >> 11)}.1.1:1`)!;
+    const user = come(`user-${i}`, `100.${64 + (i >> 10)}.1.1:1`)!;
     user.say(user.seal(like("LOGOUT", {})));
   }
   assert.deepEqual([0, 1, 10_000].map((i) => status(`user-${i}`, now)), ["unknown", "offline", "offline"]);
@@ -1610,5 +1636,7 @@ test(`${CLIENTS} clients, half of them on the relay, the server restarted every 
       assert.equal(player.path(), i % 2 === 0 ? "relay" : "direct", player.name);
     })
   );
-  console.log(`${CLIENTS} clients, ${count} messages, 6 restarts: ${((performance.now() - started) / 1_000).toFixed(1)} s`);
+  console.log(
+    `${CLIENTS} clients, ${count} messages, 6 restarts: ${((performance.now() - started) / 1_000).toFixed(1)} s`,
+  );
 });
