@@ -195,6 +195,8 @@ const PING_INTERVAL_MS = 500, PING_LOST_MS = 2_000;
 const MAX_CONVERSATIONS = 1_000, MAX_KNOWN_USERS = 20_000, MAX_LISTED = 1_000_000;
 const HANDSHAKES_PER_PEER: Rate = { perSecond: 5, burst: 20 };
 const INTRODUCTIONS_PER_PEER: Rate = { perSecond: 5, burst: 20 };
+/** Datagrams to where nothing has come back from yet, whoever named the place. */
+const PUNCHES: Rate = { perSecond: 300, burst: 1_500 };
 const MAX_EPHEMERALS = 4_096;
 const MAX_SESSIONS = 4;
 
@@ -382,8 +384,6 @@ interface Incoming {
 interface Conversation {
   name: string;
   peer: Introduced | null;
-  /** The key that `verify` has shown to the user. */
-  verified: string | null;
   untrusted: boolean;
   /** Sessions that the peer may still use, newest first, and the one that we use. */
   sessions: Secure[];
@@ -463,6 +463,9 @@ interface Round {
 
 /** Where a datagram came from; null: over the relay. */
 type Origin = { socket: number; from: Endpoint } | null;
+
+/** One side of a handshake. */
+type Party = Pick<User, "name" | "nonce">;
 
 interface Listing {
   prefix: string;
@@ -569,7 +572,9 @@ function coprime(start: number): number {
   return stride;
 }
 
-const prologue = (initiator: string, responder: string) => utf8.encode(`punch ${initiator} ${responder}`);
+/** What a handshake is about: who with whom, in which login of each. Names have no blanks. */
+const prologue = (initiator: Party, responder: Party) =>
+  utf8.encode(`punch ${initiator.name} ${initiator.nonce} ${responder.name} ${responder.nonce}`);
 const isLower = (one: Uint8Array, other: Uint8Array) => hex(one) < hex(other);
 
 /** Candidates that may be sent to: nothing on this link, this host (unless the server sees us there), or nowhere. */
@@ -589,6 +594,8 @@ export function createClient(options: ClientOptions): Client {
   /** First messages of handshakes seen, by their ephemeral key: a second one is a copy, never a new handshake. */
   const ephemerals = new Map<string, { conversation: Conversation; secure: Secure | null }>();
   const known = new Map<string, User>();
+  /** Keys, as hex, that `verify` has shown to the user: no other key counts for that name from then on. */
+  const verified = new Map<string, string>();
   const listings: Listing[] = [];
   const serverRtt = newEstimator();
   let session: Session | null = null, login: Login | null = null;
@@ -601,7 +608,7 @@ export function createClient(options: ClientOptions): Client {
   const queries = new Map<string, Query>();
   /** Sockets that are being opened; who wants them. */
   const opening = new Map<number, (port: number, now: number) => void>();
-  let sockets = 1, sprayedAt = -Infinity;
+  let sockets = 1, sprayedAt = -Infinity, punches: Bucket | null = null;
   let state: "new" | "in" | "out" | "closed" = "new"; // `out`: was in, is coming back
   let effects: Effect<ClientEvent>[] = [];
 
@@ -690,7 +697,7 @@ export function createClient(options: ClientOptions): Client {
       server,
       serverKey,
       token: message.token,
-      nonce: message.nonce,
+      nonce: message.id,
       keys: macs,
       window: replayWindow(),
       sent: login.clock,
@@ -701,7 +708,7 @@ export function createClient(options: ClientOptions): Client {
       challenges: 0,
     };
     login = null;
-    for (const user of message.users) learn(user);
+    for (const user of message.users) learn(user, now);
     if (state === "new") {
       emit({ event: "login", name, server, public: message.public, local: local(), users: message.total });
     } else if (state === "out") emit({ event: "reconnected", name, reason: "" });
@@ -795,13 +802,13 @@ export function createClient(options: ClientOptions): Client {
   const loginWakeAt = () =>
     state === "new" && !options.patient ? Math.min(login!.nextAt, login!.since + FIRST_LOGIN_MS) : login!.nextAt;
 
-  function learn(user: User): void {
+  function learn(user: User, now: number): void {
     known.delete(user.name);
     if (known.size >= MAX_KNOWN_USERS) known.delete(known.keys().next().value!);
     known.set(user.name, user);
     const conversation = conversations.get(user.name);
     if (conversation?.peer && conversation.peer.nonce !== user.nonce) {
-      renew(conversation, { ...conversation.peer, nonce: user.nonce, key: user.key });
+      renew(conversation, { ...conversation.peer, nonce: user.nonce, key: user.key }, now);
     }
   }
 
@@ -811,17 +818,20 @@ export function createClient(options: ClientOptions): Client {
     const found = conversations.get(peerName);
     if (found) return found;
     if (conversations.size >= MAX_CONVERSATIONS) {
-      const cold = [...conversations].find(([, c]) => c.parts.length === 0 && !isWarm(c, now));
-      if (!cold) return null;
-      forget(cold[1]);
-      conversations.delete(cold[0]);
+      // Those that only the other side has spoken in go first, and of them the one that has been silent longest.
+      const idle = [...conversations].filter(([, c]) => c.parts.length === 0);
+      const [oldest] = idle.sort(([, a], [, b]) =>
+        Math.sign(a.nextSeq) - Math.sign(b.nextSeq) || a.talkedAt - b.talkedAt
+      );
+      if (!oldest) return null;
+      forget(oldest[1]);
+      conversations.delete(oldest[0]);
     }
     // What we send to ourselves comes back to somebody who is not us: the conversation with no name.
     const user = known.get(peerName || name);
     const conversation: Conversation = {
       name: peerName || name,
       peer: user ? { ...user, candidates: [], nat: UNKNOWN_NAT, punchAfterMs: 0 } : null,
-      verified: null,
       untrusted: false,
       sessions: [],
       secure: null,
@@ -847,10 +857,11 @@ export function createClient(options: ClientOptions): Client {
       lifetimes: [],
       renewAt: Infinity,
       relayRtt: newEstimator(),
-      talkedAt: now,
+      talkedAt: -Infinity,
       probes: new Map(),
       ping: null,
     };
+    conversation.untrusted = !isTrusted(conversation);
     conversations.set(peerName, conversation);
     return conversation;
   }
@@ -860,22 +871,32 @@ export function createClient(options: ClientOptions): Client {
 
   function forget(c: Conversation): void {
     dropHandshake(c);
+    if (c.round) endRound(c);
+    if (c.best && c.best.socket !== 0) closeSocket(c.best.socket);
     for (const { index } of c.sessions) byIndex.delete(index);
   }
 
-  /** The server's word on who the peer is now. */
-  function renew(c: Conversation, peer: Introduced): void {
-    if (c.peer && hex(c.peer.key) !== hex(peer.key)) {
+  /** No other key than the one that the user has seen, if he has. */
+  const isTrusted = ({ name, peer }: Conversation) =>
+    !peer || !verified.has(name) || verified.get(name) === hex(peer.key);
+
+  /** The server's word on who the peer is now; false if it cannot be. */
+  function renew(c: Conversation, peer: Introduced, now: number): boolean {
+    const key = hex(peer.key), before = c.peer && hex(c.peer.key);
+    if (key === hex(keys.public) && !isMirror(c)) return false; // our own messages would come back as somebody else's
+    if (before !== null && before !== key) {
       const message = `The key of "${c.name}" has changed: it was started anew, or somebody else is in its place. ` +
         `Compare again with: verify ${c.name}`;
       emit({ event: "error", code: "key-changed", message });
-      if (c.verified !== null) c.untrusted = hex(peer.key) !== c.verified;
     }
     if (c.peer && c.peer.nonce !== peer.nonce) {
       dropHandshake(c);
       c.rounds = 0;
     }
     c.peer = peer;
+    c.untrusted = !isTrusted(c);
+    if (c.untrusted) failAll(c, "untrusted", now);
+    return !c.untrusted;
   }
 
   /** The session that what we send is sealed with; none if the peer has logged in anew since. */
@@ -912,7 +933,7 @@ export function createClient(options: ClientOptions): Client {
       own: keys,
       peer: peer.key,
       psk,
-      prologue: prologue(session!.nonce, peer.nonce),
+      prologue: prologue({ name, nonce: session!.nonce }, peer),
       ephemeral: options.generateKeys(),
     }, concat(Buffer.from(c.stream, "hex"), encodeInner(inner)));
     if (!initiation) return null;
@@ -940,7 +961,7 @@ export function createClient(options: ClientOptions): Client {
       own: keys,
       peer: c.peer.key,
       psk,
-      prologue: prologue(c.peer.nonce, session.nonce),
+      prologue: prologue(c.peer, { name, nonce: session.nonce }),
       ephemeral: options.generateKeys(),
     }, message.noise);
     const inner = response && response.payload.length > 8 ? decodeInner(response.payload.subarray(8)) : null;
@@ -973,7 +994,7 @@ export function createClient(options: ClientOptions): Client {
     c.sessions.unshift(secure);
     for (const { index } of c.sessions.splice(MAX_SESSIONS)) byIndex.delete(index);
     if (!secure.second || !works) c.secure = secure;
-    c.untrusted &&= c.verified !== null;
+    c.untrusted = !isTrusted(c);
     byIndex.set(secure.index, { conversation: c, secure });
     return secure;
   }
@@ -1054,7 +1075,7 @@ export function createClient(options: ClientOptions): Client {
   /** Passes bytes on to the peer over the server; `calls`: and asks for an introduction, up to five times. */
   function relay(c: Conversation, body: Uint8Array, { calls }: { calls: boolean }): void {
     if (!session) return;
-    const call = calls && !c.best && c.rounds < MAX_ROUNDS;
+    const call = calls && !c.best && c.rounds < MAX_ROUNDS && (direct || !sealing(c));
     if (call) c.rounds++;
     tell({ type: "P2PTRANS", to: c.name, nonce: c.peer?.nonce ?? NO_ID, call: Number(call), body });
   }
@@ -1096,7 +1117,7 @@ export function createClient(options: ClientOptions): Client {
     const c = conversations.get(peer.name);
     if (!c || !spend(c.introductions, INTRODUCTIONS_PER_PEER, { now })) return;
     const isCurrent = c.peer?.nonce === peer.nonce;
-    renew(c, peer);
+    if (!renew(c, peer, now)) return;
     c.lastError = null;
     // What we sent was for another login, or empty: the peer could do nothing with it, so it does not punch yet.
     if (isCurrent && (c.opening?.handshake || sealing(c))) startPunching(c, now);
@@ -1106,11 +1127,12 @@ export function createClient(options: ClientOptions): Client {
 
   function onCall(peer: Introduced, body: Uint8Array, now: number): void {
     const c = conversationWith(peer.name === name ? "" : peer.name, now);
-    if (!c || !spend(c.introductions, INTRODUCTIONS_PER_PEER, { now })) return;
+    if (!c) return;
     if (!c.best && !c.punching) c.calledAt = now;
-    renew(c, peer);
+    if (!renew(c, peer, now)) return;
     c.lastError = null;
     if (body.length > 0) onPeerDatagram(body, null, now, c);
+    if (!spend(c.introductions, INTRODUCTIONS_PER_PEER, { now })) return;
     if (c.opening?.handshake || sealing(c)) startPunching(c, now);
     resendLate(c, now);
   }
@@ -1185,12 +1207,15 @@ export function createClient(options: ClientOptions): Client {
 
   /** A punch, which asks: did this reach you? Until the peer has answered the handshake, a copy of its first message. */
   function probe(c: Conversation, path: Path, now: number): void {
+    if (path.state === "trying" && !mayPunch(now)) return;
     const id = newProbe(c, path, now);
     if (sealing(c)) transmit(c, { type: "P2PTRASH", probe: id }, [path]);
     else if (c.opening?.handshake) send(path.socket, path.endpoint, firstMessage(c, id));
     else return;
     if (path.state !== "trying") path.waitingSince = Math.min(path.waitingSince, now);
   }
+
+  const mayPunch = (now: number) => spend(punches ??= fullBucket(PUNCHES, now), PUNCHES, { now });
 
   function onPunch(c: Conversation, id: number, origin: Origin, now: number): void {
     if (!origin) return void transmit(c, { type: "P2PECHO", probe: id }, [null]);
@@ -1523,7 +1548,7 @@ export function createClient(options: ClientOptions): Client {
       const skip = c.peer!.nat.allocation === "sequential" && guess ? i % FOREIGN_FLOWS : 0;
       const to = both ? ports.slice(i + skip, i + skip + 1) : opens ? [ports[0] ?? parseEndpoint(target)!.port] : ports;
       const ttl = opens && round.volley === 0 ? OPENER_TTL : undefined;
-      for (const port of to) sweepTo(c, sweep, { socket, to: formatEndpoint(host, port), ttl });
+      for (const port of to) sweepTo(c, sweep, { socket, to: formatEndpoint(host, port), ttl }, now);
     }
   }
 
@@ -1531,7 +1556,9 @@ export function createClient(options: ClientOptions): Client {
     c: Conversation,
     probe: number,
     { socket, to, ttl }: { socket: number; to: Endpoint; ttl?: number | undefined },
+    now: number,
   ): void {
+    if (!mayPunch(now)) return;
     const data = sealed(c, { type: "P2PTRASH", probe }) ?? (c.opening?.handshake ? firstMessage(c, probe) : null);
     if (data) send(socket, to, data, ttl);
   }
@@ -1544,7 +1571,7 @@ export function createClient(options: ClientOptions): Client {
     for (let sent = 0; sent < SPRAY_BURST; sent++, spray.next++) {
       const i = spray.next;
       const port = i < span ? low + i : LOWEST_PORT + (spray.first + i * spray.stride) % PORTS;
-      sweepTo(c, sweep, { socket: 0, to: formatEndpoint(host, port) });
+      sweepTo(c, sweep, { socket: 0, to: formatEndpoint(host, port) }, now);
     }
     spray.at += spray.next === SPRAY_PORTS / 2 ? SPRAY_PAUSE_MS : SPRAY_BURST_MS;
   }
@@ -1757,6 +1784,7 @@ export function createClient(options: ClientOptions): Client {
   ): void {
     const { incoming } = c;
     if (!incoming || incoming.stream !== stream || base > seq || part.length > MAX_PART_BYTES) return;
+    if (left > 0 && part.length < MAX_PART_BYTES) return; // only the last part of a message may be short
     if (incoming.next < base) skipTo(incoming, base); // what came before has been given up, or was for a run before ours
     if (seq >= incoming.next + 2 * WINDOW_MAX) return;
     if (seq >= incoming.next && !incoming.parts.has(seq)) {
@@ -1880,7 +1908,7 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function onUsers(message: Control & { type: "USERS" }, now: number): void {
-    for (const user of message.users) learn(user);
+    for (const user of message.users) learn(user, now);
     const listing = listings[0];
     if (!listing || message.asked !== listing.asked) return;
     listing.pages.set(message.page, message.users);
@@ -2034,16 +2062,12 @@ export function createClient(options: ClientOptions): Client {
           return emit({ event: "error", code: "unknown", message: `There is no "${command.peer}" here` });
         }
         return list(command.peer, now, (users) => {
-          const user = users.find(({ name }) => name === command.peer);
           const c = conversations.get(command.peer);
-          if (!user) {
-            return emit({ event: "error", code: "unknown", message: `There is no "${command.peer}" here` });
-          }
-          if (c) {
-            c.verified = hex(user.key);
-            c.untrusted = false;
-          }
-          emit({ event: "verify", peer: command.peer, code: safetyCode(keys.public, user.key) });
+          const key = c?.peer?.key ?? users.find(({ name }) => name === command.peer)?.key; // the one in use comes first
+          if (!key) return emit({ event: "error", code: "unknown", message: `There is no "${command.peer}" here` });
+          verified.set(command.peer, hex(key));
+          if (c) c.untrusted = false;
+          emit({ event: "verify", peer: command.peer, code: safetyCode(keys.public, key) });
         });
       case "nat":
         return discovery ? void discovery.waiting.push(reportNat) : reportNat();

@@ -50,6 +50,8 @@ export const MAX_DATAGRAM_BYTES = 1200;
 export const MIN_CLIENT_BYTES = 65;
 /** Most bytes of a chat message that one datagram carries: leaves room for the relay's and the introduction's fields. */
 export const MAX_PART_BYTES = 800;
+/** Largest datagram between clients that the server passes on: with the largest introduction around it, it still fits. */
+export const MAX_RELAYED_BYTES = 907;
 /** Most candidates that one client may announce. */
 export const MAX_CANDIDATES = 8;
 /** Most ports that a plan names. */
@@ -327,7 +329,7 @@ const natClass: Codec<NatClass> = {
 export interface User {
   /** As `userName` leaves it. */
   name: string;
-  /** Of this login; nobody else's, and no other login's. */
+  /** Of this login, chosen by its client: nobody can have a client take a message meant for another login. */
   nonce: string;
   /** X25519 public key. */
   key: Uint8Array;
@@ -360,7 +362,10 @@ const introduced: Codec<Introduced> = record({
   punchAfterMs: u16,
 });
 
-/** Client and server. `id` is the login's own nonce until WELCOME, the session's token from then on. */
+/**
+ * Client and server. `id` is the login's own nonce, chosen by the client, until WELCOME; the session's token, chosen by
+ * the server and known to these two alone, from then on.
+ */
 export const CONTROL = {
   LOGIN: {
     code: 1,
@@ -401,7 +406,6 @@ export const CONTROL = {
     what: "you are in; this is how the world sees you, and more ports of mine",
     fields: {
       token: id,
-      nonce: id,
       public: endpoint,
       secondPort: u16,
       thirdPort: u16,

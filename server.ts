@@ -25,6 +25,7 @@ import {
   bindError,
   type Bucket,
   clock,
+  CONTROL,
   type Control,
   type ControlBody,
   controlKeys,
@@ -51,6 +52,7 @@ import {
   listen,
   loginKey,
   type Machine,
+  MAX_RELAYED_BYTES,
   MIN_CLIENT_BYTES,
   type NatClass,
   parseEndpoint,
@@ -151,12 +153,10 @@ interface Address {
 interface Session {
   /** Index of the session, known to its client alone. */
   token: string;
-  /** The login's nonce as the client chose it, to recognise a LOGIN that was sent twice. */
-  loginNonce: string;
   /** The login's clock: an older LOGIN is a replay. */
   clock: number;
   name: string;
-  /** Index of the login that other users may know. */
+  /** Of the login, as the client chose it; other users know it too. */
   nonce: string;
   key: Uint8Array;
   keys: { toServer: Uint8Array; toClient: Uint8Array };
@@ -259,7 +259,7 @@ export function createServer(options: ServerOptions): Server {
   const sessions = new Map<string, Session>();
   const directory = createDirectory<Session>();
   /** Names that were here; `key` still holds its name until `heldUntil`. */
-  const past = new Map<string, { key: Uint8Array; heldUntil: number; forgetAt: number }>();
+  const past = new Map<string, { key: Uint8Array; clock: number; heldUntil: number; forgetAt: number }>();
   /** Of each address that has returned a cookie: how many users, and its bucket of logins. */
   const addresses = new Map<string, { users: number; logins: Bucket }>();
   /** Of each address that has lately sent STUN requests, or whose name somebody has put on his. */
@@ -338,6 +338,7 @@ export function createServer(options: ServerOptions): Server {
       if (past.size >= MAX_REMEMBERED) past.delete(past.keys().next().value!);
       past.set(session.name, {
         key: session.key,
+        clock: session.clock,
         heldUntil: held ? now + NAME_HELD_MS : now,
         forgetAt: now + REMEMBERED_MS,
       });
@@ -387,10 +388,11 @@ export function createServer(options: ServerOptions): Server {
     const holder = directory.find(message.name), former = past.get(message.name);
     const isHers = (key: Uint8Array | undefined) => key !== undefined && hex(key) === hex(message.key);
     const again = holder && isHers(holder.key);
-    if (again && holder.loginNonce === message.id) return [welcome(holder, message)]; // ours was lost on the way
+    if (again && holder.nonce === message.id) return [welcome(holder, message)]; // ours was lost on the way
     if (holder && !(again && message.counter > holder.clock)) {
       return deny("name-taken", Math.ceil((holder.heardAt + SILENCE_MS - now) / 1000));
     }
+    if (!holder && former && isHers(former.key) && message.counter <= former.clock) return []; // a replay
     if (!holder && former && former.heldUntil > now && !isHers(former.key)) {
       return deny("name-taken", Math.ceil((former.heldUntil - now) / 1000));
     }
@@ -400,10 +402,9 @@ export function createServer(options: ServerOptions): Server {
     const token = hex(random(8));
     const session: Session = {
       token,
-      loginNonce: message.id,
       clock: message.counter,
       name: message.name,
-      nonce: hex(random(8)),
+      nonce: message.id,
       key: message.key,
       keys: controlKeys(shared, token),
       window: replayWindow(),
@@ -434,12 +435,11 @@ export function createServer(options: ServerOptions): Server {
   }
 
   function welcome(session: Session, { id, counter }: Control): Effect<ServerEvent> {
-    const { token, nonce, home } = session;
+    const { token, home } = session;
     const users = page(directory.after("", ""));
     const message = {
       type: "WELCOME",
       token,
-      nonce,
       public: home.endpoint,
       secondPort: ports[SECOND_PORT]!,
       thirdPort: ports[THIRD_PORT]!,
@@ -499,6 +499,7 @@ export function createServer(options: ServerOptions): Server {
     const target = directory.find(message.to);
     if (!target) return refuse(session, past.has(message.to) ? "offline" : "unknown", message.to, now);
     const cost = message.body.length;
+    if (cost > MAX_RELAYED_BYTES) return refuse(session, "too-long", message.to, now);
     if (!spend(session.relayed, RELAYED_BYTES_PER_SESSION, { cost, now })) {
       return refuse(session, "busy", message.to, now);
     }
@@ -553,7 +554,7 @@ export function createServer(options: ServerOptions): Server {
     receive(datagram, now) {
       if (datagram.data[0]! < 4) return answerStun(datagram, now);
       const message = decode(datagram.data);
-      if (!message) return [];
+      if (!message || CONTROL[message.type].way === "S -> C") return []; // no answer to an answer: that would never end
       if (message.type === "LOGIN") return login(message, datagram, now);
       const session = sessions.get(message.id);
       if (!session) return datagram.data.length < MIN_CLIENT_BYTES ? [] : [challenge(datagram, message, false, now)];

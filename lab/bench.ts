@@ -176,6 +176,7 @@ const KEEPALIVE: ControlBody = { type: "KEEPALIVE", cookie: NO_ID, rttMs: 20, na
 /** A session of ours with the server, as far as the server can tell. */
 interface Session {
   token: string;
+  /** As others know this login; of the first of us, who is on the first page of users. */
   nonce: string;
   counter: number;
   toServer: Uint8Array;
@@ -200,7 +201,8 @@ async function logIn(socket: Socket, port: number, name: string): Promise<Sessio
   const shared = agree(keys.secret, key)!;
   const login = encode(loginOf(name, keys.public, cookie), { id, counter, key: loginKey(shared, id) });
   const answer = await ask(login, "WELCOME");
-  const { token, nonce } = answer as Control & { type: "WELCOME" };
+  const { token, users } = answer as Control & { type: "WELCOME" };
+  const nonce = users.find((user) => user.name === name)?.nonce ?? NO_ID;
   return { token, nonce, counter, toServer: controlKeys(shared, token).toServer };
 }
 

@@ -29,7 +29,7 @@ export type Runtime = "deno" | "bun";
 export const OWN: Runtime = "Deno" in globalThis ? "deno" : "bun";
 export const OTHER: Runtime = OWN === "deno" ? "bun" : "deno";
 
-const ROOT = fileURLToPath(new URL("..", import.meta.url));
+const ROOT = fileURLToPath(new URL("..", import.meta.url).href);
 const { tasks } = JSON.parse(readFileSync(join(ROOT, "deno.json"), "utf8")) as { tasks: Record<string, string> };
 
 /** The file that starts a runtime; null if it is not here. */

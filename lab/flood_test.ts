@@ -1,0 +1,330 @@
+/**
+ * A flood on real sockets: somebody writes to the server as fast as half of what a bare echo of the same runtime can
+ * take, from many ports, while couples talk over the relay. Loopback only; every process ends by itself.
+ *
+ *     flooder ------ 64 ports, 50 % of the echo's rate -----> server      (both of the runtime that runs the test)
+ *     couples <----- a message each way every 250 ms -------->
+ *
+ * With PUNCH_ROLE this file is one of the other processes. PUNCH_FULL=1 takes 100 couples instead of 30.
+ *
+ * @module
+ */
+import assert from "node:assert/strict";
+import { type ChildProcess, spawn } from "node:child_process";
+import { randomBytes } from "node:crypto";
+import process from "node:process";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { type ClientEvent, createClient } from "../client.ts";
+import { clock, decode, generateKeys, hex, listen, MAGIC, type Running } from "../protocol.ts";
+
+const COUPLES = process.env["PUNCH_FULL"] === "1" ? 100 : 30;
+const HOST = "127.0.0.1";
+const PORTS = 64, WINDOW = 64;
+const ECHO_MS = 1_500, TALK_MS = 3_000, INTERVAL_MS = 250;
+/** Of the echo's rate. */
+const SHARE = 0.5;
+/** Of any helper, should the test die. */
+const ROLE_LIMIT_MS = 30_000;
+
+const sleep = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));
+
+// ---------------------------------------------------------------------------------------------------- bare sockets
+
+interface Socket {
+  port: number;
+  send(data: Uint8Array, port: number): void | Promise<unknown>;
+  close(): void;
+}
+
+/** The shortest loop that the runtime has; without a handler what comes in is left to the kernel, where that goes. */
+async function bare(onData?: (data: Uint8Array, port: number) => void | Promise<unknown>): Promise<Socket> {
+  if (!("Deno" in globalThis)) {
+    const socket = await Bun.udpSocket({
+      hostname: HOST,
+      port: 0,
+      socket: { data: (_socket, data, port) => void onData?.(data, port), error() {} },
+    });
+    return { port: socket.port, send: (data, port) => void socket.send(data, port, HOST), close: () => socket.close() };
+  }
+  const socket = Deno.listenDatagram({ transport: "udp", hostname: HOST, port: 0 });
+  if (onData) {
+    (async () => {
+      const buffer = new Uint8Array(2_048);
+      for (;;) {
+        const [data, from] = await socket.receive(buffer);
+        await onData(data, (from as Deno.NetAddr).port);
+      }
+    })().catch(() => {});
+  }
+  return {
+    port: (socket.addr as Deno.NetAddr).port,
+    send: (data, port) => socket.send(data, { transport: "udp", hostname: HOST, port }),
+    close: () => socket.close(),
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- other processes
+
+interface Orders {
+  /** The server's port. */
+  port: number;
+  /** Datagrams a second; 0: as many as come back, WINDOW on the way. */
+  rate: number;
+  ms: number;
+  /** In hex; none: random bytes. Letters in `fresh` positions are drawn anew for each. */
+  samples: string[];
+  fresh: [number, number];
+}
+
+async function echo(): Promise<void> {
+  const socket: Socket = await bare((data, port) => socket.send(data, port));
+  console.log(JSON.stringify({ port: socket.port }));
+}
+
+/** Keeps WINDOW datagrams on their way and counts how many come back in a second. */
+async function measure({ port, ms }: Orders): Promise<void> {
+  let count = 0, running = true;
+  const data = new Uint8Array(60);
+  const socket: Socket = await bare((_data) => {
+    count++;
+    if (running) return socket.send(data, port);
+  });
+  for (let i = 0; i < WINDOW; i++) await socket.send(data, port);
+  await sleep(ms);
+  running = false;
+  console.log(JSON.stringify({ rate: Math.round(count / ms * 1_000) }));
+  process.exit(0);
+}
+
+async function flood({ port, rate, ms, samples, fresh: [from, to] }: Orders): Promise<void> {
+  const sockets = await Promise.all(Array.from({ length: PORTS }, () => bare()));
+  const noise = randomBytes(65_536), models = samples.map((sample) => Uint8Array.from(Buffer.from(sample, "hex")));
+  const begun = performance.now();
+  let sent = 0;
+  for (let at = begun; at < begun + ms; at = performance.now()) {
+    // What is overdue is not made up for in one burst that no socket's buffer would hold.
+    for (let due = Math.min(128, (at - begun) / 1_000 * rate - sent); due > 0; due--, sent++) {
+      const start = (sent * 37) % 60_000;
+      const data = models.length > 0
+        ? models[sent % models.length]!.slice()
+        : noise.slice(start, start + 20 + (sent * 13) % 1_180);
+      if (models.length > 0) data.set(noise.subarray(start, start + to - from), from);
+      else if (data[0]! < 4) data[0] = 255;
+      await sockets[sent % PORTS]!.send(data, port);
+    }
+    await new Promise<void>((resolve) => setTimeout(resolve, 0));
+  }
+  console.log(JSON.stringify({ sent, rate: Math.round(sent / (performance.now() - begun) * 1_000) }));
+  process.exit(0);
+}
+
+const role = process.env["PUNCH_ROLE"];
+if (role !== undefined) {
+  setTimeout(() => process.exit(1), ROLE_LIMIT_MS);
+  if (role === "echo") await echo();
+  else {
+    let input = "";
+    for await (const chunk of process.stdin) input += chunk;
+    await (role === "flood" ? flood : measure)(JSON.parse(input));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- the test
+
+const children = new Set<ChildProcess>();
+process.on("exit", () => {
+  for (const child of children) child.kill("SIGKILL");
+});
+
+/** Starts this file in another role, or the server; the first line that it prints. */
+function hire(role: "echo" | "flood" | "measure" | "server", orders?: Orders) {
+  const self = fileURLToPath(import.meta.url), root = dirname(dirname(self));
+  const args = role === "server" ? [join(root, "server.ts"), "--host", HOST, "--port", "0", "--json"] : [self];
+  const child = spawn(process.execPath, "Deno" in globalThis ? ["run", "-A", ...args] : args, {
+    cwd: root,
+    env: { ...process.env, PUNCH_ROLE: role, DENO_NO_UPDATE_CHECK: "1", NO_COLOR: "1" },
+    stdio: ["pipe", "pipe", "inherit"],
+  });
+  children.add(child);
+  child.on("close", () => children.delete(child));
+  child.stdin!.on("error", () => {});
+  child.stdin!.end(orders ? JSON.stringify(orders) : "");
+  const line = new Promise<Record<string, number>>((resolve, reject) => {
+    let text = "";
+    child.stdout!.setEncoding("utf8").on("data", (chunk: string) => {
+      text += chunk;
+      if (text.includes("\n")) resolve(JSON.parse(text.split("\n")[0]!));
+    });
+    child.on("close", () => reject(new Error(`The ${role} ended without a word`)));
+  });
+  line.catch(() => {});
+  return { line, end: () => child.kill("SIGKILL") };
+}
+
+interface Friend {
+  name: string;
+  to: string;
+  perform: (text: string) => void;
+  running: Running<ClientEvent>;
+  /** When what was sent by the other: by text. */
+  received: Map<string, number>;
+  doubled: number;
+  outcomes: { ok: boolean }[];
+  sentAt: Map<string, number>;
+}
+
+const percentile = (values: number[], share: number) =>
+  values.toSorted((a, b) => a - b)[Math.min(values.length - 1, Math.floor(values.length * share))] ?? NaN;
+
+async function underFlood(): Promise<void> {
+  const began = performance.now();
+  const echoing = hire("echo");
+  const { port: echoPort } = await echoing.line;
+  const measured = await hire("measure", { port: echoPort!, rate: 0, ms: ECHO_MS, samples: [], fresh: [0, 0] }).line;
+  echoing.end();
+  const rate = Math.round(measured["rate"]! * SHARE);
+
+  const server = hire("server");
+  const friends: Friend[] = [];
+  try {
+    const { port } = await server.line as { port: number };
+    /** What a flooder can have seen. */
+    const seen = new Map<string, Set<string>>();
+    const befriend = async (name: string, to: string): Promise<Friend> => {
+      const client = createClient({
+        name,
+        keys: generateKeys(),
+        servers: [`${HOST}:${port}`],
+        random: (length) => Uint8Array.from(randomBytes(length)),
+        generateKeys,
+        direct: false,
+      });
+      let enter = () => {};
+      const isIn = new Promise<void>((resolve) => enter = resolve);
+      const friend = {
+        name,
+        to,
+        received: new Map(),
+        sentAt: new Map(),
+        doubled: 0,
+        outcomes: [],
+      } as unknown as Friend;
+      friend.running = await listen(client, {
+        sockets: [{ host: HOST, port: 0 }],
+        onEvent(event) {
+          if (event.event === "login") enter();
+          if (event.event === "sent") friend.outcomes.push({ ok: event.ok });
+          if (event.event !== "message") return;
+          if (friend.received.has(event.text)) friend.doubled++;
+          else friend.received.set(event.text, clock());
+        },
+        onDatagram(way, _other, data) {
+          const message = way === "out" && data[0] === MAGIC ? decode(data) : null;
+          if (!message) return;
+          const kind = message.type === "LOGIN" && message.cookie === "0".repeat(16) ? "HELLO" : message.type;
+          const kept = seen.get(kind) ?? seen.set(kind, new Set()).get(kind)!;
+          if (kept.size < 200) kept.add(hex(data));
+        },
+      });
+      friend.perform = (text) => {
+        friend.sentAt.set(text, clock());
+        friend.running.perform(client.command({ command: "send", to, text }, clock()));
+      };
+      friends.push(friend);
+      await isIn;
+      return friend;
+    };
+    const couples: [Friend, Friend][] = [];
+    for (let i = 0; i < COUPLES; i++) {
+      couples.push([await befriend(`a${i}`, `b${i}`), await befriend(`b${i}`, `a${i}`)]);
+    }
+
+    /** All talk for a while, evenly; the latencies of what was said. */
+    const talk = async (topic: string): Promise<number[]> => {
+      const begun = clock();
+      const said: [Friend, Friend, string][] = [];
+      for (let round = 0; round * INTERVAL_MS < TALK_MS; round++) {
+        for (const [i, couple] of couples.entries()) {
+          const due = begun + (round + i / COUPLES) * INTERVAL_MS;
+          if (due > clock()) await sleep(due - clock());
+          for (const [speaker, listener] of [couple, couple.toReversed() as [Friend, Friend]]) {
+            const text = `${topic} ${round}`;
+            speaker.perform(text);
+            said.push([speaker, listener, text]);
+          }
+        }
+      }
+      for (const limit = clock() + 15_000; clock() < limit; await sleep(20)) {
+        if (said.every(([, listener, text]) => listener.received.has(text))) break;
+      }
+      const lost = said.filter(([, listener, text]) => !listener.received.has(text));
+      assert.equal(lost.length, 0, `${topic}: ${lost.length} of ${said.length} messages are lost`);
+      return said.map(([speaker, listener, text]) => listener.received.get(text)! - speaker.sentAt.get(text)!);
+    };
+
+    await talk("warm-up");
+    const calm = await talk("calm");
+    const limit = 2 * percentile(calm, 0.95) + 25;
+    const samples = (kind: string) => [...seen.get(kind) ?? []];
+    const badCookies = samples("LOGIN");
+    const stun = "000100002112a442" + "00".repeat(12);
+    const floods: Record<string, { samples: string[]; fresh: [number, number] }> = {
+      "random bytes": { samples: [], fresh: [0, 0] },
+      "LOGIN without a cookie": { samples: samples("HELLO"), fresh: [2, 10] },
+      "LOGIN with a wrong cookie": { samples: badCookies, fresh: [16, 24] },
+      "KEEPALIVE with an unknown token": {
+        samples: samples("P2PTRANS").filter((data) => data.length === 130).concat(samples("P2PTRANS")).slice(0, 1)
+          .map((data) => "5007" + data.slice(4, 32) + "00".repeat(49)),
+        fresh: [2, 10],
+      },
+      "replayed datagrams of sessions": { samples: samples("P2PTRANS"), fresh: [0, 0] },
+      "STUN requests": { samples: [stun], fresh: [8, 20] },
+    };
+    const show = (values: number[]) => ({
+      "p50 ms": Number(percentile(values, 0.5).toFixed(1)),
+      "p95 ms": Number(percentile(values, 0.95).toFixed(1)),
+      "max ms": Number(Math.max(...values).toFixed(1)),
+    });
+    const table: Record<string, object> = { "no flood": { "a second": 0, ...show(calm) } };
+    const slow: string[] = [];
+    for (const [kind, { samples, fresh }] of Object.entries(floods)) {
+      assert.ok(kind === "random bytes" || samples.length > 0, `No sample for ${kind}`);
+      const flooder = hire("flood", { port, rate, ms: TALK_MS + 500, samples, fresh });
+      await sleep(400);
+      const latencies = await talk(kind);
+      const { rate: reached } = await flooder.line;
+      table[kind] = { "a second": reached, ...show(latencies) };
+      if (percentile(latencies, 0.95) > limit) slow.push(kind);
+    }
+    const all = friends.flatMap(({ sentAt }) => [...sentAt.keys()]).length;
+    for (const end = clock() + 16_000; clock() < end; await sleep(50)) {
+      if (friends.every(({ outcomes, sentAt }) => outcomes.length === sentAt.size)) break;
+    }
+    console.log(
+      `bare echo ${
+        measured["rate"]
+      } a second, floods ${rate} from ${PORTS} ports; ${COUPLES} couples, ${all} messages, ` +
+        `${((performance.now() - began) / 1_000).toFixed(0)} s`,
+    );
+    console.table(table);
+    for (const { name, outcomes, sentAt, doubled } of friends) {
+      assert.equal(outcomes.length, sentAt.size, `${name}: not all of its messages are decided`);
+      assert.ok(outcomes.every(({ ok }) => ok), `${name}: Send Failure!`);
+      assert.equal(doubled, 0, `${name}: something came twice`);
+    }
+    assert.deepEqual(slow, [], `p95 over ${limit.toFixed(1)} ms`);
+  } finally {
+    for (const { running } of friends) running?.close();
+    server.end();
+  }
+}
+
+if (role === undefined) {
+  const { test } = await import("node:test");
+  test(
+    `floods at half the rate of a bare echo, while ${COUPLES} couples talk: nothing is lost, p95 at most doubles`,
+    { timeout: 120_000 },
+    underFlood,
+  );
+}
