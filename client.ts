@@ -195,6 +195,8 @@ const PING_INTERVAL_MS = 500, PING_LOST_MS = 2_000;
 const MAX_CONVERSATIONS = 1_000, MAX_KNOWN_USERS = 20_000, MAX_LISTED = 1_000_000;
 const HANDSHAKES_PER_PEER: Rate = { perSecond: 5, burst: 20 };
 const INTRODUCTIONS_PER_PEER: Rate = { perSecond: 5, burst: 20 };
+/** Rounds of more sockets, and such sockets at a time: two sprays and what else is going on. */
+const ROUNDS_PER_PEER: Rate = { perSecond: 0.2, burst: 6 }, MAX_SOCKETS = 600;
 /** Datagrams to where nothing has come back from yet, whoever named the place. */
 const PUNCHES: Rate = { perSecond: 300, burst: 1_500 };
 const MAX_EPHEMERALS = 4_096;
@@ -336,8 +338,9 @@ interface Secure {
   keys: NoiseKeys;
   window: ReplayWindow;
   sent: number;
-  /** The peer's login when it began. */
+  /** The peer's login and key when it began. */
   peerNonce: string;
+  peerKey: string;
   /** What numbers the peer's parts. */
   stream: string;
   /** We answered, and the peer has not yet shown that it knows: until then everything we send carries the answer. */
@@ -390,6 +393,7 @@ interface Conversation {
   secure: Secure | null;
   opening: Opening | null;
   handshakes: Bucket;
+  roundsStarted: Bucket;
   introductions: Bucket;
 
   stream: string;
@@ -608,7 +612,7 @@ export function createClient(options: ClientOptions): Client {
   const queries = new Map<string, Query>();
   /** Sockets that are being opened; who wants them. */
   const opening = new Map<number, (port: number, now: number) => void>();
-  let sockets = 1, sprayedAt = -Infinity, punches: Bucket | null = null;
+  let sockets = 1, openSockets = 0, sprayedAt = -Infinity, punches: Bucket | null = null;
   let state: "new" | "in" | "out" | "closed" = "new"; // `out`: was in, is coming back
   let effects: Effect<ClientEvent>[] = [];
 
@@ -776,7 +780,7 @@ export function createClient(options: ClientOptions): Client {
   const onRelay = (now: number) => [...conversations.values()].some((c) => !c.best && isWarm(c, now));
 
   function wakeLink(now: number): void {
-    if (login && now >= login.nextAt) {
+    if (login && now >= loginWakeAt()) {
       if (state === "new" && !options.patient && now - login.since >= FIRST_LOGIN_MS) {
         const message = `No answer from the server at ${servers.join(" or ")}: is it running, and is UDP let through?`;
         emit({ event: "error", code: "unreachable", message, fatal: true });
@@ -837,6 +841,7 @@ export function createClient(options: ClientOptions): Client {
       secure: null,
       opening: null,
       handshakes: fullBucket(HANDSHAKES_PER_PEER, now),
+      roundsStarted: fullBucket(ROUNDS_PER_PEER, now),
       introductions: fullBucket(INTRODUCTIONS_PER_PEER, now),
       stream: hex(random(8)),
       nextSeq: 0,
@@ -889,7 +894,7 @@ export function createClient(options: ClientOptions): Client {
         `Compare again with: verify ${c.name}`;
       emit({ event: "error", code: "key-changed", message });
     }
-    if (c.peer && c.peer.nonce !== peer.nonce) {
+    if (c.peer && (c.peer.nonce !== peer.nonce || before !== key)) {
       dropHandshake(c);
       c.rounds = 0;
     }
@@ -900,7 +905,8 @@ export function createClient(options: ClientOptions): Client {
   }
 
   /** The session that what we send is sealed with; none if the peer has logged in anew since. */
-  const sealing = (c: Conversation) => c.secure && c.secure.peerNonce === c.peer?.nonce ? c.secure : null;
+  const sealing = ({ secure, peer }: Conversation) =>
+    secure && peer && secure.peerNonce === peer.nonce && secure.peerKey === hex(peer.key) ? secure : null;
 
   function dropHandshake(c: Conversation): void {
     if (!c.opening?.handshake) return;
@@ -989,7 +995,13 @@ export function createClient(options: ClientOptions): Client {
     c: Conversation,
     made: Pick<Secure, "index" | "theirs" | "keys" | "stream" | "second">,
   ): Secure {
-    const secure: Secure = { ...made, window: replayWindow(), sent: 0, peerNonce: c.peer!.nonce };
+    const secure: Secure = {
+      ...made,
+      window: replayWindow(),
+      sent: 0,
+      peerNonce: c.peer!.nonce,
+      peerKey: hex(c.peer!.key),
+    };
     const works = sealing(c) && !c.secure!.second;
     c.sessions.unshift(secure);
     for (const { index } of c.sessions.splice(MAX_SESSIONS)) byIndex.delete(index);
@@ -1051,6 +1063,7 @@ export function createClient(options: ClientOptions): Client {
     const entry = header && byIndex.get(header.index);
     if (!entry?.secure) return;
     const { conversation, secure } = entry;
+    if ((verified.get(conversation.name) ?? secure.peerKey) !== secure.peerKey) return;
     const frame = openPeer(data, secure.keys.receive);
     if (!frame || !isFresh(secure.window, header!.counter)) return;
     if (secure.second) conversation.secure = secure;
@@ -1317,11 +1330,15 @@ export function createClient(options: ClientOptions): Client {
 
   function openSocket(then: (socket: number, port: number, now: number) => void): void {
     const socket = sockets++;
+    openSockets++;
     opening.set(socket, (port, now) => then(socket, port, now));
     effects.push({ kind: "open", socket });
   }
 
-  const closeSocket = (socket: number) => void effects.push({ kind: "close", socket });
+  function closeSocket(socket: number): void {
+    openSockets--;
+    effects.push({ kind: "close", socket });
+  }
 
   /** Asks a STUN server how it sees one of our sockets; null after some tries: nothing came back. */
   function ask(
@@ -1445,12 +1462,14 @@ export function createClient(options: ClientOptions): Client {
     const peerNat = c.peer!.nat;
     const isHopeless = isHard(nat) && isHard(peerNat) && (isRandom(nat) || isRandom(peerNat)); // the odds are quadratic
     if (c.round) endRound(c);
+    if (!spend(c.roundsStarted, ROUNDS_PER_PEER, { now })) return;
     if (isHopeless || (number > MAX_ROUND && number !== RENEWAL) || isMirror(c)) return;
     const count = isHard(nat)
       ? isRandom(nat) ? SPRAY_SOCKETS : isHard(peerNat) ? GUESSES : FEW
       : isHard(peerNat)
       ? 0
       : 1;
+    if (openSockets + count > MAX_SOCKETS) return;
     const round: Round = {
       number,
       startedAt: now,
@@ -1643,7 +1662,15 @@ export function createClient(options: ClientOptions): Client {
       ? "untrusted"
       : null;
     if (reason || !c) {
-      emit({ event: "sent", to, id: "", ok: false, ms: 0, path: "relay", reason: reason ?? "unknown" });
+      emit({
+        event: "sent",
+        to,
+        id: `${hex(random(4))}-0`,
+        ok: false,
+        ms: 0,
+        path: "relay",
+        reason: reason ?? "unknown",
+      });
       return;
     }
     if (c.parts.length === 0) c.progressAt = now;
@@ -2243,7 +2270,7 @@ function inWords(event: ClientEvent): { text: string; answer: boolean } {
       const lines = event.users.map((user) =>
         `  ${user.name}${" ".repeat(width - columns(user.name))}  ${user.public}`
       );
-      return answer([`${event.users.length} users:`, ...lines].join("\n"));
+      return answer([`${lines.length} user${lines.length === 1 ? "" : "s"}:`, ...lines].join("\n"));
     }
     case "message":
       return answer(`${event.from}: ${harmless(event.text)}  (${event.path})`);
@@ -2384,7 +2411,7 @@ async function main(): Promise<void> {
   });
   if (args.help) return void process.stdout.write(USAGE);
   if (args["new-secret"]) return console.log(newSecret());
-  const port = Number(args.port ?? 0);
+  const port = Number(args.port === undefined ? 0 : args.port || NaN);
   if (unknown.length > 0) throw new UsageError(`Unknown argument "${unknown[0]}"`);
   if (!Number.isInteger(port) || port < 0 || port > 65535) throw new UsageError(`"${args.port}" is not a port`);
   if (args._.length > 2) throw new UsageError(`Too many arguments: "${args._[2]}"`);
@@ -2446,12 +2473,15 @@ async function main(): Promise<void> {
   const trace = args.trace ? createTrace() : undefined;
   client.interfaces(localAddresses(), clock());
   const run = (host: string) => listen(client, { sockets: [{ host, port }], onEvent: say, onDatagram: trace });
-  const running = await run("::").catch((error) => {
-    if (isInUse(error)) throw bindError(error, port);
-    return run("0.0.0.0").catch((error) => { // no IPv6 on this host
-      throw bindError(error, port);
-    });
-  });
+  const fail = (error: unknown): never => {
+    const failure = bindError(error, port);
+    if (args.json) console.log(JSON.stringify({ event: "error", code: "bind", message: failure.message }));
+    throw failure;
+  };
+  const running = await run("::").catch((error) =>
+    // without IPv6 on this host it is IPv4 alone
+    isInUse(error) ? fail(error) : run("0.0.0.0").catch(fail)
+  );
   const perform = (command: Command) => running.perform(client.command(command, clock()));
   setInterval(() => running.perform(client.interfaces(localAddresses(), clock())), INTERFACES_CHECK_MS);
 
@@ -2487,7 +2517,7 @@ async function main(): Promise<void> {
   await new Promise<void>((resolve) => {
     onEvent = (event) => event.event === "login" && resolve();
   });
-  perform({ command: "getu", prefix: "" });
+  await outcome({ command: "getu", prefix: "" });
   if (isTerminal) screen.prompt();
   for await (const line of { [Symbol.asyncIterator]: () => lines }) {
     const command = parseCommand(line);
@@ -2495,7 +2525,7 @@ async function main(): Promise<void> {
     if (command === null) continue;
     else if (command instanceof Error) {
       say({ event: "error", code: "usage", message: command.message });
-    } else if (command === "help") show({ text: HELP, answer: true });
+    } else if (command === "help") show({ text: HELP, answer: !args.json });
     else if (command.command === "sleep") await new Promise((done) => setTimeout(done, command.seconds * 1000));
     else if (command.command === "exit") break;
     else if (isTerminal) perform(command);

@@ -654,12 +654,20 @@ async function main(): Promise<void> {
     if (altHost !== undefined) sockets.push({ host: altHost, port }, { host: altHost, port: altPort });
     return listen(server, { sockets, onEvent: say, onDatagram });
   };
-  const running = await run(host).catch((error) => {
-    if (args.host !== undefined || isInUse(error)) throw bindError(error, port);
-    return run("0.0.0.0").catch((error) => { // no IPv6 on this host
-      throw bindError(error, port);
-    });
-  });
+  const fail = (error: unknown): never => {
+    const failure = bindError(error, port);
+    if (args.json) console.log(JSON.stringify({ event: "error", code: "bind", message: failure.message }));
+    throw failure;
+  };
+  const running = await run(host).catch((error) =>
+    // without IPv6 on this host it is IPv4 alone
+    args.host !== undefined || isInUse(error) ? fail(error) : run("0.0.0.0").catch(fail)
+  );
+  if (!password && !args.json && !args.quiet) {
+    console.error(
+      "Anybody may log in: no --password-file, and no PUNCH_PASSWORD (which Deno shows with --allow-env only)",
+    );
+  }
   say({ event: "listening", address: host, port: running.ports[0]!, altPort: running.ports[1]! });
   const stop = () => {
     running.perform(server.stop());

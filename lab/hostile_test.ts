@@ -1366,9 +1366,12 @@ const STREAMS: Record<string, (i: number) => Peer> = {
 for (const [what, frameOf] of Object.entries(STREAMS)) {
   test(`a peer sends ${what}: no memory is held for it, and the others are not disturbed`, () => {
     const { world, alice, mallory, talk, check } = infiltrated(9);
-    feed(alice, world, mallory.at, mallory.sealed(part(0, "hello")));
+    // What alice answers is left out: 20,000 datagrams under way at one instant would be the memory that is measured.
+    const hear = (frame: Peer) =>
+      alice.client.receive({ socket: 0, from: mallory.at, data: mallory.sealed(frame) }, world.net.now());
+    hear(part(0, "hello"));
     const before = memory();
-    for (let i = 1; i <= 20_000; i++) feed(alice, world, mallory.at, mallory.sealed(frameOf(i)));
+    for (let i = 1; i <= 20_000; i++) hear(frameOf(i));
     const grown = memory() - before;
     assert.ok(grown < 1.5 * MIB, `${(grown / MIB).toFixed(1)} MiB`);
     mallory.relay(
@@ -1407,6 +1410,7 @@ test("a peer comes from thousands of ports of his host: a bounded number of them
     for (let port = 10_000; port < 10_000 + PORTS; port++) {
       const from = formatEndpoint(host, port);
       const answers = sends(feed(alice, world, from, mallory.sealed({ type: "P2PTRASH", probe: port })));
+      world.net.run(5); // slowly, so that no limit on punches hides what is remembered
       assert.ok(answers.length >= 1 && answers.length <= 2 && answers.every(({ to }) => to === from));
       const punch = answers.map(({ data }) => mallory.frameOf(data)).find((frame) => frame?.type === "P2PTRASH");
       if (round === 2) remembered += Number(!punch);
@@ -1490,7 +1494,7 @@ test("calls from more names than a client keeps conversations: bounded, and frie
   world.net.run(5_000);
   const before = memory();
   const crowd = rogueCrowd(world, numbered(1_100, "stranger-"), alice);
-  crowd.forEach((each, i) => each.open("alice", i % 2 === 0 ? { type: "P2PTRASH", probe: 1 } : part(0, "buy!")));
+  crowd.forEach((each, i) => each.open("alice", i < 50 ? { type: "P2PTRASH", probe: 1 } : part(0, "buy!")));
   world.net.run(3_000);
   alice.command({ command: "path", peer: null });
   const conversations = new Set(alice.events("path").map(({ peer }) => peer));

@@ -22,6 +22,8 @@ import { fileURLToPath } from "node:url";
 
 /** One way through the wire between a site and the core: as in our measurements of other systems. */
 const WIRE_MS = 20;
+/** What may wait to enter the wires: in a spray 256 sockets speak up at once. */
+const WIRE_BYTES = 2 ** 22;
 /** With fewer hops to live than this, after the core's own, a packet ends there: real paths are longer than ours. */
 const CORE_TTL = 10;
 /** R, client and server there and back, and D, the same between the peers; a message over the server takes one R. */
@@ -275,14 +277,13 @@ function wire(...ends: [namespace: string, device: string][]): string[] {
 }
 
 /** Makes the two namespaces that all wires lead through, and starts this file again in the second one. */
-async function startWires(): Promise<void> {
+async function startWires(runtime: Runtime): Promise<void> {
   await shell(`
     ip netns add ${PREFIX}wires; ip netns add ${PREFIX}delay
     ip -n ${PREFIX}wires link add u mtu 1600 type veth peer name u mtu 1600 netns ${PREFIX}delay
     ip -n ${PREFIX}wires addr add 10.0.0.1/24 dev u; ip -n ${PREFIX}wires link set u up
     ip -n ${PREFIX}delay addr add 10.0.0.2/24 dev u; ip -n ${PREFIX}delay link set u up`);
-  const run = "Deno" in globalThis ? ["run", "-A", "--unstable-net"] : [];
-  const child = spawn("ip", ["netns", "exec", `${PREFIX}delay`, process.execPath, ...run, SELF, "--delay"], {
+  const child = spawn("ip", ["netns", "exec", `${PREFIX}delay`, ...COMMANDS[runtime], SELF, "--delay"], {
     env: ENVIRONMENT,
     stdio: ["pipe", "pipe", "inherit"],
   });
@@ -303,7 +304,10 @@ function delay(): void {
   });
   // While no wire exists, nobody listens on the other side, and Bun reports that as an error.
   socket.on("error", () => {});
-  socket.bind(4789, "10.0.0.2", () => console.log("ready"));
+  socket.bind(4789, "10.0.0.2", () => {
+    socket.setRecvBufferSize(WIRE_BYTES); // only Bun heeds it
+    console.log("ready");
+  });
   process.stdin.resume().on("end", () => process.exit());
 }
 
@@ -702,8 +706,10 @@ function sweep(isGone: (pid: number) => boolean): void {
 
 async function main(filter: string): Promise<number> {
   const works = (command: string, arg = "--version") => run(command, arg).status === 0;
-  if (process.platform !== "linux" || process.getuid?.() !== 0 || !works("ip", "-V") || !works("nft")) {
-    console.log("skipped: needs root on Linux with ip and nft (apt-get install nftables)");
+  const present = RUNTIMES.filter((runtime) => works(runtime));
+  const isRoot = process.platform === "linux" && process.getuid?.() === 0;
+  if (!isRoot || !works("ip", "-V") || !works("nft") || present.length === 0) {
+    console.log("skipped: needs root on Linux with ip and nft (apt-get install nftables), deno and bun on the PATH");
     return 0;
   }
   const end = (code: number, why?: unknown) => {
@@ -719,7 +725,6 @@ async function main(filter: string): Promise<number> {
   sweep((pid) => pid === process.pid || !isRun(pid));
 
   // No registry can be reached from the namespaces: what the programs import must be in the cache before.
-  const present = RUNTIMES.filter((runtime) => works(runtime));
   for (const [command, ...args] of present.map((runtime) => COMMANDS[runtime])) {
     run(command!, ...args, "client.ts", "--new-secret");
   }
@@ -733,7 +738,7 @@ async function main(filter: string): Promise<number> {
   }
   const count = { passed: 0, failed: 0, skipped: 0 };
   let number = 0;
-  await startWires();
+  await startWires(present.at(-1)!);
   const worker = async () => {
     for (let cast = queue.shift(); cast; cast = queue.shift()) {
       if (!present.includes(cast.alice) || !present.includes(cast.bob)) {
