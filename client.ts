@@ -962,7 +962,7 @@ export function createClient(options: ClientOptions): Client {
 
   function onFirst(c: Conversation, message: Handshake & { type: "P2PFIRST" }, now: number): void {
     const ephemeral = hex(message.noise.subarray(0, 32));
-    if (!c.peer || !session || !spend(c.handshakes, HANDSHAKES_PER_PEER, { now })) return;
+    if (!c.peer || !session || !isTrusted(c) || !spend(c.handshakes, HANDSHAKES_PER_PEER, { now })) return;
     const response = respond({
       own: keys,
       peer: c.peer.key,
@@ -1144,7 +1144,10 @@ export function createClient(options: ClientOptions): Client {
     if (!c.best && !c.punching) c.calledAt = now;
     if (!renew(c, peer, now)) return;
     c.lastError = null;
-    if (body.length > 0) onPeerDatagram(body, null, now, c);
+    if (body.length > 0) {
+      onPeerDatagram(body, null, now, c);
+      if (!sealing(c)) open(c, now); // sealed for a session that we have not, or no longer: here is another
+    }
     if (!spend(c.introductions, INTRODUCTIONS_PER_PEER, { now })) return;
     if (c.opening?.handshake || sealing(c)) startPunching(c, now);
     resendLate(c, now);

@@ -115,14 +115,13 @@ const GOLDEN = ([
     {
       type: "WELCOME",
       token: NONCE,
-      nonce: SEAL.id,
       public: V6,
       secondPort: 2281,
       thirdPort: 0,
       total: 70_000,
       users: [{ ...ZOE, public: V4 }],
     },
-    `50 06 ${HEAD} ${NONCE} ${SEAL.id} ${V6_HEX} 08e9 0000 00011170 01 ${ZOE_HEX} ${V4_HEX} 5f4b78b0da9b4bf1`,
+    `50 06 ${HEAD} ${NONCE} ${V6_HEX} 08e9 0000 00011170 01 ${ZOE_HEX} ${V4_HEX} 16cb86f4d1b9b12a`,
   ],
   [
     { type: "KEEPALIVE", cookie: NONCE, rttMs: 65_535, nat: NAT, local: [V4] },
