@@ -145,11 +145,11 @@ const FRESH_SOCKETS_AFTER_MS = 1_500;
 const GUESSES = 16, FEW = 4, SPRAY_SOCKETS = 256;
 /** Foreign flows that may have taken a port of a sequence since it was sampled: so many are guessed in turn. */
 const FOREIGN_FLOWS = 4;
-/** When a round sends; where one side opens its NAT with packets of low TTL, the next ones follow the peer's. */
+/** When an attempt sends; where one side opens its NAT with packets of low TTL, the next ones follow the peer's. */
 const VOLLEYS_MS = [0, 100, 250], OPENER_VOLLEYS_MS = [0, 500], SPRAY_VOLLEYS_MS = [0, 6_200];
-/** When a plan is told again, a round has failed, or a spray: in all of its time, and a little for the last echo. */
-const TELL_PLAN_MS = 300, ROUND_MS = 1_000, SPRAY_ROUND_MS = 13_000, MAX_ROUND = 4;
-/** The number of a round that replaces a path which still works. */
+/** When a plan is told again, an attempt has failed, or a spray: in all of its time, and a little for the last echo. */
+const TELL_PLAN_MS = 300, ATTEMPT_MS = 1_000, SPRAY_ATTEMPT_MS = 13_000, MAX_ATTEMPT = 4;
+/** The number of an attempt that replaces a path which still works. */
 const RENEWAL = 100, RENEWED_MS = 10_000;
 /** Dies on the way, after it has opened our NAT and before a Linux router at the far end can take offence at it. */
 const OPENER_TTL = 8;
@@ -195,8 +195,8 @@ const PING_INTERVAL_MS = 500, PING_LOST_MS = 2_000;
 const MAX_CONVERSATIONS = 1_000, MAX_KNOWN_USERS = 20_000, MAX_LISTED = 1_000_000;
 const HANDSHAKES_PER_PEER: Rate = { perSecond: 5, burst: 20 };
 const INTRODUCTIONS_PER_PEER: Rate = { perSecond: 5, burst: 20 };
-/** Rounds of more sockets, and such sockets at a time: two sprays and what else is going on. */
-const ROUNDS_PER_PEER: Rate = { perSecond: 0.2, burst: 6 }, MAX_SOCKETS = 600;
+/** Attempts with more sockets, and such sockets at a time: two sprays and what else is going on. */
+const ATTEMPTS_PER_PEER: Rate = { perSecond: 0.2, burst: 6 }, MAX_SOCKETS = 600;
 /** Datagrams to where nothing has come back from yet, whoever named the place. */
 const PUNCHES: Rate = { perSecond: 300, burst: 1_500 };
 const MAX_EPHEMERALS = 4_096;
@@ -393,7 +393,7 @@ interface Conversation {
   secure: Secure | null;
   opening: Opening | null;
   handshakes: Bucket;
-  roundsStarted: Bucket;
+  attempts: Bucket;
   introductions: Bucket;
 
   stream: string;
@@ -411,7 +411,7 @@ interface Conversation {
   punching: { from: number; step: number; reported: boolean } | null;
   retries: number;
   retryAt: number;
-  round: Round | null;
+  attempt: Attempt | null;
   paths: Map<string, Path>;
   best: Path | null;
   /** How long the last two paths lived, and when to move to another before this one dies too. */
@@ -448,15 +448,15 @@ interface Facts {
   samples: { socket: number; inside: number; outside: number }[];
 }
 
-/** One try with more than one socket or more than one port. */
-interface Round {
+/** An attempt with more than one socket or more than one port. */
+interface Attempt {
   number: number;
   startedAt: number;
   /** The sockets opened for it; none: socket 0 serves. */
   sockets: { socket: number; port: number }[];
   plan: (Peer & { type: "P2PPLAN" }) | null;
   theirs: (Peer & { type: "P2PPLAN" }) | null;
-  /** When our plan is told (again), the next volley leaves, and the round has failed. */
+  /** When our plan is told (again), the next volley leaves, and the attempt has failed. */
   tellAt: number;
   volley: number;
   volleyAt: number;
@@ -841,7 +841,7 @@ export function createClient(options: ClientOptions): Client {
       secure: null,
       opening: null,
       handshakes: fullBucket(HANDSHAKES_PER_PEER, now),
-      roundsStarted: fullBucket(ROUNDS_PER_PEER, now),
+      attempts: fullBucket(ATTEMPTS_PER_PEER, now),
       introductions: fullBucket(INTRODUCTIONS_PER_PEER, now),
       stream: hex(random(8)),
       nextSeq: 0,
@@ -854,7 +854,7 @@ export function createClient(options: ClientOptions): Client {
       calledAt: now,
       rounds: 0,
       punching: null,
-      round: null,
+      attempt: null,
       retries: 0,
       retryAt: Infinity,
       paths: new Map(),
@@ -876,7 +876,7 @@ export function createClient(options: ClientOptions): Client {
 
   function forget(c: Conversation): void {
     dropHandshake(c);
-    if (c.round) endRound(c);
+    if (c.attempt) endAttempt(c);
     if (c.best && c.best.socket !== 0) closeSocket(c.best.socket);
     for (const { index } of c.sessions) byIndex.delete(index);
   }
@@ -1031,7 +1031,7 @@ export function createClient(options: ClientOptions): Client {
   /** What waited for a session. */
   function settle(c: Conversation, now: number): void {
     if (c.ackDue && sealing(c)) acknowledge(c, null, now);
-    if (c.round?.plan && c.round.tellAt === Infinity && sealing(c)) c.round.tellAt = now;
+    if (c.attempt?.plan && c.attempt.tellAt === Infinity && sealing(c)) c.attempt.tellAt = now;
     pump(c, now);
   }
 
@@ -1159,7 +1159,7 @@ export function createClient(options: ClientOptions): Client {
     c.retryAt = Infinity;
     wakePunching(c, now);
     const isPermissive = ["EIF", "ADF"].includes(isHard(nat) ? c.peer!.nat.filtering : nat.filtering);
-    if (!c.round && !c.best && (isHard(nat) || isHard(c.peer!.nat)) && !isPermissive) startRound(c, 0, now);
+    if (!c.attempt && !c.best && (isHard(nat) || isHard(c.peer!.nat)) && !isPermissive) startAttempt(c, 0, now);
   }
 
   function wakePunching(c: Conversation, now: number): void {
@@ -1172,7 +1172,7 @@ export function createClient(options: ClientOptions): Client {
         const path = pathTo(c, { socket: 0, from: endpoint }, now);
         if (path) probe(c, path, now);
       }
-      if (now >= c.punching.from + FRESH_SOCKETS_AFTER_MS && !c.round && !best) startRound(c, 1, now);
+      if (now >= c.punching.from + FRESH_SOCKETS_AFTER_MS && !c.attempt && !best) startAttempt(c, 1, now);
       if (!c.punching.reported && session) tell({ type: "PUNCHED", peer: c.name });
       c.punching.reported = true;
       if (++c.punching.step < PUNCH_AT_MS.length && wanted.length > 0) continue;
@@ -1261,7 +1261,7 @@ export function createClient(options: ClientOptions): Client {
     const { best } = c;
     const better = !best || best.state !== "good" || (path.kind === "lan" && best.kind !== "lan") ||
       (path.kind === best.kind && path.rtt.srtt! < best.rtt.srtt! * QUICKER_FACTOR - QUICKER_MS) ||
-      (isRenewing(c) && path.bornAt >= c.round!.startedAt);
+      (isRenewing(c) && path.bornAt >= c.attempt!.startedAt);
     if (path !== best) return better ? use(c, path, now) : undefined;
     path.state = "good";
     path.probeAt = nextProbeAt(c, now);
@@ -1294,8 +1294,8 @@ export function createClient(options: ClientOptions): Client {
       peer: c.name,
       path: path?.kind ?? "relay",
       address: path?.endpoint ?? session?.server ?? servers[0]!,
-      rttMs: rttMs === null ? null : round(rttMs),
-      ms: round(now - c.calledAt),
+      rttMs: rttMs === null ? null : tenths(rttMs),
+      ms: tenths(now - c.calledAt),
     });
   }
 
@@ -1459,21 +1459,21 @@ export function createClient(options: ClientOptions): Client {
     });
   }
 
-  // -- harder NATs: rounds of more sockets, predicted ports and sprays (the table is in DESIGN 4 and README)
+  // -- harder NATs: attempts with more sockets, predicted ports and sprays (the table is in DESIGN 4 and README)
 
-  function startRound(c: Conversation, number: number, now: number): void {
+  function startAttempt(c: Conversation, number: number, now: number): void {
     const peerNat = c.peer!.nat;
     const isHopeless = isHard(nat) && isHard(peerNat) && (isRandom(nat) || isRandom(peerNat)); // the odds are quadratic
-    if (c.round) endRound(c);
-    if (!spend(c.roundsStarted, ROUNDS_PER_PEER, { now })) return;
-    if (isHopeless || (number > MAX_ROUND && number !== RENEWAL) || isMirror(c)) return;
+    if (c.attempt) endAttempt(c);
+    if (!spend(c.attempts, ATTEMPTS_PER_PEER, { now })) return;
+    if (isHopeless || (number > MAX_ATTEMPT && number !== RENEWAL) || isMirror(c)) return;
     const count = isHard(nat)
       ? isRandom(nat) ? SPRAY_SOCKETS : isHard(peerNat) ? GUESSES : FEW
       : isHard(peerNat)
       ? 0
       : 1;
     if (openSockets + count > MAX_SOCKETS) return;
-    const round: Round = {
+    const attempt: Attempt = {
       number,
       startedAt: now,
       sockets: [],
@@ -1483,29 +1483,29 @@ export function createClient(options: ClientOptions): Client {
       volley: 0,
       volleyAt: Infinity,
       spray: null,
-      endAt: now + (isRandom(nat) || isRandom(peerNat) ? SPRAY_ROUND_MS : ROUND_MS),
+      endAt: now + (isRandom(nat) || isRandom(peerNat) ? SPRAY_ATTEMPT_MS : ATTEMPT_MS),
     };
-    c.round = round;
+    c.attempt = attempt;
     let left = count;
     for (let i = 0; i < count; i++) {
       openSocket((socket, port, now) => {
-        if (c.round !== round) return closeSocket(socket);
-        if (port > 0) round.sockets.push({ socket, port });
-        if (--left === 0) plan(c, round, now);
+        if (c.attempt !== attempt) return closeSocket(socket);
+        if (port > 0) attempt.sockets.push({ socket, port });
+        if (--left === 0) plan(c, attempt, now);
       });
     }
   }
 
   /** Foretells the outside ports of our next packets to the peer, each from a socket that has sent nothing yet. */
-  function plan(c: Conversation, round: Round, now: number): void {
+  function plan(c: Conversation, attempt: Attempt, now: number): void {
     const announce = (ports: number[], now: number, spray = 0) => {
-      if (c.round !== round) return;
-      round.plan = { type: "P2PPLAN", round: round.number, spray, ports };
-      round.tellAt = now;
+      if (c.attempt !== attempt) return;
+      attempt.plan = { type: "P2PPLAN", attempt: attempt.number, spray, ports };
+      attempt.tellAt = now;
       aim(c, now);
-      wakeRound(c, now);
+      wakeAttempt(c, now);
     };
-    const inside = round.sockets.map(({ port }) => port);
+    const inside = attempt.sockets.map(({ port }) => port);
     const outside = (socket: number, then: (port: number, now: number) => void) =>
       ask(
         { socket, to: session!.server },
@@ -1513,7 +1513,7 @@ export function createClient(options: ClientOptions): Client {
         (answer, now) => answer?.mapped && then(parseEndpoint(answer.mapped)!.port, now),
       );
     if (!session || inside.length === 0) return;
-    if (!isHard(nat)) outside(round.sockets[0]!.socket, (port, now) => announce([port], now));
+    if (!isHard(nat)) outside(attempt.sockets[0]!.socket, (port, now) => announce([port], now));
     else if (isRandom(nat)) announce(nat.allocation === "block" ? block : [], now, 1);
     else if (nat.allocation === "preserving") announce(inside, now);
     else {
@@ -1531,45 +1531,45 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function onPlan(c: Conversation, theirs: Peer & { type: "P2PPLAN" }, now: number): void {
-    const isWanted = c.best?.state !== "good" || (theirs.round === RENEWAL && now - c.best.bornAt > RENEWED_MS);
+    const isWanted = c.best?.state !== "good" || (theirs.attempt === RENEWAL && now - c.best.bornAt > RENEWED_MS);
     if (!direct || !isWanted) return;
-    if (!c.round || theirs.round > c.round.number) startRound(c, theirs.round, now);
-    if (!c.round || c.round.theirs || theirs.round !== c.round.number) return;
-    c.round.theirs = theirs;
+    if (!c.attempt || theirs.attempt > c.attempt.number) startAttempt(c, theirs.attempt, now);
+    if (!c.attempt || c.attempt.theirs || theirs.attempt !== c.attempt.number) return;
+    c.attempt.theirs = theirs;
     aim(c, now);
-    wakeRound(c, now);
+    wakeAttempt(c, now);
   }
 
   /** Whether both sides know where to send; if so, now. */
   function aim(c: Conversation, now: number): void {
-    const round = c.round!;
-    const isReady = round.plan !== null || (!isHard(nat) && isHard(c.peer!.nat));
-    const knowsWhere = round.theirs !== null || (isHard(nat) && !isHard(c.peer!.nat));
-    if (isReady && knowsWhere && round.volleyAt === Infinity && round.volley === 0) round.volleyAt = now;
+    const attempt = c.attempt!;
+    const isReady = attempt.plan !== null || (!isHard(nat) && isHard(c.peer!.nat));
+    const knowsWhere = attempt.theirs !== null || (isHard(nat) && !isHard(c.peer!.nat));
+    if (isReady && knowsWhere && attempt.volleyAt === Infinity && attempt.volley === 0) attempt.volleyAt = now;
   }
 
   /** Where the server sees the peer, in IPv4. */
   const publicOf = (c: Conversation) => c.peer!.candidates.findLast((endpoint) => !isIPv6(endpoint));
 
   function volley(c: Conversation, now: number): void {
-    const round = c.round!, target = publicOf(c);
+    const attempt = c.attempt!, target = publicOf(c);
     if (!target || isSettled(c)) return;
-    const host = hostOf(target), ports = round.theirs?.ports ?? [];
+    const host = hostOf(target), ports = attempt.theirs?.ports ?? [];
     const both = isHard(nat) && isHard(c.peer!.nat), opens = isHard(nat) && !both;
-    if (round.theirs?.spray && !isHard(nat)) {
-      if (round.spray || now - sprayedAt < SPRAY_INTERVAL_MS) return; // one at a time, on this host
+    if (attempt.theirs?.spray && !isHard(nat)) {
+      if (attempt.spray || now - sprayedAt < SPRAY_INTERVAL_MS) return; // one at a time, on this host
       sprayedAt = now;
-      round.spray = { next: 0, at: now, first: randomNumber(16), stride: coprime(randomNumber(16)), block: ports };
-      round.endAt = now + SPRAY_ROUND_MS;
+      attempt.spray = { next: 0, at: now, first: randomNumber(16), stride: coprime(randomNumber(16)), block: ports };
+      attempt.endAt = now + SPRAY_ATTEMPT_MS;
       return;
     }
     const guess = nat.allocation === "preserving" || isLower(keys.public, c.peer!.key);
     const sweep = newProbe(c, null, now, "swept");
-    for (const [i, { socket }] of (round.sockets.length > 0 ? round.sockets : [{ socket: 0 }]).entries()) {
+    for (const [i, { socket }] of (attempt.sockets.length > 0 ? attempt.sockets : [{ socket: 0 }]).entries()) {
       // Against another counter: ours may be off by foreign flows, hence one side guesses how many there were.
       const skip = c.peer!.nat.allocation === "sequential" && guess ? i % FOREIGN_FLOWS : 0;
       const to = both ? ports.slice(i + skip, i + skip + 1) : opens ? [ports[0] ?? parseEndpoint(target)!.port] : ports;
-      const ttl = opens && round.volley === 0 ? OPENER_TTL : undefined;
+      const ttl = opens && attempt.volley === 0 ? OPENER_TTL : undefined;
       for (const port of to) sweepTo(c, sweep, { socket, to: formatEndpoint(host, port), ttl }, now);
     }
   }
@@ -1587,7 +1587,7 @@ export function createClient(options: ClientOptions): Client {
 
   /** A burst of the spray: ports that have not been tried, those of the peer's block first. */
   function spray(c: Conversation, now: number): void {
-    const spray = c.round!.spray!, host = hostOf(publicOf(c)!);
+    const spray = c.attempt!.spray!, host = hostOf(publicOf(c)!);
     const [low = 0, high = -1] = spray.block, span = Math.max(0, high - low + 1);
     const sweep = newProbe(c, null, now, "swept");
     for (let sent = 0; sent < SPRAY_BURST; sent++, spray.next++) {
@@ -1598,55 +1598,55 @@ export function createClient(options: ClientOptions): Client {
     spray.at += spray.next === SPRAY_PORTS / 2 ? SPRAY_PAUSE_MS : SPRAY_BURST_MS;
   }
 
-  function wakeRound(c: Conversation, now: number): void {
-    const { round } = c;
-    if (!round) return;
-    if (round.plan && now >= round.tellAt) {
-      round.tellAt = transmit(c, round.plan, c.best ? [c.best, null] : [null]) ? now + TELL_PLAN_MS : Infinity;
+  function wakeAttempt(c: Conversation, now: number): void {
+    const { attempt } = c;
+    if (!attempt) return;
+    if (attempt.plan && now >= attempt.tellAt) {
+      attempt.tellAt = transmit(c, attempt.plan, c.best ? [c.best, null] : [null]) ? now + TELL_PLAN_MS : Infinity;
     }
-    while (now >= round.volleyAt) {
+    while (now >= attempt.volleyAt) {
       volley(c, now);
       const times = !isHard(nat) || isHard(c.peer!.nat)
         ? VOLLEYS_MS
         : isRandom(nat)
         ? SPRAY_VOLLEYS_MS
         : OPENER_VOLLEYS_MS;
-      const wait = (times[round.volley + 1] ?? Infinity) - times[round.volley]!;
-      round.volley++;
-      round.volleyAt += wait;
+      const wait = (times[attempt.volley + 1] ?? Infinity) - times[attempt.volley]!;
+      attempt.volley++;
+      attempt.volleyAt += wait;
     }
-    while (round.spray && now >= round.spray.at && round.spray.next < SPRAY_PORTS && !isSettled(c)) {
+    while (attempt.spray && now >= attempt.spray.at && attempt.spray.next < SPRAY_PORTS && !isSettled(c)) {
       spray(c, now);
     }
-    if (now < round.endAt) return;
-    const again = !c.best && round.number < RENEWAL && !isRandom(nat) && !isRandom(c.peer!.nat);
-    if (again) startRound(c, round.number + 1, now);
-    else endRound(c);
+    if (now < attempt.endAt) return;
+    const again = !c.best && attempt.number < RENEWAL && !isRandom(nat) && !isRandom(c.peer!.nat);
+    if (again) startAttempt(c, attempt.number + 1, now);
+    else endAttempt(c);
   }
 
-  const isRenewing = (c: Conversation) => c.round?.number === RENEWAL && c.best!.bornAt < c.round.startedAt;
-  /** Nothing is left for a round to do. */
+  const isRenewing = (c: Conversation) => c.attempt?.number === RENEWAL && c.best!.bornAt < c.attempt.startedAt;
+  /** Nothing is left for an attempt to do. */
   const isSettled = (c: Conversation) => c.best?.state === "good" && !isRenewing(c);
 
-  const roundWakeAt = (c: Conversation, { round } = c) =>
-    round
+  const attemptWakeAt = (c: Conversation, { attempt } = c) =>
+    attempt
       ? Math.min(
-        round.endAt,
-        round.volleyAt,
-        round.plan ? round.tellAt : Infinity,
-        round.spray && round.spray.next < SPRAY_PORTS && !isSettled(c) ? round.spray.at : Infinity,
+        attempt.endAt,
+        attempt.volleyAt,
+        attempt.plan ? attempt.tellAt : Infinity,
+        attempt.spray && attempt.spray.next < SPRAY_PORTS && !isSettled(c) ? attempt.spray.at : Infinity,
       )
       : Infinity;
 
   /** Closes the sockets that nothing came through. */
-  function endRound(c: Conversation): void {
-    for (const { socket } of c.round!.sockets) if (socket !== c.best?.socket) closeSocket(socket);
+  function endAttempt(c: Conversation): void {
+    for (const { socket } of c.attempt!.sockets) if (socket !== c.best?.socket) closeSocket(socket);
     for (const [id, path] of c.paths) {
       if (path.socket === 0 || path.socket === c.best?.socket) continue;
-      if (!c.round!.sockets.some(({ socket }) => socket === path.socket)) closeSocket(path.socket);
+      if (!c.attempt!.sockets.some(({ socket }) => socket === path.socket)) closeSocket(path.socket);
       c.paths.delete(id);
     }
-    c.round = null;
+    c.attempt = null;
   }
 
   // -- messages: split, sent, acknowledged, put together again
@@ -1797,7 +1797,7 @@ export function createClient(options: ClientOptions): Client {
       if (tries === 1 && over === (path ?? null)) sample(over?.rtt ?? c.relayRtt, now - sentAt); // Karn's algorithm
       if (left === 0) message.path = stateOf(ack.states, seq - ack.from) ?? over?.kind ?? "relay";
       if (--message.partsLeft > 0) continue;
-      const ms = round(now - message.startedAt);
+      const ms = tenths(now - message.startedAt);
       emit({ event: "sent", to: c.name, id: message.id, ok: true, ms, path: message.path });
     }
   }
@@ -1865,7 +1865,7 @@ export function createClient(options: ClientOptions): Client {
 
   function fail(c: Conversation, message: Message, reason: Reason, now: number): void {
     c.parts = c.parts.filter((part) => part.message !== message);
-    const ms = round(now - message.startedAt);
+    const ms = tenths(now - message.startedAt);
     emit({ event: "sent", to: c.name, id: message.id, ok: false, ms, path: c.best?.kind ?? "relay", reason });
   }
 
@@ -1910,7 +1910,7 @@ export function createClient(options: ClientOptions): Client {
 
   function onPong(c: Conversation, pong: { path: Path | null; rttMs: number | null; now: number }): void {
     const ping = c.ping!;
-    const rttMs = pong.rttMs === null ? null : round(pong.rttMs);
+    const rttMs = pong.rttMs === null ? null : tenths(pong.rttMs);
     emit({ event: "ping", peer: c.name, path: pong.path?.kind ?? "relay", rttMs, lost: ping.lost });
     ping.waiting = null;
     ping.nextAt = pong.rttMs === null ? pong.now : pong.now + PING_INTERVAL_MS;
@@ -2015,7 +2015,7 @@ export function createClient(options: ClientOptions): Client {
       c.retryAt,
       c.renewAt,
       c.ping?.nextAt ?? Infinity,
-      roundWakeAt(c),
+      attemptWakeAt(c),
       c.best ? c.best.probeAt : Infinity,
       c.best?.state === "good" ? c.best.waitingSince + patience(c.best) : Infinity,
     );
@@ -2040,10 +2040,10 @@ export function createClient(options: ClientOptions): Client {
     }
     wakePunching(c, now);
     if (c.best) wakePath(c, c.best, now);
-    wakeRound(c, now);
+    wakeAttempt(c, now);
     if (now >= c.renewAt) {
       c.renewAt = Infinity;
-      if (now - c.talkedAt < ABSOLUTE_LIFETIME_MS) startRound(c, RENEWAL, now);
+      if (now - c.talkedAt < ABSOLUTE_LIFETIME_MS) startAttempt(c, RENEWAL, now);
     }
     if (now >= c.retryAt) {
       c.retryAt = Infinity;
@@ -2157,7 +2157,7 @@ export function createClient(options: ClientOptions): Client {
   };
 }
 
-const round = (ms: number) => Math.round(ms * 10) / 10;
+const tenths = (ms: number) => Math.round(ms * 10) / 10;
 
 // ---------------------------------------------------------------------------------------------------- command line
 

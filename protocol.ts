@@ -468,7 +468,7 @@ export const PEER = {
     code: 107,
     way: "C <-> C",
     what: "my NAT will give my next packets to you these ports, in this order; with `spray`: any ports, so try many",
-    fields: { round: u8, spray: u8, ports: list(u16, MAX_PLANNED_PORTS) },
+    fields: { attempt: u8, spray: u8, ports: list(u16, MAX_PLANNED_PORTS) },
   },
 } as const;
 

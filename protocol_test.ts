@@ -162,7 +162,7 @@ const GOLDEN = ([
     `50 6a 00000001 00000002 ${BODY_HEX} ${KEY_HEX}`,
   ],
   [
-    { type: "P2PPLAN", round: 1, spray: 0, ports: [1, 65_535] },
+    { type: "P2PPLAN", attempt: 1, spray: 0, ports: [1, 65_535] },
     `50 6b ${PEER_HEAD} 0c2812966563efa4d9691379a07362247b6f3e6cbd3a13`,
   ],
 ] satisfies [ControlBody | Peer | Handshake, string][]).map(([message, digits]) => ({ message, data: bytes(digits) }));

@@ -29,7 +29,7 @@ const CORE_TTL = 10;
 /** R, client and server there and back, and D, the same between the peers; a message over the server takes one R. */
 const R_MS = 2 * WIRE_MS, D_MS = 4 * WIRE_MS;
 /** DESIGN 3 and 4 ask for these; what two processors full of other cases add comes on top. */
-const BUSY_MS = 150;
+const BUSY_MS = 100;
 const MESSAGE_MS = 1.15 * R_MS + BUSY_MS, PUNCH_MS = 1.3 * (R_MS + D_MS) + BUSY_MS, SPRAY_MS = 14_000;
 /** Cases at the same time. They mostly wait, but a runtime that starts needs a processor for 100 ms. */
 const CONCURRENT = 3;
@@ -48,6 +48,13 @@ function assert(fact: boolean, complaint: string): asserts fact {
   if (!fact) throw new Error(complaint);
 }
 
+/** All happened, but not in time. What is not the product's fault does not happen twice. */
+class Late extends Error {}
+
+function assertInTime(afterMs: number, limitMs: number, story: string): void {
+  if (afterMs > limitMs) throw new Late(`${story}: ${ms(afterMs)} is over the limit of ${ms(limitMs)}`);
+}
+
 // ------------------------------------------------------------------------------------------------------ NATs
 
 interface Rules {
@@ -56,7 +63,6 @@ interface Rules {
   source?: string;
   destination?: string;
   outgoing?: string;
-  hairpin?: string;
 }
 
 /**
@@ -81,8 +87,8 @@ const NATS = {
   "eim-random": { source: "meta l4proto udp masquerade to :10000-29999" },
   "fully-random": { source: "masquerade random,fully-random" },
   "adm-random": {
-    source: `ip daddr 192.0.2.1 meta l4proto udp masquerade to :10000-14999
-      oifname wan ip daddr 192.0.2.2 meta l4proto udp masquerade to :15000-19999
+    source: `ip daddr 192.0.2.1 meta l4proto udp masquerade to :1024-9999
+      oifname wan ip daddr 192.0.2.2 meta l4proto udp masquerade to :10000-19999
       oifname wan meta l4proto udp masquerade to :20000-29999`,
   },
   "full-cone": {
@@ -95,7 +101,10 @@ const NATS = {
   },
   "hairpin": {
     outgoing: "update @opened { udp sport : ip saddr }",
-    hairpin: "ip daddr 203.0.113.2 dnat to udp dport map @opened",
+    destination: `dnat to udp dport map @opened
+      iifname lan ip daddr 203.0.113.2 dnat to udp dport map @opened`,
+    source: `masquerade
+      oifname lan ip saddr 192.168.1.0/24 snat to 203.0.113.2`,
   },
 } satisfies Record<string, Rules>;
 
@@ -107,7 +116,7 @@ type Nat = keyof typeof NATS;
  * forgets every mapping between one packet and the next, for every kind of NAT, with no interface going down.
  */
 function routerRules(nat: Nat, zone: number): string {
-  const { input = "drop", source = "masquerade", destination = "", outgoing = "", hairpin = "" }: Rules = NATS[nat];
+  const { input = "drop", source = "masquerade", destination = "", outgoing = "" }: Rules = NATS[nat];
   return `flush ruleset
     table ip lab {
       map opened { type inet_service : ipv4_addr; flags dynamic,timeout; timeout 60s; size 65535; }
@@ -121,16 +130,8 @@ function routerRules(nat: Nat, zone: number): string {
         iifname wan ct status dnat accept
         iifname wan ct state new,invalid drop
       }
-      chain destination {
-        type nat hook prerouting priority dstnat
-        iifname wan ${destination}
-        iifname lan ${hairpin}
-      }
-      chain source {
-        type nat hook postrouting priority srcnat
-        oifname wan ${source}
-        ${hairpin && "oifname lan ct status dnat snat to 203.0.113.2"}
-      }
+      chain destination { type nat hook prerouting priority dstnat; iifname wan ${destination}; }
+      chain source { type nat hook postrouting priority srcnat; oifname wan ${source}; }
     }
     table ip6 lab {
       chain forward { type filter hook forward priority 0; iifname wan ct state new,invalid drop; }
@@ -433,9 +434,7 @@ interface Case extends Weather {
 /** Alice says hello; both report the wanted path in time; the next message of each takes it. */
 const meet = (
   path: "direct" | "lan",
-  { address = /./, messageMs = MESSAGE_MS, pathMs = PUNCH_MS }: Partial<Record<"messageMs" | "pathMs", number>> & {
-    address?: RegExp;
-  } = {},
+  { address = /./, messageMs = MESSAGE_MS, pathMs = PUNCH_MS } = {},
 ) =>
 async ({ alice, bob }: World) => {
   const typed = alice.type("send bob hello");
@@ -451,7 +450,8 @@ async ({ alice, bob }: World) => {
   await alice.until({ event: "sent", to: "bob", ok: true, path });
   const [messageAfter, pathAfter] = [hello.at - typed, Math.max(a.at, b.at) - typed];
   const story = `message after ${ms(messageAfter)}, ${path} after ${ms(pathAfter)}`;
-  assert(messageAfter <= messageMs && pathAfter <= pathMs, `${story} (limits ${ms(messageMs)}, ${ms(pathMs)})`);
+  assertInTime(messageAfter, messageMs, story);
+  assertInTime(pathAfter, pathMs, story);
   return story;
 };
 
@@ -477,8 +477,9 @@ async function talk({ alice, bob }: World, count: number, everyMs = 200): Promis
 }
 
 function withStall(stallMs: number, limitMs: number): string {
-  assert(stallMs <= limitMs, `Nothing lost, but one message took ${ms(stallMs)} (limit ${ms(limitMs)})`);
-  return `nothing lost, stall ${ms(stallMs)}`;
+  const story = `nothing lost, stall ${ms(stallMs)}`;
+  assertInTime(stallMs, limitMs, story);
+  return story;
 }
 
 async function relayed(world: World): Promise<string> {
@@ -488,7 +489,7 @@ async function relayed(world: World): Promise<string> {
   const all = [...world.alice.events, ...world.bob.events];
   assert(!all.some((e) => e["path"] === "direct"), "Two symmetric NATs, and yet a direct path");
   const story = `message after ${ms(hello.at - typed)}, 30 more in 3 s, worst ${ms(worst)}`;
-  assert(hello.at - typed <= MESSAGE_MS, `${story} (limit ${ms(MESSAGE_MS)})`);
+  assertInTime(hello.at - typed, MESSAGE_MS, story);
   return story;
 }
 
@@ -544,12 +545,19 @@ async function hundred(world: World): Promise<string> {
 }
 
 const direct = meet("direct");
+const spray = meet("direct", { pathMs: SPRAY_MS });
 /** Alice behind the routers `a`, Bob behind the routers `b`. */
 const apart = (a: Nat[], b = a): Site[] => [{ nats: a, users: ["alice"] }, { nats: b, users: ["bob"] }];
 const together = (nat: Nat): Site[] => [{ nats: [nat], users: ["alice", "bob"] }];
 
 const overIPv6 = meet("direct", { address: /^\[2001:db8:/ });
 const [plain, symmetric] = [apart(["masquerade"]), apart(["fully-random"])];
+
+/** Asks a program for its NAT. */
+function isBehind(program: Program, what: Want): Promise<Event> {
+  program.type("nat");
+  return program.until({ event: "nat", ...what });
+}
 
 /** What a user is behind, and what `nat` finds it to be: mapping, filtering, allocation. */
 interface Kind {
@@ -577,17 +585,14 @@ type KindName = keyof typeof KINDS;
 function pair([one, other]: [KindName, KindName], { altHost = false } = {}): Case {
   const [a, b]: [Kind, Kind] = [KINDS[one], KINDS[other]];
   const symmetric = [a, b].filter(({ is }) => is[0] !== "EIM").length;
-  const isSpray = symmetric === 1 && [a, b].every(({ is }) => is[1] === "APDF");
-  const how = symmetric === 2 ? relayed : meet("direct", isSpray ? { pathMs: SPRAY_MS } : {});
-  const learn = (program: Program, { nats, is: [mapping, filtering, allocation] }: Kind) => {
-    program.type("nat");
-    return program.until({
-      event: "nat",
+  const letsIn = [a, b].some(({ is }) => is[1] !== "APDF");
+  const how = symmetric === 2 ? relayed : symmetric === 1 && !letsIn ? spray : direct;
+  const learn = (program: Program, { nats, is: [mapping, filtering, allocation] }: Kind) =>
+    isBehind(program, {
       mapping: altHost || mapping === "APDM" ? mapping : nats.length > 0 ? "unknown" : /^(EIM|unknown)$/,
       filtering: altHost || filtering === "APDF" ? filtering : "unknown",
       allocation,
     });
-  };
   return {
     name: `${one} - ${other}${altHost ? ", --alt-host" : ""}`,
     mixes: symmetric === 1 ? 2 : one === other && (symmetric === 2 || one === "masquerade") ? 4 : 1,
@@ -602,10 +607,7 @@ function pair([one, other]: [KindName, KindName], { altHost = false } = {}): Cas
 
 /** By the public address of a router that both are behind. */
 async function hairpin(world: World): Promise<string> {
-  await Promise.all([world.alice, world.bob].map((program) => {
-    program.type("nat");
-    return program.until({ event: "nat", hairpin: true });
-  }));
+  await Promise.all([world.alice, world.bob].map((program) => isBehind(program, { hairpin: true })));
   return await meet("direct", { address: /^203\.0\.113\.2:/ })(world);
 }
 
@@ -621,12 +623,8 @@ const CASES: Case[] = [
     ["address-restricted", "fully-random"],
     ["masquerade", "adm-random"],
   ] satisfies [KindName, KindName][]).map((kinds) => pair(kinds, { altHost: true })),
-  {
-    name: "masquerade - fully-random, in haste",
-    mixes: 2,
-    sites: apart(["masquerade"], ["fully-random"]),
-    play: meet("direct", { pathMs: SPRAY_MS }),
-  },
+  // Before either knows its NAT.
+  { name: "spray in haste", mixes: 2, sites: apart(["masquerade"], ["fully-random"]), play: spray },
   { name: "hairpin", sites: [{ nats: ["hairpin"], users: ["alice", "bob"], isolated: true }], play: hairpin },
   { name: "lan", mixes: 4, sites: together("masquerade"), play: meet("lan") },
   { name: "flush", mixes: 4, sites: apart(["eim-random"]), play: failover },
@@ -668,7 +666,8 @@ async function play(cast: Cast, prefix: string): Promise<string> {
     return await cast.row.play({ alice, bob, net, startServer, killServer: () => server.kill() });
   } catch (error) {
     const why = error instanceof Error ? error.message : String(error);
-    throw new Error([why, ...programs.map((program) => program.evidence())].join("\n  "));
+    const evidence = [why, ...programs.map((program) => program.evidence())].join("\n  ");
+    throw error instanceof Late ? new Late(evidence) : new Error(evidence);
   } finally {
     await Promise.all(programs.map((program) => program.kill()));
     await net.close();
@@ -737,6 +736,7 @@ async function main(filter: string): Promise<number> {
     return 2;
   }
   const count = { passed: 0, failed: 0, skipped: 0 };
+  const late = new Set<Cast>();
   let number = 0;
   await startWires(present.at(-1)!);
   const worker = async () => {
@@ -752,6 +752,12 @@ async function main(filter: string): Promise<number> {
         count.passed++;
         console.log(`ok      ${title(cast)}: ${story} [${ms(performance.now() - began)}]`);
       } catch (error) {
+        if (error instanceof Late && !late.has(cast)) {
+          late.add(cast);
+          queue.push(cast);
+          console.log(`late    ${title(cast)}, again: ${error.message.split("\n")[0]}`);
+          continue;
+        }
         count.failed++;
         console.log(`FAILED  ${title(cast)}: ${error instanceof Error ? error.message : error}`);
       }

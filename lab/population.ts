@@ -915,7 +915,7 @@ if (import.meta.main) {
       const began = performance.now();
       const results = await everywhere(Number(pairs), seed);
       console.log(report(results, seed));
-      writeFileSync(fileURLToPath(new URL("population.svg", import.meta.url)), picture(results));
+      writeFileSync(fileURLToPath(new URL("population.svg", import.meta.url).href), picture(results));
       console.log(`\n${Math.round((performance.now() - began) / 1_000)} s`);
     }
   }
