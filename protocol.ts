@@ -1116,31 +1116,38 @@ export interface NoiseKeys {
 
 const NOISE_NAME = utf8.encode("Noise_KKpsk0_25519_AESGCM_SHA256"); // exactly 32 bytes, hence its own hash
 
+/** Where a handshake stands: section 5 of the specification has the same fields. */
+interface NoiseState {
+  hash: Uint8Array;
+  chain: Uint8Array;
+  key: Uint8Array;
+  counter: number;
+  /** A key of low order has been mixed in: nothing is genuine any more. */
+  broken: boolean;
+}
+
 /**
  * Noise KKpsk0 (noiseprotocol.org, revision 34, sections 5, 7 and 9). Both know the other's static key and the PSK:
  *
  *     -> psk, e, es, ss      the first may carry a payload already: readable only by the peer, sent only by us
  *     <- e, ee, se           from here on, keys that no theft of the static keys uncovers
- *
- * `mix` absorbs one X25519 secret; it fails, and with it everything after, for a peer's key of low order.
  */
 function noise({ psk, prologue }: NoiseOptions, statics: [Uint8Array, Uint8Array]) {
-  let hash = NOISE_NAME, chain = NOISE_NAME, key = NOISE_NAME, counter = 0, broken = false;
+  const out = deriveKey(psk, { salt: NOISE_NAME, info: "", length: 96 });
+  const hash = [prologue, ...statics, out.slice(32, 64)].reduce((hash, part) => sha256(concat(hash, part)), NOISE_NAME);
+  return noiseFrom({ hash, chain: out.slice(0, 32), key: out.slice(64), counter: 0, broken: false });
+}
+
+function noiseFrom(begin: NoiseState) {
+  const state = { ...begin };
   const absorb = (data: Uint8Array) => {
-    hash = sha256(concat(hash, data));
+    state.hash = sha256(concat(state.hash, data));
   };
-  const expand = (secret: Uint8Array, length: number) => deriveKey(secret, { salt: chain, info: "", length });
+  const expand = (secret: Uint8Array) => deriveKey(secret, { salt: state.chain, info: "", length: 64 });
   const mixKey = (secret: Uint8Array) => {
-    const out = expand(secret, 64);
-    chain = out.slice(0, 32), key = out.slice(32), counter = 0;
+    const out = expand(secret);
+    Object.assign(state, { chain: out.slice(0, 32), key: out.slice(32), counter: 0 });
   };
-  absorb(prologue);
-  absorb(statics[0]);
-  absorb(statics[1]);
-  const out = expand(psk, 96);
-  chain = out.slice(0, 32);
-  absorb(out.slice(32, 64));
-  key = out.slice(64);
   return {
     ephemeral(publicKey: Uint8Array) {
       absorb(publicKey);
@@ -1149,23 +1156,25 @@ function noise({ psk, prologue }: NoiseOptions, statics: [Uint8Array, Uint8Array
     mix(secret: Uint8Array, theirs: Uint8Array) {
       const shared = agree(secret, theirs);
       if (shared) mixKey(shared);
-      else broken = true;
+      else state.broken = true;
     },
     seal(text: Uint8Array): Uint8Array {
-      const sealed = encrypt(key, { counter: counter++, ad: hash, text });
+      const sealed = encrypt(state.key, { counter: state.counter++, ad: state.hash, text });
       absorb(sealed);
       return sealed;
     },
     open(sealed: Uint8Array): Uint8Array | null {
-      const text = broken ? null : decrypt(key, { counter: counter++, ad: hash, text: sealed });
+      const text = state.broken ? null : decrypt(state.key, { counter: state.counter++, ad: state.hash, text: sealed });
       absorb(sealed);
       return text;
     },
     split(): [Uint8Array, Uint8Array] {
-      const out = expand(NO_BYTES, 64);
+      const out = expand(NO_BYTES);
       return [out.slice(0, 32), out.slice(32)];
     },
-    hash: () => hash,
+    copy: () => noiseFrom(state),
+    hash: () => state.hash,
+    broken: () => state.broken,
   };
 }
 
@@ -1180,26 +1189,24 @@ export interface Initiation {
 /** Begins a handshake; null if the peer's key is of low order. */
 export function initiate(options: NoiseOptions, payload: Uint8Array): Initiation | null {
   const { own, peer, ephemeral } = options;
-  const begin = () => {
-    const state = noise(options, [own.public, peer]);
-    state.ephemeral(ephemeral.public);
-    state.mix(ephemeral.secret, peer);
-    state.mix(own.secret, peer);
-    return { state, sealed: state.seal(payload) };
-  };
-  if (!agree(own.secret, peer)) return null;
+  const state = noise(options, [own.public, peer]);
+  state.ephemeral(ephemeral.public);
+  state.mix(ephemeral.secret, peer);
+  state.mix(own.secret, peer);
+  if (state.broken()) return null;
+  const message = concat(ephemeral.public, state.seal(payload));
   return {
-    message: concat(ephemeral.public, begin().sealed),
+    message,
     finish(second) {
-      const { state } = begin(); // anew, since a forged answer must not spoil the state for the genuine one
+      const next = state.copy(); // a forged answer must not spoil it for the genuine one
       const theirs = second.subarray(0, 32);
-      state.ephemeral(theirs);
-      state.mix(ephemeral.secret, theirs);
-      state.mix(own.secret, theirs);
-      const answer = state.open(second.subarray(32));
+      next.ephemeral(theirs);
+      next.mix(ephemeral.secret, theirs);
+      next.mix(own.secret, theirs);
+      const answer = next.open(second.subarray(32));
       if (!answer) return null;
-      const [send, receive] = state.split();
-      return { payload: answer, keys: { send, receive, hash: state.hash() } };
+      const [send, receive] = next.split();
+      return { payload: answer, keys: { send, receive, hash: next.hash() } };
     },
   };
 }
