@@ -617,6 +617,22 @@ test("no answer to an address that is not validated is larger than its question,
   assert.deepEqual(new Map(list().map((user) => [user.name, user.public])), homes);
 });
 
+test("a cookie is worth nothing at another address, at another port, or after a minute", () => {
+  const { server, tools, now } = office();
+  const from = "100.64.1.1:1000";
+  const login = (source: Endpoint, at: number) => {
+    const someone = hand(`user-${tools.below(1e9)}`, tools);
+    const [cookie] = sends(server.receive({ socket: 0, from, data: someone.hello() }, now));
+    return types(server.receive({ socket: 0, from: source, data: someone.answer(cookie!.data)! }, at))[0];
+  };
+  assert.equal(login(from, now), "WELCOME");
+  assert.equal(login(from, now + 29_000), "WELCOME");
+  for (const source of ["100.64.1.1:1001", "100.64.1.2:1000", `${VICTIM}:1000`]) {
+    assert.equal(login(source, now), "COOKIE");
+  }
+  assert.equal(login(from, now + 60_000), "COOKIE");
+});
+
 // ---------------------------------------------------------------------------------------------------- the forger
 
 test(
