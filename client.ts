@@ -154,7 +154,7 @@ const RENEWAL = 100, RENEWED_MS = 10_000;
 /** Dies on the way, after it has opened our NAT and before a Linux router at the far end can take offence at it. */
 const OPENER_TTL = 8;
 /** A spray: so many ports, so many at a time; half of them, a pause, the other half. Nobody can have us send more. */
-const SPRAY_PORTS = 2_048, SPRAY_BURST = 4, SPRAY_BURST_MS = 20, SPRAY_PAUSE_MS = 1_000, SPRAY_INTERVAL_MS = 20_000;
+const SPRAY_PORTS = 2_048, SPRAY_BURST = 4, SPRAY_BURST_MS = 20, SPRAY_PAUSE_MS = 1_000, SPRAY_INTERVAL_MS = 14_000;
 const LOWEST_PORT = 1_024, PORTS = 65_536 - LOWEST_PORT;
 
 // Keeping a path.
@@ -622,7 +622,9 @@ export function createClient(options: ClientOptions): Client {
   const randomNumber = (bits: number) => random(4).reduce((sum, byte) => sum * 256 + byte, 0) % 2 ** bits;
   const spread = (ms: number) => ms * (1 - SPREAD + 2 * SPREAD * randomNumber(16) / 2 ** 16);
   const rttForServer = () => Math.min(65_535, Math.round(serverRtt.srtt ?? 0));
-  const local = () => addresses.slice(0, MAX_CANDIDATES).map((address) => formatEndpoint(address, port));
+  const local = () =>
+    addresses.filter((address) => scopeOf(address) === "private").slice(0, MAX_CANDIDATES)
+      .map((address) => formatEndpoint(address, port));
 
   // -- the server: logging in and staying in
 
@@ -1271,6 +1273,7 @@ export function createClient(options: ClientOptions): Client {
     if (c.best?.state === "suspect") c.lifetimes = [...c.lifetimes.slice(-1), now - c.best.bornAt];
     if (c.best && c.best !== path) c.best.state = "trying";
     c.best = path;
+    if (path && c.attempt?.spray) sprayedAt = -Infinity; // it is over
     if (path) {
       path.state = "good";
       c.retryAt = Infinity;
@@ -1422,13 +1425,7 @@ export function createClient(options: ClientOptions): Client {
       find({ socket: 0, to }, at, (answer) => facts.elsewhere = answer?.mapped);
     find({ socket: 0, to: formatEndpoint(hostOf(server), secondPort) }, now, (answer, now) => {
       facts.secondPort = answer?.mapped;
-      if (!answer?.other) return;
-      elsewhere(answer.other, now);
-      find(
-        { socket: 0, to: server, changeIp: true, changePort: true },
-        now,
-        (answer) => facts.otherAddress = answer !== null,
-      );
+      if (answer?.other) elsewhere(answer.other, now);
     });
     if (options.observer) elsewhere(options.observer, now);
     find({ socket: 0, to: server, changePort: true }, now, (answer) => facts.thirdPort = answer !== null);
@@ -1438,6 +1435,11 @@ export function createClient(options: ClientOptions): Client {
         questions--;
         find({ socket, to: server }, now, (answer, now) => {
           const outside = answer?.mapped;
+          if (i === 0 && answer?.other) { // asked by a socket that has not written there, as socket 0 has
+            find({ socket, to: server, changeIp: true, changePort: true }, now, (answer) => {
+              facts.otherAddress = answer !== null;
+            });
+          }
           facts.samples.push({ socket, inside, outside: outside ? parseEndpoint(outside)!.port : 0 });
           if (!outside || facts.samples.length < SAMPLES) return;
           hairpin ??= false;
@@ -1569,7 +1571,7 @@ export function createClient(options: ClientOptions): Client {
       // Against another counter: ours may be off by foreign flows, hence one side guesses how many there were.
       const skip = c.peer!.nat.allocation === "sequential" && guess ? i % FOREIGN_FLOWS : 0;
       const to = both ? ports.slice(i + skip, i + skip + 1) : opens ? [ports[0] ?? parseEndpoint(target)!.port] : ports;
-      const ttl = opens && attempt.volley === 0 ? OPENER_TTL : undefined;
+      const ttl = opens && (attempt.volley === 0 || isRandom(nat)) ? OPENER_TTL : undefined;
       for (const port of to) sweepTo(c, sweep, { socket, to: formatEndpoint(host, port), ttl }, now);
     }
   }
@@ -2196,14 +2198,14 @@ const GOODBYE_MS = 50, STUN_PORT = 3478;
 /** 20 letters of an alphabet of 32 without look-alikes: 100 bits. */
 const SECRET_LETTERS = "abcdefghijkmnpqrstuvwxyz23456789", SECRET_LENGTH = 20, SHORT_SECRET = 16;
 
-/** IP addresses of this host that a colleague on the same site may reach. */
+/** IP addresses of this host at which it may be reached. */
 function localAddresses(): string[] {
   try {
     const all = Object.entries(networkInterfaces()).flatMap(([name, entries]) =>
       (entries ?? []).map(({ address }) => ({ name, address }))
-    ).filter(({ address }) => scopeOf(address) === "private");
+    ).filter(({ address }) => ["private", "public"].includes(scopeOf(address)));
     const alive = all.filter(({ name }) => !DEAD_END_INTERFACES.test(name));
-    return (alive.length > 0 ? alive : all).map(({ address }) => address).slice(0, MAX_CANDIDATES);
+    return (alive.length > 0 ? alive : all).map(({ address }) => address);
   } catch {
     return []; // Deno without --allow-sys=networkInterfaces: then without a path over the LAN
   }
@@ -2454,12 +2456,13 @@ async function main(): Promise<void> {
     patient: isTerminal,
   });
 
-  let failed = false, ended = false;
+  let failed = false, ended = false, isListed = false;
   let onEvent: (event: ClientEvent) => void = () => {};
   const say = (event: ClientEvent) => {
     if (args.json) console.log(JSON.stringify(event));
     else show(inWords(event));
-    onEvent(event);
+    if (event.event === "users" && !isListed) isListed = true; // the list at login is nobody's answer
+    else onEvent(event);
     if ((event.event === "sent" && !event.ok) || event.event === "error") failed = true;
     if (event.event === "error" && event.fatal) end(1);
   };
@@ -2520,7 +2523,7 @@ async function main(): Promise<void> {
   await new Promise<void>((resolve) => {
     onEvent = (event) => event.event === "login" && resolve();
   });
-  await outcome({ command: "getu", prefix: "" });
+  perform({ command: "getu", prefix: "" });
   if (isTerminal) screen.prompt();
   for await (const line of { [Symbol.asyncIterator]: () => lines }) {
     const command = parseCommand(line);
