@@ -452,6 +452,10 @@ interface Facts {
 interface Attempt {
   number: number;
   startedAt: number;
+  /** Whom it takes for symmetric, and whether our ports cannot be foretold. */
+  hard: boolean;
+  peerHard: boolean;
+  random: boolean;
   /** The sockets opened for it; none: socket 0 serves. */
   sockets: { socket: number; port: number }[];
   plan: (Peer & { type: "P2PPLAN" }) | null;
@@ -567,7 +571,23 @@ function stepOf(samples: Facts["samples"]): number {
 /** Symmetric: a new destination gets a new port. */
 const isHard = ({ mapping }: NatClass) => mapping === "APDM" || mapping === "ADM";
 /** ... and nobody can tell which. */
-const isRandom = (nat: NatClass) => isHard(nat) && nat.allocation !== "preserving" && nat.allocation !== "sequential";
+const isRandom = (nat: NatClass) => isHard(nat) && !isPredictable(nat);
+
+const isPredictable = ({ allocation }: NatClass) => allocation === "preserving" || allocation === "sequential";
+
+/**
+ * Whom an attempt takes for symmetric: those who are and, once plain punches and fresh sockets have failed, one whose
+ * mapping a single server could not tell from ADM (escalation follows packets, not labels).
+ */
+function isTakenForHard(
+  who: NatClass,
+  other: NatClass,
+  { number, isFirst }: { number: number; isFirst: boolean },
+): boolean {
+  if (isHard(who) || isHard(other) || who.mapping !== "unknown") return isHard(who);
+  if (number === 3) return isPredictable(who);
+  return !isPredictable(who) && ((number === 2 && (isFirst || isPredictable(other))) || (number === 4 && !isFirst));
+}
 
 /** The nearest number that, as a stride, visits all PORTS = 2^10 x 3^2 x 7 of them once. */
 function coprime(start: number): number {
@@ -1465,15 +1485,15 @@ export function createClient(options: ClientOptions): Client {
 
   function startAttempt(c: Conversation, number: number, now: number): void {
     const peerNat = c.peer!.nat;
-    const isHopeless = isHard(nat) && isHard(peerNat) && (isRandom(nat) || isRandom(peerNat)); // the odds are quadratic
+    const isFirst = isLower(keys.public, c.peer!.key);
+    const hard = isTakenForHard(nat, peerNat, { number, isFirst });
+    const peerHard = isTakenForHard(peerNat, nat, { number, isFirst: !isFirst });
+    const random = hard && !isPredictable(nat), peerRandom = peerHard && !isPredictable(peerNat);
+    const isHopeless = hard && peerHard && (random || peerRandom); // the odds are quadratic
     if (c.attempt) endAttempt(c);
     if (!spend(c.attempts, ATTEMPTS_PER_PEER, { now })) return;
     if (isHopeless || (number > MAX_ATTEMPT && number !== RENEWAL) || isMirror(c)) return;
-    const count = isHard(nat)
-      ? isRandom(nat) ? SPRAY_SOCKETS : isHard(peerNat) ? GUESSES : FEW
-      : isHard(peerNat)
-      ? 0
-      : 1;
+    const count = hard ? random ? SPRAY_SOCKETS : peerHard ? GUESSES : FEW : peerHard ? 0 : 1;
     if (openSockets + count > MAX_SOCKETS) return;
     const attempt: Attempt = {
       number,
@@ -1485,7 +1505,10 @@ export function createClient(options: ClientOptions): Client {
       volley: 0,
       volleyAt: Infinity,
       spray: null,
-      endAt: now + (isRandom(nat) || isRandom(peerNat) ? SPRAY_ATTEMPT_MS : ATTEMPT_MS),
+      hard,
+      peerHard,
+      random,
+      endAt: now + (random || peerRandom ? SPRAY_ATTEMPT_MS : ATTEMPT_MS),
     };
     c.attempt = attempt;
     let left = count;
@@ -1515,8 +1538,8 @@ export function createClient(options: ClientOptions): Client {
         (answer, now) => answer?.mapped && then(parseEndpoint(answer.mapped)!.port, now),
       );
     if (!session || inside.length === 0) return;
-    if (!isHard(nat)) outside(attempt.sockets[0]!.socket, (port, now) => announce([port], now));
-    else if (isRandom(nat)) announce(nat.allocation === "block" ? block : [], now, 1);
+    if (!attempt.hard) outside(attempt.sockets[0]!.socket, (port, now) => announce([port], now));
+    else if (attempt.random) announce(nat.allocation === "block" ? block : [], now, 1);
     else if (nat.allocation === "preserving") announce(inside, now);
     else {
       openSocket((socket, _port, now) =>
@@ -1545,8 +1568,8 @@ export function createClient(options: ClientOptions): Client {
   /** Whether both sides know where to send; if so, now. */
   function aim(c: Conversation, now: number): void {
     const attempt = c.attempt!;
-    const isReady = attempt.plan !== null || (!isHard(nat) && isHard(c.peer!.nat));
-    const knowsWhere = attempt.theirs !== null || (isHard(nat) && !isHard(c.peer!.nat));
+    const isReady = attempt.plan !== null || (!attempt.hard && attempt.peerHard);
+    const knowsWhere = attempt.theirs !== null || (attempt.hard && !attempt.peerHard);
     if (isReady && knowsWhere && attempt.volleyAt === Infinity && attempt.volley === 0) attempt.volleyAt = now;
   }
 
@@ -1557,8 +1580,8 @@ export function createClient(options: ClientOptions): Client {
     const attempt = c.attempt!, target = publicOf(c);
     if (!target || isSettled(c)) return;
     const host = hostOf(target), ports = attempt.theirs?.ports ?? [];
-    const both = isHard(nat) && isHard(c.peer!.nat), opens = isHard(nat) && !both;
-    if (attempt.theirs?.spray && !isHard(nat)) {
+    const both = attempt.hard && attempt.peerHard, opens = attempt.hard && !both;
+    if (attempt.theirs?.spray && !attempt.hard) {
       if (attempt.spray || now - sprayedAt < SPRAY_INTERVAL_MS) return; // one at a time, on this host
       sprayedAt = now;
       attempt.spray = { next: 0, at: now, first: randomNumber(16), stride: coprime(randomNumber(16)), block: ports };
@@ -1571,7 +1594,7 @@ export function createClient(options: ClientOptions): Client {
       // Against another counter: ours may be off by foreign flows, hence one side guesses how many there were.
       const skip = c.peer!.nat.allocation === "sequential" && guess ? i % FOREIGN_FLOWS : 0;
       const to = both ? ports.slice(i + skip, i + skip + 1) : opens ? [ports[0] ?? parseEndpoint(target)!.port] : ports;
-      const ttl = opens && (attempt.volley === 0 || isRandom(nat)) ? OPENER_TTL : undefined;
+      const ttl = opens && (attempt.volley === 0 || attempt.random) ? OPENER_TTL : undefined;
       for (const port of to) sweepTo(c, sweep, { socket, to: formatEndpoint(host, port), ttl }, now);
     }
   }
@@ -1608,11 +1631,8 @@ export function createClient(options: ClientOptions): Client {
     }
     while (now >= attempt.volleyAt) {
       volley(c, now);
-      const times = !isHard(nat) || isHard(c.peer!.nat)
-        ? VOLLEYS_MS
-        : isRandom(nat)
-        ? SPRAY_VOLLEYS_MS
-        : OPENER_VOLLEYS_MS;
+      const opens = attempt.hard && !attempt.peerHard;
+      const times = !opens ? VOLLEYS_MS : attempt.random ? SPRAY_VOLLEYS_MS : OPENER_VOLLEYS_MS;
       const wait = (times[attempt.volley + 1] ?? Infinity) - times[attempt.volley]!;
       attempt.volley++;
       attempt.volleyAt += wait;

@@ -7,7 +7,7 @@
  *          |                                                              messages, a mapping that changes, silence
  *          +------------> ICE, Tailscale, hyperdht, frp: their published constants over the same classes, R and D
  *
- *     deno run -A lab/population.ts [PAIRS] [SEED]         the tables, and lab/population.svg
+ *     deno run -A lab/population.ts [PAIRS] [SEED]         the tables, and (10,000 or more) lab/population.svg
  *     deno run -A lab/population.ts 1 SEED PAIR            one pair: its NATs and what happened when
  *
  * Sources, as in the notes that the numbers were collected in: [G] is a guess, [D] derived. Papers by name: Ford (USENIX
@@ -28,6 +28,8 @@ import { createWorld, DELAY_MS, join, type Player, type World } from "./scenario
 // ---------------------------------------------------------------------------------------------------- constants
 
 const PAIRS = 20_000;
+/** Fewer pairs do not replace the picture. */
+const PICTURE_PAIRS = 10_000;
 /** Access line, one way, uniform: a fibre at 5, a phone on a bad day at 60 [G]. */
 const ACCESS_MS = [5, 60] as const;
 /** Of the access delay of a carrier's subscriber so much lies behind the carrier's NAT [G]. */
@@ -278,7 +280,7 @@ export interface Run extends Outcome {
   path: string; // at last
 }
 
-function place(world: World, { sites, place, isolated }: Pair): [Player, Player] {
+function settle(world: World, { sites, place, isolated }: Pair): [Player, Player] {
   const { net } = world;
   let shared: Nat[] = [];
   const put = (name: string, side: number): Player => {
@@ -317,7 +319,7 @@ export function runPair(
 ): Run {
   const world = createWorld({ seed: `${seed} pair ${pair.index}`, loss: LOSS, jitterMs: JITTER_MS });
   const { net } = world;
-  const players = place(world, pair);
+  const players = settle(world, pair);
   const [alice, bob] = players;
   watch?.(world, players);
   const run: Run = {
@@ -622,14 +624,18 @@ export function summarize(results: readonly Result[]): Row[] {
 const percent = (part: number) => `${(100 * part).toFixed(1)} %`;
 const ms = (time: number) => time <= EVER_MS ? Math.round(time).toLocaleString("en") : "never";
 
-function columns(rows: string[][]): string {
+/** Numbers stand to the right, words to the left: the first column, and the last one if told so. */
+function columns(rows: string[][], { words = false } = {}): string {
   const widths = rows[0]!.map((_, i) => Math.max(...rows.map((row) => row[i]!.length)));
-  return rows.map((row) =>
-    row.map((cell, i) => i === 0 ? cell.padEnd(widths[i]!) : cell.padStart(widths[i]!)).join("  ")
-  )
-    .map((line) => line.trimEnd()).join("\n");
+  const isLeft = (i: number) => i === 0 || (words && i === widths.length - 1);
+  const line = (row: string[]) => row.map((cell, i) => isLeft(i) ? cell.padEnd(widths[i]!) : cell.padStart(widths[i]!));
+  return rows.map((row) => line(row).join("  ").trimEnd()).join("\n");
 }
 
+const spread = (values: number[]) =>
+  `${Math.round(quantile(values, 0.05))}-${Math.round(quantile(values, 0.95))} ms (median ${
+    Math.round(quantile(values, 0.5))
+  })`;
 const three = (label: string) => ["50", "95", "99"].map((q) => `${label} p${q}`);
 
 /** The tables. */
@@ -645,7 +651,7 @@ export function report(results: readonly Result[], seed: number | string): strin
       ...blocked ? [] : [idle.length > 1 ? "10-200" : idle[0]!.slice(1).join("-").replace(/^(\d+)-\1$/, "$1")],
       basis,
     ]),
-  ]);
+  ], { words: true });
   const main = columns([
     ["", "direct: all", "UDP pairs", "in 60 s", "delivered: all", "UDP pairs", "message p50", "p95", "p99", "datagrams"]
       .concat("p50", "p95"),
@@ -681,7 +687,7 @@ export function report(results: readonly Result[], seed: number | string): strin
       ...[key, `${all.length}`, `${bad.length}`, `${bad.filter(({ run }) => run.directMs < Infinity).length}`],
       numbers(bad),
     ]),
-  ]);
+  ], { words: true });
 
   const forgot = capable.filter(({ run }) => run.isIn && run.backMs >= 0), again = forgot.filter(isDirect);
   const long = capable.filter(({ run }) => run.long > 0 && isDirect({ run } as Result));
@@ -697,13 +703,13 @@ ${mix}
 ${count(results)} pairs, seed ${seed}: ${count(capable)} where both have UDP, ${
     count(possible)
   } where theory knows a way.
-R ${quantileText(results.map(({ pair }) => pair.r[0]))}, D ${quantileText(results.map(({ pair }) => pair.d))}.
+R ${spread(results.map(({ pair }) => pair.r[0]))}, D ${spread(results.map(({ pair }) => pair.d))}.
 Direct within 15 s of the call; "punch" is the real server and client, the others are models.
 
 ${main}
 
-The ${count(results)} - ${
-    count(capable)
+The ${
+    count(results.filter(({ pair }) => !pair.isCapable))
   } pairs with a UDP-blocked side cannot be delivered by what speaks UDP only: neither punch nor hyperdht
 does; ICE (TURN over TCP), Tailscale (DERP) and frp (stcp) do, which is why their column says 100 %.
 
@@ -738,10 +744,7 @@ Not delivered, of UDP-capable pairs: ${lost.length > 0 ? numbers(lost) : "none"}
   }`;
 }
 
-const quantileText = (values: number[]) =>
-  `${Math.round(quantile(values, 0.05))}-${Math.round(quantile(values, 0.95))} ms (median ${
-    Math.round(quantile(values, 0.5))
-  })`;
+const hostOf = (endpoint: string) => endpoint.replace(/:\d+$/, "");
 
 /** What happened to one pair, and when. */
 function explain(seed: number | string, index: number): string {
@@ -773,8 +776,6 @@ function explain(seed: number | string, index: number): string {
     JSON.stringify(run, (_, value) => value === Infinity ? "never" : value),
   ].join("\n");
 }
-
-const hostOf = (endpoint: string) => endpoint.replace(/:\d+$/, "");
 
 // ---------------------------------------------------------------------------------------------------- the picture
 
@@ -820,7 +821,7 @@ export function picture(results: readonly Result[]): string {
   parts.push(`<polyline stroke="${COLOURS[0]}" stroke-dasharray="3 4" points="${line(0, "messageMs")}"/>`);
   for (let i = SYSTEMS.length - 1; i >= 0; i--) {
     parts.push(
-      `<polyline stroke="${COLOURS[i]}"${i === 0 ? ` stroke-width="3"` : ""} points="${line(i, "directMs")}"/>`,
+      `<polyline stroke="${COLOURS[i]}"${i === 0 ? ` class="ours"` : ""} points="${line(i, "directMs")}"/>`,
     );
   }
   const bars = BOTTOM + 62, barLeft = 176, barWidth = 330;
@@ -863,6 +864,7 @@ text { font: 12px system-ui, sans-serif; fill: ${GREY} }
 .head { font-weight: 600 }
 .grid { stroke: ${GREY}; stroke-opacity: 0.3 }
 polyline { fill: none; stroke-width: 2; stroke-linejoin: round }
+.ours { stroke-width: 3 }
 </style>
 ${parts.join("\n")}
 </svg>
@@ -915,7 +917,9 @@ if (import.meta.main) {
       const began = performance.now();
       const results = await everywhere(Number(pairs), seed);
       console.log(report(results, seed));
-      writeFileSync(fileURLToPath(new URL("population.svg", import.meta.url).href), picture(results));
+      if (results.length >= PICTURE_PAIRS) {
+        writeFileSync(fileURLToPath(new URL("population.svg", import.meta.url).href), picture(results));
+      }
       console.log(`\n${Math.round((performance.now() - began) / 1_000)} s`);
     }
   }

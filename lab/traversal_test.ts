@@ -239,3 +239,15 @@ test("mappings that die at a certain age, whatever the traffic, are left before 
   // Without moving in time the path would die under one message in 120, ten times in all.
   assert.ok(slow[0]! >= 1 && slow[1]! <= 2, `${slow}`);
 });
+
+test("address-dependent mapping, which one server cannot tell: passed all the same, later", () => {
+  for (const kind of ["ADM+APDF random", "ADM+APDF preserving", "ADM+APDF sequential"]) {
+    for (const other of ["EIM+APDF random", "linux drop"]) {
+      for (const [caller, called] of [[kind, other], [other, kind]]) {
+        const round = call(caller!, called!, 2);
+        assert.ok(directAfter(round, 25_000) < Infinity, `${caller} calls ${called}`);
+        assert.equal(round.bob.events("message")[0]!.at - round.start, R);
+      }
+    }
+  }
+});
