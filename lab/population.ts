@@ -9,6 +9,7 @@
  *
  *     deno run -A lab/population.ts [PAIRS] [SEED]         the tables, and (10,000 or more) lab/population.svg
  *     deno run -A lab/population.ts 1 SEED PAIR            one pair: its NATs and what happened when
+ *     SILENCE=123 deno run -A lab/population.ts 6000       called after so many seconds without a word, not after 3
  *
  * Sources, as in the notes that the numbers were collected in: [G] is a guess, [D] derived. Papers by name: Ford (USENIX
  * 2005), Richter (IMC 2016), Halkes (2011), Hatonen (IMC 2010), RFC 9308. The shares of the classes are as uncertain as
@@ -36,8 +37,11 @@ const ACCESS_MS = [5, 60] as const;
 const CARRIER_MS = 5;
 /** On the core, per datagram: what the published mix asks for. */
 const LOSS = 0.01, JITTER_MS = 10;
-/** After both are in and before the call, as two people need; the NATs are classified by then. */
-const BEFORE_CALL_MS = 3_000;
+/**
+ * After both are in and before the call: as two people need; the NATs are classified by then. With SILENCE=123 in the
+ * environment so many seconds: then mappings have died that a keepalive every 20 s does not hold.
+ */
+const BEFORE_CALL_MS = 1_000 * Number(process.env["SILENCE"] ?? 3);
 /** Direct by then, or counted as relayed; and, for those who are late, whether they ever become direct. */
 const JUDGED_MS = 15_000, EVER_MS = 60_000;
 /** Both users behind one NAT [mix]; of those at a carrier a third meet at the carrier's NAT only [G]. */
@@ -704,7 +708,9 @@ ${count(results)} pairs, seed ${seed}: ${count(capable)} where both have UDP, ${
     count(possible)
   } where theory knows a way.
 R ${spread(results.map(({ pair }) => pair.r[0]))}, D ${spread(results.map(({ pair }) => pair.d))}.
-Direct within 15 s of the call; "punch" is the real server and client, the others are models.
+Called ${
+    BEFORE_CALL_MS / 1_000
+  } s after the login, direct within 15 s of the call; "punch" is the real server and client, the others are models.
 
 ${main}
 
@@ -917,7 +923,7 @@ if (import.meta.main) {
       const began = performance.now();
       const results = await everywhere(Number(pairs), seed);
       console.log(report(results, seed));
-      if (results.length >= PICTURE_PAIRS) {
+      if (results.length >= PICTURE_PAIRS && BEFORE_CALL_MS === 3_000) {
         writeFileSync(fileURLToPath(new URL("population.svg", import.meta.url).href), picture(results));
       }
       console.log(`\n${Math.round((performance.now() - began) / 1_000)} s`);
