@@ -99,6 +99,8 @@ const CALLS_PER_SESSION: Rate = { perSecond: 20, burst: 100 };
 const PAGES_PER_SESSION: Rate = { perSecond: 200, burst: 2_000 };
 const RELAYED_BYTES_PER_SESSION: Rate = { perSecond: 256 * 1024, burst: 512 * 1024 };
 const ERRORS_PER_SESSION: Rate = { perSecond: 10, burst: 20 };
+/** Strangers altogether, with a cookie and without: under a flood the rest is dropped unread, so that sessions are served. */
+const STRANGERS: Rate = { perSecond: 10_000, burst: 20_000 };
 const LOG_LINES: Rate = { perSecond: 20, burst: 200 };
 // STUN alone is larger than its question (1.6 times; 2.2 with IPv6, 2.8 and 4.6 with a second address), and it cannot
 // ask for a cookie: whoever forges a victim's address gets no more than this to it, and nobody can make us remember
@@ -267,6 +269,7 @@ export function createServer(options: ServerOptions): Server {
   const stunWhenFull = fullBucket(STUN_WHEN_FULL, 0), stunAltogether = fullBucket(STUN_ALTOGETHER, 0);
   /** Of our sockets; 0: not open. */
   const ports = [0, 0, 0, 0, 0];
+  const strangers = fullBucket(STRANGERS, 0), claimants = fullBucket(STRANGERS, 0);
   let sweepAt = Infinity;
 
   // -- STUN: how a stranger's endpoint looks from here
@@ -553,6 +556,11 @@ export function createServer(options: ServerOptions): Server {
     },
     receive(datagram, now) {
       if (datagram.data[0]! < 4) return answerStun(datagram, now);
+      if (!sessions.has(hex(datagram.data.subarray(2, 10)))) { // the id, see protocol.ts; for LOGIN a cookie comes after it
+        const hasCookie = datagram.data[1] === CONTROL.LOGIN.code &&
+          datagram.data.subarray(16, 24).some((byte) => byte !== 0);
+        if (!spend(hasCookie ? claimants : strangers, STRANGERS, { now })) return [];
+      }
       const message = decode(datagram.data);
       if (!message || CONTROL[message.type].way === "S -> C") return []; // no answer to an answer: that would never end
       if (message.type === "LOGIN") return login(message, datagram, now);
