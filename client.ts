@@ -103,16 +103,18 @@ export const MAX_MESSAGE_BYTES = 65_536;
 // Towards the server.
 const FIRST_LOGIN_MS = 10_000;
 /** Between two attempts to log in: grows by half each time, up to the second number. */
-const LOGIN_RETRY_MS = 400, LOGIN_RETRY_MAX_MS = 5_000;
+const LOGIN_RETRY_MS = 400, LOGIN_RETRY_MAX_MS = 3_000;
 /** After so many attempts without a word from the server everything is forgotten that it has said. */
 const TRIES_BEFORE_ANEW = 4;
 /** Under the 30 s after which the strictest NATs forget (RFC 4787 REQ-5 asks for 2 min; few heed it). */
 const KEEPALIVE_MS = 20_000;
 /** While a conversation lives on the relay: a restarted server must be noticed before a message fails. */
 const RELAY_KEEPALIVE_MS = 2_000;
+/** While one goes on directly: a carrier may end all our mappings at once, and no message may wait 15 s for the next. */
+const WARM_KEEPALIVE_MS = 10_000;
 /** Keepalives of several clients, or several paths, must not fall into step. */
 const SPREAD = 0.2;
-/** So many keepalives in a row unanswered: the server is gone. At 30 % loss that is chance once in 200 times, and does no harm. */
+/** So many keepalives in a row unanswered, and nothing else heard from it: the server is gone. */
 const KEEPALIVE_TRIES = 8;
 const LIST_RETRY_MS = 500, LIST_TRIES = 8;
 /** Answers to cookies without anything between that shows progress; more would be a loop. */
@@ -131,7 +133,8 @@ const MAX_PROBES = 256;
 // Knowing one's NAT.
 /** A STUN question is asked again so often; what is unanswered then has been filtered, or lost. */
 const QUERY_MS = 250, QUERY_TRIES = 4;
-const SAMPLES = 3;
+/** Three random ports lie within a block by chance once in 80 times, four once in a thousand. */
+const SAMPLES = 4;
 /** Ports of successive mappings this near to each other are a sequence, or this near, a block. */
 const SEQUENCE_STEP = 8, BLOCK_SPAN = 4_096;
 /** How far a block may reach beyond what we have seen of it. */
@@ -153,8 +156,13 @@ const TELL_PLAN_MS = 300, ATTEMPT_MS = 1_000, SPRAY_ATTEMPT_MS = 13_000, MAX_ATT
 const RENEWAL = 100, RENEWED_MS = 10_000;
 /** Dies on the way, after it has opened our NAT and before a Linux router at the far end can take offence at it. */
 const OPENER_TTL = 8;
-/** A spray: so many ports, so many at a time; half of them, a pause, the other half. Nobody can have us send more. */
-const SPRAY_PORTS = 2_048, SPRAY_BURST = 4, SPRAY_BURST_MS = 20, SPRAY_PAUSE_MS = 1_000, SPRAY_INTERVAL_MS = 14_000;
+/** A spray: so many ports, so many at a time, a little ahead at first; half of them, a pause, the other half; never more. */
+const SPRAY_PORTS = 2_048,
+  SPRAY_BURST = 4,
+  SPRAY_BURST_MS = 20,
+  SPRAY_AHEAD_MS = 60,
+  SPRAY_PAUSE_MS = 1_000,
+  SPRAY_INTERVAL_MS = 14_000;
 const LOWEST_PORT = 1_024, PORTS = 65_536 - LOWEST_PORT;
 
 // Keeping a path.
@@ -406,6 +414,8 @@ interface Conversation {
   ackDue: boolean;
   lastError: Reason | null;
 
+  /** The introduction that we have asked for: how often, and when to ask again. */
+  call: { tries: number; dueAt: number } | null;
   calledAt: number;
   rounds: number;
   punching: { from: number; step: number; reported: boolean } | null;
@@ -431,7 +441,7 @@ interface Query {
   data: Uint8Array;
   tries: number;
   dueAt: number;
-  done(answer: Stun | null, now: number): void;
+  done(answer: Stun | null): void;
 }
 
 /** What discovery has found out; undefined: not yet, or no answer. */
@@ -631,10 +641,11 @@ export function createClient(options: ClientOptions): Client {
   let discovery: { waiting: (() => void)[] } | null = null;
   const queries = new Map<string, Query>();
   /** Sockets that are being opened; who wants them. */
-  const opening = new Map<number, (port: number, now: number) => void>();
+  const opening = new Map<number, (port: number) => void>();
   let sockets = 1, openSockets = 0, sprayedAt = -Infinity, punches: Bucket | null = null;
   let state: "new" | "in" | "out" | "closed" = "new"; // `out`: was in, is coming back
-  let effects: Effect<ClientEvent>[] = [];
+  /** Of the event that is being handled, in ms; and what it has led to so far. */
+  let now = 0, effects: Effect<ClientEvent>[] = [];
 
   const emit = (event: ClientEvent) => void effects.push({ kind: "event", event });
   const send = (socket: number, to: Endpoint, data: Uint8Array, ttl?: number) =>
@@ -654,7 +665,7 @@ export function createClient(options: ClientOptions): Client {
     return counter;
   }
 
-  function beginLogin(now: number, delay = 0): void {
+  function beginLogin(delay = 0): void {
     login = {
       nonce: hex(random(8)),
       clock: Math.floor(now),
@@ -667,7 +678,7 @@ export function createClient(options: ClientOptions): Client {
     };
   }
 
-  function sendLogin(now: number): void {
+  function sendLogin(): void {
     const { nonce, clock, cookie } = login!;
     login!.nextAt = now + Math.min(LOGIN_RETRY_MAX_MS, LOGIN_RETRY_MS * RTO_GROWTH ** login!.tries);
     // The IP versions take turns until one of them has answered.
@@ -691,28 +702,28 @@ export function createClient(options: ClientOptions): Client {
     send(0, to, encode(message, { id: nonce, counter: clock, key }));
   }
 
-  function onCookie(message: Control & { type: "COOKIE" }, from: Endpoint, now: number): void {
+  function onCookie(message: Control & { type: "COOKIE" }, from: Endpoint): void {
     if (login && message.id === login.nonce && message.counter === login.clock) {
       const shared = agree(keys.secret, message.key);
       if (!shared || login.challenges++ >= MAX_CHALLENGES) return;
       if (login.tries === 1) sample(serverRtt, now - login.askedAt);
       login.cookie = { cookie: message.cookie, server: from, serverKey: message.key, shared };
-      sendLogin(now);
+      sendLogin();
     } else if (session && message.id === session.token) {
       if (message.known) { // we have moved
-        if (session.challenges++ < MAX_CHALLENGES) keepalive(now, message.cookie, from);
-      } else if (!session.asked) keepalive(now); // a hint, but anybody on the way could have replayed it
+        if (session.challenges++ < MAX_CHALLENGES) keepalive(message.cookie, from);
+      } else if (!session.asked) keepalive(); // a hint, but anybody on the way could have replayed it
       else if (message.counter >= session.asked.first && !login) { // the question itself is answered so: it is true
         const shared = agree(keys.secret, message.key);
-        reconnect("the server has forgotten us", now);
+        reconnect("the server has forgotten us");
         if (!shared) return;
         login!.cookie = { cookie: message.cookie, server: from, serverKey: message.key, shared };
-        sendLogin(now);
+        sendLogin();
       }
     }
   }
 
-  function onWelcome(message: Control & { type: "WELCOME" }, data: Uint8Array, now: number): void {
+  function onWelcome(message: Control & { type: "WELCOME" }, data: Uint8Array): void {
     if (!login?.cookie || message.id !== login.nonce) return;
     const { shared, server, serverKey } = login.cookie;
     const macs = controlKeys(shared, message.token);
@@ -734,18 +745,18 @@ export function createClient(options: ClientOptions): Client {
       challenges: 0,
     };
     login = null;
-    for (const user of message.users) learn(user, now);
+    for (const user of message.users) learn(user);
     if (state === "new") {
       emit({ event: "login", name, server, public: message.public, local: local(), users: message.total });
     } else if (state === "out") emit({ event: "reconnected", name, reason: "" });
     state = "in";
-    discover(now);
+    discover();
     const other = servers.find((endpoint) => isIPv6(endpoint) !== isIPv6(server));
-    if (other) keepalive(now, NO_ID, other);
+    if (other) keepalive(NO_ID, other);
     for (const conversation of conversations.values()) {
       dropHandshake(conversation); // begun under the nonce of the login before
-      if (before && isWarm(conversation, now)) callAgain(conversation, now);
-      pump(conversation, now);
+      if (before && isWarm(conversation)) callAgain(conversation);
+      pump(conversation);
     }
     if (before) { for (const listing of listings) listing.dueAt = now; }
   }
@@ -765,13 +776,13 @@ export function createClient(options: ClientOptions): Client {
     if (state === "closed") login = null;
   }
 
-  function reconnect(reason: string, now: number, delay = 0): void {
+  function reconnect(reason: string, delay = 0): void {
     if (state === "in") emit({ event: "reconnecting", name, reason });
     if (state !== "closed") state = "out";
-    beginLogin(now, delay);
+    beginLogin(delay);
   }
 
-  function keepalive(now: number, cookie = NO_ID, to = session!.server): void {
+  function keepalive(cookie = NO_ID, to = session!.server): void {
     const counter = tell({ type: "KEEPALIVE", cookie, rttMs: rttForServer(), nat, local: local() }, to);
     if (to !== session!.server) return;
     const { first, tries } = session!.asked ?? { first: counter, tries: 0 };
@@ -779,12 +790,13 @@ export function createClient(options: ClientOptions): Client {
     session!.keepaliveAt = now + timeout(serverRtt, session!.asked.tries);
   }
 
-  function onAlive(message: Control & { type: "ALIVE" }, from: Endpoint, now: number): void {
+  function onAlive(message: Control & { type: "ALIVE" }, from: Endpoint): void {
     session!.challenges = 0;
     if (from !== session!.server) return;
     if (session!.asked?.counter === message.asked) sample(serverRtt, now - session!.asked.at);
     session!.asked = null;
-    session!.keepaliveAt = now + spread(onRelay(now) ? RELAY_KEEPALIVE_MS : KEEPALIVE_MS);
+    session!.keepaliveAt = now +
+      spread(onRelay() ? RELAY_KEEPALIVE_MS : isTalking() ? WARM_KEEPALIVE_MS : KEEPALIVE_MS);
     if (login) { // it was there all the time
       login = null;
       state = "in";
@@ -792,16 +804,17 @@ export function createClient(options: ClientOptions): Client {
     }
     if (message.public !== session!.public) {
       session!.public = message.public;
-      discover(now);
+      discover();
       for (const conversation of conversations.values()) {
-        if (isWarm(conversation, now)) callAgain(conversation, now);
+        if (isWarm(conversation)) callAgain(conversation);
       }
     }
   }
 
-  const onRelay = (now: number) => [...conversations.values()].some((c) => !c.best && isWarm(c, now));
+  const isTalking = () => [...conversations.values()].some(isWarm);
+  const onRelay = () => [...conversations.values()].some((c) => !c.best && isWarm(c));
 
-  function wakeLink(now: number): void {
+  function wakeLink(): void {
     if (login && now >= loginWakeAt()) {
       if (state === "new" && !options.patient && now - login.since >= FIRST_LOGIN_MS) {
         const message = `No answer from the server at ${servers.join(" or ")}: is it running, and is UDP let through?`;
@@ -815,32 +828,32 @@ export function createClient(options: ClientOptions): Client {
       }
       login.challenges = 0;
       if (login.tries % TRIES_BEFORE_ANEW === 0) login.cookie = null; // perhaps it is the other IP version now
-      sendLogin(now);
+      sendLogin();
     }
     if (!session || login || now < session.keepaliveAt) return;
-    if ((session.asked?.tries ?? 0) >= KEEPALIVE_TRIES) return reconnect("the server does not answer", now);
-    keepalive(now);
+    if ((session.asked?.tries ?? 0) >= KEEPALIVE_TRIES) return reconnect("the server does not answer");
+    keepalive();
     const other = servers.find((endpoint) => isIPv6(endpoint) !== isIPv6(session!.server));
-    if (other && session.asked!.tries === 1 && !onRelay(now)) keepalive(now, NO_ID, other);
+    if (other && session.asked!.tries === 1 && !onRelay()) keepalive(NO_ID, other);
   }
 
   const linkWakeAt = () => login ? loginWakeAt() : session ? session.keepaliveAt : Infinity;
   const loginWakeAt = () =>
     state === "new" && !options.patient ? Math.min(login!.nextAt, login!.since + FIRST_LOGIN_MS) : login!.nextAt;
 
-  function learn(user: User, now: number): void {
+  function learn(user: User): void {
     known.delete(user.name);
     if (known.size >= MAX_KNOWN_USERS) known.delete(known.keys().next().value!);
     known.set(user.name, user);
     const conversation = conversations.get(user.name);
     if (conversation?.peer && conversation.peer.nonce !== user.nonce) {
-      renew(conversation, { ...conversation.peer, nonce: user.nonce, key: user.key }, now);
+      renew(conversation, { ...conversation.peer, nonce: user.nonce, key: user.key });
     }
   }
 
   // -- conversations: who the peer is, and the session with it
 
-  function conversationWith(peerName: string, now: number): Conversation | null {
+  function conversationWith(peerName: string): Conversation | null {
     const found = conversations.get(peerName);
     if (found) return found;
     if (conversations.size >= MAX_CONVERSATIONS) {
@@ -873,6 +886,7 @@ export function createClient(options: ClientOptions): Client {
       incoming: null,
       ackDue: false,
       lastError: null,
+      call: null,
       calledAt: now,
       rounds: 0,
       punching: null,
@@ -893,7 +907,7 @@ export function createClient(options: ClientOptions): Client {
     return conversation;
   }
 
-  const isWarm = (c: Conversation, now: number) => now - c.talkedAt < WARM_MS;
+  const isWarm = (c: Conversation) => now - c.talkedAt < WARM_MS;
   const isMirror = (c: Conversation) => c.name === name;
 
   function forget(c: Conversation): void {
@@ -908,7 +922,7 @@ export function createClient(options: ClientOptions): Client {
     !peer || !verified.has(name) || verified.get(name) === hex(peer.key);
 
   /** The server's word on who the peer is now; false if it cannot be. */
-  function renew(c: Conversation, peer: Introduced, now: number): boolean {
+  function renew(c: Conversation, peer: Introduced): boolean {
     const key = hex(peer.key), before = c.peer && hex(c.peer.key);
     if (key === hex(keys.public) && !isMirror(c)) return false; // our own messages would come back as somebody else's
     if (before !== null && before !== key) {
@@ -922,7 +936,7 @@ export function createClient(options: ClientOptions): Client {
     }
     c.peer = peer;
     c.untrusted = !isTrusted(c);
-    if (c.untrusted) failAll(c, "untrusted", now);
+    if (c.untrusted) failAll(c, "untrusted");
     return !c.untrusted;
   }
 
@@ -938,15 +952,15 @@ export function createClient(options: ClientOptions): Client {
   }
 
   /** Opens a session with the peer, for what waits to be sent. */
-  function open(c: Conversation, now: number): void {
+  function open(c: Conversation): void {
     if (c.opening || !session) return;
     c.opening = { tries: 0, dueAt: now, handshake: null };
-    sendOpening(c, now);
+    sendOpening(c);
   }
 
-  function sendOpening(c: Conversation, now: number): void {
+  function sendOpening(c: Conversation): void {
     const opening = c.opening!;
-    opening.handshake ??= c.peer && beginHandshake(c, c.peer, now);
+    opening.handshake ??= c.peer && beginHandshake(c, c.peer);
     opening.dueAt = now + timeout(c.relayRtt, ++opening.tries);
     for (let copy = 0; copy < Math.min(MAX_COPIES, opening.tries); copy++) {
       relay(c, opening.handshake ? firstMessage(c, 0) : NO_BYTES, { calls: copy === 0 });
@@ -954,9 +968,9 @@ export function createClient(options: ClientOptions): Client {
   }
 
   /** Begins a handshake, with the oldest part inside if there is one. */
-  function beginHandshake(c: Conversation, peer: Introduced, now: number): Opening["handshake"] {
+  function beginHandshake(c: Conversation, peer: Introduced): Opening["handshake"] {
     const part = c.parts[0];
-    const inner = part ? asMessage(c, part) : { type: "P2PTRASH", probe: newProbe(c, null, now) } as const;
+    const inner = part ? asMessage(c, part) : { type: "P2PTRASH", probe: newProbe(c, null) } as const;
     const initiation = initiate({
       own: keys,
       peer: peer.key,
@@ -965,7 +979,7 @@ export function createClient(options: ClientOptions): Client {
       ephemeral: options.generateKeys(),
     }, concat(Buffer.from(c.stream, "hex"), encodeInner(inner)));
     if (!initiation) return null;
-    if (part) mark(part, { now, over: null, dueAt: Infinity }); // from here on the handshake sees to it
+    if (part) mark(part, { over: null, dueAt: Infinity }); // from here on the handshake sees to it
     const index = newIndex();
     byIndex.set(index, { conversation: c, secure: null });
     return { index, initiation };
@@ -982,7 +996,7 @@ export function createClient(options: ClientOptions): Client {
     return encodeHandshake({ type: "P2PFIRST", from: index, probe, noise: initiation.message });
   }
 
-  function onFirst(c: Conversation, message: Handshake & { type: "P2PFIRST" }, now: number): void {
+  function onFirst(c: Conversation, message: Handshake & { type: "P2PFIRST" }): void {
     const ephemeral = hex(message.noise.subarray(0, 32));
     if (!c.peer || !session || !isTrusted(c) || !spend(c.handshakes, HANDSHAKES_PER_PEER, { now })) return;
     const response = respond({
@@ -1005,8 +1019,8 @@ export function createClient(options: ClientOptions): Client {
     if (ephemerals.size >= MAX_EPHEMERALS) ephemerals.delete(ephemerals.keys().next().value!);
     ephemerals.set(ephemeral, { conversation: c, secure });
     openStream(c, stream);
-    onFrame(c, { frame: inner, origin: null, stream, now });
-    if (secure && secure !== c.secure) acknowledge(c, null, now, secure);
+    onFrame(c, { frame: inner, origin: null, stream });
+    if (secure && secure !== c.secure) acknowledge(c, null, secure);
   }
 
   /**
@@ -1033,7 +1047,7 @@ export function createClient(options: ClientOptions): Client {
     return secure;
   }
 
-  function onSecond(message: Handshake & { type: "P2PSECOND" }, origin: Origin, now: number): void {
+  function onSecond(message: Handshake & { type: "P2PSECOND" }, origin: Origin): void {
     const entry = byIndex.get(message.to);
     const handshake = entry?.conversation.opening?.handshake;
     if (entry && handshake?.index === message.to) {
@@ -1046,15 +1060,15 @@ export function createClient(options: ClientOptions): Client {
       openStream(c, stream);
       for (const part of c.parts) if (part.dueAt === Infinity) part.dueAt = now + timeout(c.relayRtt, 1);
     }
-    onSealed(message.sealed, origin, now);
-    if (entry) settle(entry.conversation, now);
+    onSealed(message.sealed, origin);
+    if (entry) settle(entry.conversation);
   }
 
   /** What waited for a session. */
-  function settle(c: Conversation, now: number): void {
-    if (c.ackDue && sealing(c)) acknowledge(c, null, now);
+  function settle(c: Conversation): void {
+    if (c.ackDue && sealing(c)) acknowledge(c, null);
     if (c.attempt?.plan && c.attempt.tellAt === Infinity && sealing(c)) c.attempt.tellAt = now;
-    pump(c, now);
+    pump(c);
   }
 
   /** Somebody who passes for the peer does not know what it must know. */
@@ -1080,7 +1094,7 @@ export function createClient(options: ClientOptions): Client {
       : data;
   }
 
-  function onSealed(data: Uint8Array, origin: Origin, now: number): void {
+  function onSealed(data: Uint8Array, origin: Origin): void {
     const header = peerHeader(data);
     const entry = header && byIndex.get(header.index);
     if (!entry?.secure) return;
@@ -1090,29 +1104,39 @@ export function createClient(options: ClientOptions): Client {
     if (!frame || !isFresh(secure.window, header!.counter)) return;
     if (secure.second) conversation.secure = secure;
     secure.second = null;
-    onFrame(conversation, { frame, origin, stream: secure.stream, now });
-    settle(conversation, now);
+    onFrame(conversation, { frame, origin, stream: secure.stream });
+    settle(conversation);
   }
 
   function onFrame(
     c: Conversation,
-    { frame, origin, stream, now }: { frame: Peer; origin: Origin; stream: string; now: number },
+    { frame, origin, stream }: { frame: Peer; origin: Origin; stream: string },
   ): void {
-    if (frame.type === "P2PMESSAGE") onPart(c, frame, { origin, stream, now });
-    else if (frame.type === "P2PMESSAGEACK") onAck(c, frame, origin, now);
-    else if (frame.type === "P2PTRASH") onPunch(c, frame.probe, origin, now);
-    else if (frame.type === "P2PPLAN") onPlan(c, frame, now);
-    else onEcho(c, frame.probe, origin, now);
+    if (frame.type === "P2PMESSAGE") onPart(c, frame, { origin, stream });
+    else if (frame.type === "P2PMESSAGEACK") onAck(c, frame, origin);
+    else if (frame.type === "P2PTRASH") onPunch(c, frame.probe, origin);
+    else if (frame.type === "P2PPLAN") onPlan(c, frame);
+    else onEcho(c, frame.probe, origin);
   }
 
   // -- paths: introduction, punching, and what becomes of a hole
+
+  function passOn(c: Conversation, body: Uint8Array, call: boolean): void {
+    tell({ type: "P2PTRANS", to: c.name, nonce: c.peer?.nonce ?? NO_ID, call: Number(call), body });
+    if (!call) return;
+    const tries = (c.call?.tries ?? 0) + 1;
+    c.call = {
+      tries,
+      dueAt: tries < MAX_ROUNDS && direct && !isMirror(c) ? now + timeout(serverRtt, tries) : Infinity,
+    };
+  }
 
   /** Passes bytes on to the peer over the server; `calls`: and asks for an introduction, up to five times. */
   function relay(c: Conversation, body: Uint8Array, { calls }: { calls: boolean }): void {
     if (!session) return;
     const call = calls && !c.best && c.rounds < MAX_ROUNDS && (direct || !sealing(c));
     if (call) c.rounds++;
-    tell({ type: "P2PTRANS", to: c.name, nonce: c.peer?.nonce ?? NO_ID, call: Number(call), body });
+    passOn(c, body, call);
   }
 
   /** Sends the same sealed bytes every way given; the peer takes the first copy. */
@@ -1135,66 +1159,67 @@ export function createClient(options: ClientOptions): Client {
     !c.best ? [null] : c.best.state === "suspect" ? [c.best, null] : [c.best];
 
   /** Something has changed: ask for a new introduction, and be quick with retries again. */
-  function callAgain(c: Conversation, now: number): void {
+  function callAgain(c: Conversation): void {
     c.rounds = 0;
     c.retries = 0;
     c.calledAt = now;
+    c.call = null;
     askForIntroduction(c);
   }
 
   function askForIntroduction(c: Conversation): void {
     if (!session || !direct || isMirror(c)) return;
     const body = !sealing(c) && c.opening?.handshake ? firstMessage(c, 0) : NO_BYTES;
-    tell({ type: "P2PTRANS", to: c.name, nonce: c.peer?.nonce ?? NO_ID, call: 1, body });
+    passOn(c, body, true);
   }
 
-  function onIntroduction(peer: Introduced, now: number): void {
+  function onIntroduction(peer: Introduced): void {
     const c = conversations.get(peer.name);
     if (!c || !spend(c.introductions, INTRODUCTIONS_PER_PEER, { now })) return;
     const isCurrent = c.peer?.nonce === peer.nonce;
-    if (!renew(c, peer, now)) return;
-    c.lastError = null;
+    if (!renew(c, peer)) return;
+    c.lastError = c.call = null;
     // What we sent was for another login, or empty: the peer could do nothing with it, so it does not punch yet.
-    if (isCurrent && (c.opening?.handshake || sealing(c))) startPunching(c, now);
-    else if (isNeeded(c)) resendAll(c, now);
-    resendLate(c, now);
+    if (isCurrent && (c.opening?.handshake || sealing(c))) startPunching(c);
+    else if (isNeeded(c)) resendAll(c);
+    resendLate(c);
   }
 
-  function onCall(peer: Introduced, body: Uint8Array, now: number): void {
-    const c = conversationWith(peer.name === name ? "" : peer.name, now);
+  function onCall(peer: Introduced, body: Uint8Array): void {
+    const c = conversationWith(peer.name === name ? "" : peer.name);
     if (!c) return;
     if (!c.best && !c.punching) c.calledAt = now;
-    if (!renew(c, peer, now)) return;
-    c.lastError = null;
+    if (!renew(c, peer)) return;
+    c.lastError = c.call = null;
     if (body.length > 0) {
-      onPeerDatagram(body, null, now, c);
-      if (!sealing(c)) open(c, now); // sealed for a session that we have not, or no longer: here is another
+      onPeerDatagram(body, null, c);
+      if (!sealing(c)) open(c); // sealed for a session that we have not, or no longer: here is another
     }
     if (!spend(c.introductions, INTRODUCTIONS_PER_PEER, { now })) return;
-    if (c.opening?.handshake || sealing(c)) startPunching(c, now);
-    resendLate(c, now);
+    if (c.opening?.handshake || sealing(c)) startPunching(c);
+    resendLate(c);
   }
 
-  function startPunching(c: Conversation, now: number): void {
+  function startPunching(c: Conversation): void {
     if (!direct || isMirror(c)) return;
     c.punching = { from: now + c.peer!.punchAfterMs, step: 0, reported: false };
     c.retryAt = Infinity;
-    wakePunching(c, now);
+    wakePunching(c);
     const isPermissive = ["EIF", "ADF"].includes(isHard(nat) ? c.peer!.nat.filtering : nat.filtering);
-    if (!c.attempt && !c.best && (isHard(nat) || isHard(c.peer!.nat)) && !isPermissive) startAttempt(c, 0, now);
+    if (!c.attempt && !c.best && (isHard(nat) || isHard(c.peer!.nat)) && !isPermissive) startAttempt(c, 0);
   }
 
-  function wakePunching(c: Conversation, now: number): void {
+  function wakePunching(c: Conversation): void {
     while (c.punching && now >= c.punching.from + PUNCH_AT_MS[c.punching.step]!) {
       const best = c.best?.state === "good" ? c.best : null;
       const wanted = c.peer!.candidates.filter((endpoint) =>
         usable(endpoint, session?.public ?? endpoint) && (!best || (kindOf(endpoint) === "lan" && best.kind !== "lan"))
       );
       for (const endpoint of wanted) {
-        const path = pathTo(c, { socket: 0, from: endpoint }, now);
-        if (path) probe(c, path, now);
+        const path = pathTo(c, { socket: 0, from: endpoint });
+        if (path) probe(c, path);
       }
-      if (now >= c.punching.from + FRESH_SOCKETS_AFTER_MS && !c.attempt && !best) startAttempt(c, 1, now);
+      if (now >= c.punching.from + FRESH_SOCKETS_AFTER_MS && !c.attempt && !best) startAttempt(c, 1);
       if (!c.punching.reported && session) tell({ type: "PUNCHED", peer: c.name });
       c.punching.reported = true;
       if (++c.punching.step < PUNCH_AT_MS.length && wanted.length > 0) continue;
@@ -1204,7 +1229,7 @@ export function createClient(options: ClientOptions): Client {
   }
 
   /** The path to an endpoint; null if the peer has no business there. */
-  function pathTo(c: Conversation, origin: Origin & object, now: number): Path | null {
+  function pathTo(c: Conversation, origin: Origin & object): Path | null {
     const id = `${origin.socket} ${origin.from}`;
     const found = c.paths.get(id);
     if (found) return found;
@@ -1234,7 +1259,6 @@ export function createClient(options: ClientOptions): Client {
   function newProbe(
     c: Conversation,
     path: Path | null,
-    now: number,
     kind: "punch" | "ping" | "swept" = "punch",
   ): number {
     const id = randomNumber(32);
@@ -1244,39 +1268,39 @@ export function createClient(options: ClientOptions): Client {
   }
 
   /** A punch, which asks: did this reach you? Until the peer has answered the handshake, a copy of its first message. */
-  function probe(c: Conversation, path: Path, now: number): void {
-    if (path.state === "trying" && !mayPunch(now)) return;
-    const id = newProbe(c, path, now);
+  function probe(c: Conversation, path: Path): void {
+    if (path.state === "trying" && !mayPunch()) return;
+    const id = newProbe(c, path);
     if (sealing(c)) transmit(c, { type: "P2PTRASH", probe: id }, [path]);
     else if (c.opening?.handshake) send(path.socket, path.endpoint, firstMessage(c, id));
     else return;
     if (path.state !== "trying") path.waitingSince = Math.min(path.waitingSince, now);
   }
 
-  const mayPunch = (now: number) => spend(punches ??= fullBucket(PUNCHES, now), PUNCHES, { now });
+  const mayPunch = () => spend(punches ??= fullBucket(PUNCHES, now), PUNCHES, { now });
 
-  function onPunch(c: Conversation, id: number, origin: Origin, now: number): void {
+  function onPunch(c: Conversation, id: number, origin: Origin): void {
     if (!origin) return void transmit(c, { type: "P2PECHO", probe: id }, [null]);
-    const path = direct ? pathTo(c, origin, now) : null;
+    const path = direct ? pathTo(c, origin) : null;
     if (!path) return;
     transmit(c, { type: "P2PECHO", probe: id }, [path]);
-    if (path.state === "trying") probe(c, path, now); // it passed inwards, now ours will pass outwards
+    if (path.state === "trying") probe(c, path); // it passed inwards, now ours will pass outwards
   }
 
-  function onEcho(c: Conversation, id: number, origin: Origin, now: number): void {
+  function onEcho(c: Conversation, id: number, origin: Origin): void {
     const asked = c.probes.get(id);
     if (!asked) return;
-    const path = asked.kind === "swept" && origin ? pathTo(c, origin, now) : asked.path;
+    const path = asked.kind === "swept" && origin ? pathTo(c, origin) : asked.path;
     if (path ? path.endpoint !== origin?.from || path.socket !== origin.socket : origin) return;
     if (asked.kind !== "swept") c.probes.delete(id);
     const rttMs = now - asked.at;
     sample(path?.rtt ?? c.relayRtt, rttMs);
-    if (asked.kind === "ping" && c.ping?.waiting === id) onPong(c, { path, rttMs, now });
-    if (path) answered(c, path, now);
+    if (asked.kind === "ping" && c.ping?.waiting === id) onPong(c, { path, rttMs });
+    if (path) answered(c, path);
   }
 
   /** Something sent on a path has been answered over it: it works in both directions. */
-  function answered(c: Conversation, path: Path, now: number): void {
+  function answered(c: Conversation, path: Path): void {
     path.waitingSince = Infinity;
     path.answeredAt = now;
     path.fastProbes = 0;
@@ -1284,12 +1308,12 @@ export function createClient(options: ClientOptions): Client {
     const better = !best || best.state !== "good" || (path.kind === "lan" && best.kind !== "lan") ||
       (path.kind === best.kind && path.rtt.srtt! < best.rtt.srtt! * QUICKER_FACTOR - QUICKER_MS) ||
       (isRenewing(c) && path.bornAt >= c.attempt!.startedAt);
-    if (path !== best) return better ? use(c, path, now) : undefined;
+    if (path !== best) return better ? use(c, path) : undefined;
     path.state = "good";
-    path.probeAt = nextProbeAt(c, now);
+    path.probeAt = nextProbeAt(c);
   }
 
-  function use(c: Conversation, path: Path | null, now: number): void {
+  function use(c: Conversation, path: Path | null): void {
     if (c.best?.state === "suspect") c.lifetimes = [...c.lifetimes.slice(-1), now - c.best.bornAt];
     if (c.best && c.best !== path) c.best.state = "trying";
     c.best = path;
@@ -1299,17 +1323,17 @@ export function createClient(options: ClientOptions): Client {
       c.retryAt = Infinity;
       c.retries = 0;
       c.rounds = 0;
-      path.probeAt = nextProbeAt(c, now);
-      resendLate(c, now);
+      path.probeAt = nextProbeAt(c);
+      resendLate(c);
     }
     // Some carriers end a mapping at a certain age, whatever the traffic: then move before that, not after.
     const [one = Infinity, other = 0] = c.lifetimes, shorter = Math.min(one, other), longer = Math.max(one, other);
     const isAbsolute = longer < ABSOLUTE_LIFETIME_MS && shorter > longer * SAME_LIFETIME;
     c.renewAt = path && isAbsolute ? now + shorter * RENEW_AT : Infinity;
-    tellPath(c, now);
+    tellPath(c);
   }
 
-  function tellPath(c: Conversation, now: number): void {
+  function tellPath(c: Conversation): void {
     const path = c.best;
     const rttMs = path ? path.rtt.srtt : c.relayRtt.srtt;
     emit({
@@ -1322,42 +1346,42 @@ export function createClient(options: ClientOptions): Client {
     });
   }
 
-  const nextProbeAt = (c: Conversation, now: number) =>
-    !isWarm(c, now) ? Infinity : now + (now - c.talkedAt < ACTIVE_MS ? ACTIVE_PROBE_MS : spread(WARM_PROBE_MS));
+  const nextProbeAt = (c: Conversation) =>
+    !isWarm(c) ? Infinity : now + (now - c.talkedAt < ACTIVE_MS ? ACTIVE_PROBE_MS : spread(WARM_PROBE_MS));
 
-  function suspect(c: Conversation, path: Path, now: number): void {
+  function suspect(c: Conversation, path: Path): void {
     path.state = "suspect";
     path.fastProbes = 0;
     path.probeAt = now;
-    if (session && !login && !session.asked) keepalive(now); // re-opens the way to the server, should the NAT have forgotten
-    for (const part of c.parts) if (part.tries > 0) sendPart(c, part, now);
+    if (session && !login && !session.asked) keepalive(); // re-opens the way to the server, should the NAT have forgotten
+    for (const part of c.parts) if (part.tries > 0) sendPart(c, part);
   }
 
-  function wakePath(c: Conversation, path: Path, now: number): void {
-    if (path.state === "good" && now >= path.waitingSince + patience(path)) suspect(c, path, now);
+  function wakePath(c: Conversation, path: Path): void {
+    if (path.state === "good" && now >= path.waitingSince + patience(path)) suspect(c, path);
     if (now < path.probeAt) return;
     if (path.state === "good") {
-      probe(c, path, now);
-      path.probeAt = nextProbeAt(c, now);
+      probe(c, path);
+      path.probeAt = nextProbeAt(c);
     } else if (path.fastProbes < FAST_PROBES) {
-      probe(c, path, now);
+      probe(c, path);
       if (++path.fastProbes === FAST_PROBES_BEFORE_CALL) askForIntroduction(c);
       path.probeAt = now + (path.fastProbes < FAST_PROBES ? FAST_PROBE_MS : patience(path));
     } else {
       c.paths.delete(`${path.socket} ${path.endpoint}`);
       if (path.socket !== 0) closeSocket(path.socket);
-      use(c, null, now);
-      callAgain(c, now);
-      resendAll(c, now);
+      use(c, null);
+      callAgain(c);
+      resendAll(c);
     }
   }
 
   // -- knowing our NAT: as RFC 5780 has it, but nothing here can spoil a mapping that a punch will need
 
-  function openSocket(then: (socket: number, port: number, now: number) => void): void {
+  function openSocket(then: (socket: number, port: number) => void): void {
     const socket = sockets++;
     openSockets++;
-    opening.set(socket, (port, now) => then(socket, port, now));
+    opening.set(socket, (port) => then(socket, port));
     effects.push({ kind: "open", socket });
   }
 
@@ -1369,17 +1393,16 @@ export function createClient(options: ClientOptions): Client {
   /** Asks a STUN server how it sees one of our sockets; null after some tries: nothing came back. */
   function ask(
     question: { socket: number; to: Endpoint; changeIp?: boolean; changePort?: boolean },
-    now: number,
-    done: (answer: Stun | null, now: number) => void,
+    done: (answer: Stun | null) => void,
   ): void {
     const { socket, to, changeIp = false, changePort = false } = question;
     const transaction = STUN_COOKIE + hex(random(12));
     const data = encodeStunRequest({ transaction, changeIp, changePort });
     queries.set(transaction, { socket, to, data, tries: 0, dueAt: now, done });
-    wakeQueries(now);
+    wakeQueries();
   }
 
-  function wakeQueries(now: number): void {
+  function wakeQueries(): void {
     for (const [transaction, query] of queries) {
       if (now < query.dueAt) continue;
       if (query.tries++ < QUERY_TRIES) {
@@ -1387,24 +1410,24 @@ export function createClient(options: ClientOptions): Client {
         send(query.socket, query.to, query.data);
       } else {
         queries.delete(transaction);
-        query.done(null, now);
+        query.done(null);
       }
     }
   }
 
-  function onStun(data: Uint8Array, now: number): void {
+  function onStun(data: Uint8Array): void {
     const stun = decodeStun(data);
     const query = stun && queries.get(stun.transaction);
     if (!query) return;
     if (stun.kind === "request") hairpin = true; // our own question came back to us by our public address
     else {
       queries.delete(stun.transaction);
-      query.done(stun.kind === "response" ? stun : null, now);
+      query.done(stun.kind === "response" ? stun : null);
     }
   }
 
   /** Finds out our class of NAT: the mapping and the allocation in one round trip, the filtering when silence proves it. */
-  function discover(now: number): void {
+  function discover(): void {
     if (!session || isIPv6(session.server)) return;
     const { server, public: seen, secondPort } = session;
     const facts: Facts = {
@@ -1417,23 +1440,21 @@ export function createClient(options: ClientOptions): Client {
     let questions = 0;
     const find = (
       question: Parameters<typeof ask>[0],
-      at: number,
-      note: (answer: Stun | null, now: number) => void,
+      note: (answer: Stun | null) => void,
     ) => {
       questions++;
-      ask(question, at, (answer, now) => {
+      ask(question, (answer) => {
         if (discovery !== mine) return;
-        note(answer, now);
+        note(answer);
         questions--;
         const found = classOf(facts, seen);
-        const outside = facts.samples.map((sample) => sample.outside),
-          low = Math.min(...outside),
-          high = Math.max(...outside);
+        const outside = facts.samples.map((sample) => sample.outside).filter((port) => port > 0);
+        const low = Math.min(...outside), high = Math.max(...outside);
         stride = stepOf(facts.samples) || 1;
         block = [Math.max(LOWEST_PORT, high - BLOCK_GUESS), Math.min(65_535, low + BLOCK_GUESS)];
         if (JSON.stringify(found) !== JSON.stringify(nat)) {
           nat = found;
-          if (session && !login) keepalive(now);
+          if (session && !login) keepalive();
         }
         if (questions > 0) return;
         discovery = null;
@@ -1441,31 +1462,33 @@ export function createClient(options: ClientOptions): Client {
         for (const { socket } of facts.samples) closeSocket(socket);
       });
     };
-    const elsewhere = (to: Endpoint, at: number) =>
-      find({ socket: 0, to }, at, (answer) => facts.elsewhere = answer?.mapped);
-    find({ socket: 0, to: formatEndpoint(hostOf(server), secondPort) }, now, (answer, now) => {
+    const elsewhere = (to: Endpoint) => find({ socket: 0, to }, (answer) => facts.elsewhere = answer?.mapped);
+    find({ socket: 0, to: formatEndpoint(hostOf(server), secondPort) }, (answer) => {
       facts.secondPort = answer?.mapped;
-      if (answer?.other) elsewhere(answer.other, now);
+      if (answer?.other) elsewhere(answer.other);
     });
-    if (options.observer) elsewhere(options.observer, now);
-    find({ socket: 0, to: server, changePort: true }, now, (answer) => facts.thirdPort = answer !== null);
+    if (options.observer) elsewhere(options.observer);
+    find({ socket: 0, to: server, changePort: true }, (answer) => facts.thirdPort = answer !== null);
     for (let i = 0; i < SAMPLES; i++) {
       questions++;
-      openSocket((socket, inside, now) => {
+      openSocket((socket, inside) => {
         questions--;
-        find({ socket, to: server }, now, (answer, now) => {
+        const sample = { socket, inside, outside: 0 };
+        facts.samples.push(sample); // in the order of the questions: answers overtake each other
+        find({ socket, to: server }, (answer) => {
           const outside = answer?.mapped;
-          if (i === 0 && answer?.other) { // asked by a socket that has not written there, as socket 0 has
-            find({ socket, to: server, changeIp: true, changePort: true }, now, (answer) => {
+          if (sample === facts.samples[0] && answer?.other) { // asked by a socket that has not written there, as socket 0 has
+            find({ socket, to: server, changeIp: true, changePort: true }, (answer) => {
               facts.otherAddress = answer !== null;
             });
           }
-          facts.samples.push({ socket, inside, outside: outside ? parseEndpoint(outside)!.port : 0 });
-          if (!outside || facts.samples.length < SAMPLES) return;
+          if (!outside) return;
+          sample.outside = parseEndpoint(outside)!.port;
+          if (facts.samples.length < SAMPLES || facts.samples.some(({ outside }) => outside === 0)) return;
           hairpin ??= false;
           // Both ways at once, since the mappings filter: a hairpin is a hole punched towards oneself.
-          find({ socket, to: seen }, now, () => {});
-          find({ socket: 0, to: outside }, now, () => {});
+          find({ socket, to: seen }, () => {});
+          find({ socket: 0, to: outside }, () => {});
         });
       });
     }
@@ -1483,7 +1506,7 @@ export function createClient(options: ClientOptions): Client {
 
   // -- harder NATs: attempts with more sockets, predicted ports and sprays (the table is in DESIGN 4 and README)
 
-  function startAttempt(c: Conversation, number: number, now: number): void {
+  function startAttempt(c: Conversation, number: number): void {
     const peerNat = c.peer!.nat;
     const isFirst = isLower(keys.public, c.peer!.key);
     const hard = isTakenForHard(nat, peerNat, { number, isFirst });
@@ -1513,60 +1536,59 @@ export function createClient(options: ClientOptions): Client {
     c.attempt = attempt;
     let left = count;
     for (let i = 0; i < count; i++) {
-      openSocket((socket, port, now) => {
+      openSocket((socket, port) => {
         if (c.attempt !== attempt) return closeSocket(socket);
         if (port > 0) attempt.sockets.push({ socket, port });
-        if (--left === 0) plan(c, attempt, now);
+        if (--left === 0) plan(c, attempt);
       });
     }
   }
 
   /** Foretells the outside ports of our next packets to the peer, each from a socket that has sent nothing yet. */
-  function plan(c: Conversation, attempt: Attempt, now: number): void {
-    const announce = (ports: number[], now: number, spray = 0) => {
+  function plan(c: Conversation, attempt: Attempt): void {
+    const announce = (ports: number[], spray = 0) => {
       if (c.attempt !== attempt) return;
       attempt.plan = { type: "P2PPLAN", attempt: attempt.number, spray, ports };
       attempt.tellAt = now;
-      aim(c, now);
-      wakeAttempt(c, now);
+      aim(c);
+      wakeAttempt(c);
     };
     const inside = attempt.sockets.map(({ port }) => port);
-    const outside = (socket: number, then: (port: number, now: number) => void) =>
+    const outside = (socket: number, then: (port: number) => void) =>
       ask(
         { socket, to: session!.server },
-        now,
-        (answer, now) => answer?.mapped && then(parseEndpoint(answer.mapped)!.port, now),
+        (answer) => answer?.mapped && then(parseEndpoint(answer.mapped)!.port),
       );
     if (!session || inside.length === 0) return;
-    if (!attempt.hard) outside(attempt.sockets[0]!.socket, (port, now) => announce([port], now));
-    else if (attempt.random) announce(nat.allocation === "block" ? block : [], now, 1);
-    else if (nat.allocation === "preserving") announce(inside, now);
+    if (!attempt.hard) outside(attempt.sockets[0]!.socket, (port) => announce([port]));
+    else if (attempt.random) announce(nat.allocation === "block" ? block : [], 1);
+    else if (nat.allocation === "preserving") announce(inside);
     else {
-      openSocket((socket, _port, now) =>
+      openSocket((socket, _port) =>
         // the counter as it stands now
-        ask({ socket, to: session!.server }, now, (answer, now) => {
+        ask({ socket, to: session!.server }, (answer) => {
           closeSocket(socket);
           const last = answer?.mapped && parseEndpoint(answer.mapped)!.port;
           if (!last) return;
           const next = Array.from({ length: MAX_PLANNED_PORTS }, (_, i) => last + (i + 1) * stride);
-          announce(next.filter((port) => port > 0 && port < 65_536), now);
+          announce(next.filter((port) => port > 0 && port < 65_536));
         })
       );
     }
   }
 
-  function onPlan(c: Conversation, theirs: Peer & { type: "P2PPLAN" }, now: number): void {
+  function onPlan(c: Conversation, theirs: Peer & { type: "P2PPLAN" }): void {
     const isWanted = c.best?.state !== "good" || (theirs.attempt === RENEWAL && now - c.best.bornAt > RENEWED_MS);
     if (!direct || !isWanted) return;
-    if (!c.attempt || theirs.attempt > c.attempt.number) startAttempt(c, theirs.attempt, now);
+    if (!c.attempt || theirs.attempt > c.attempt.number) startAttempt(c, theirs.attempt);
     if (!c.attempt || c.attempt.theirs || theirs.attempt !== c.attempt.number) return;
     c.attempt.theirs = theirs;
-    aim(c, now);
-    wakeAttempt(c, now);
+    aim(c);
+    wakeAttempt(c);
   }
 
   /** Whether both sides know where to send; if so, now. */
-  function aim(c: Conversation, now: number): void {
+  function aim(c: Conversation): void {
     const attempt = c.attempt!;
     const isReady = attempt.plan !== null || (!attempt.hard && attempt.peerHard);
     const knowsWhere = attempt.theirs !== null || (attempt.hard && !attempt.peerHard);
@@ -1576,7 +1598,7 @@ export function createClient(options: ClientOptions): Client {
   /** Where the server sees the peer, in IPv4. */
   const publicOf = (c: Conversation) => c.peer!.candidates.findLast((endpoint) => !isIPv6(endpoint));
 
-  function volley(c: Conversation, now: number): void {
+  function volley(c: Conversation): void {
     const attempt = c.attempt!, target = publicOf(c);
     if (!target || isSettled(c)) return;
     const host = hostOf(target), ports = attempt.theirs?.ports ?? [];
@@ -1584,18 +1606,24 @@ export function createClient(options: ClientOptions): Client {
     if (attempt.theirs?.spray && !attempt.hard) {
       if (attempt.spray || now - sprayedAt < SPRAY_INTERVAL_MS) return; // one at a time, on this host
       sprayedAt = now;
-      attempt.spray = { next: 0, at: now, first: randomNumber(16), stride: coprime(randomNumber(16)), block: ports };
+      attempt.spray = {
+        next: 0,
+        at: now - SPRAY_AHEAD_MS,
+        first: randomNumber(16),
+        stride: coprime(randomNumber(16)),
+        block: ports,
+      };
       attempt.endAt = now + SPRAY_ATTEMPT_MS;
       return;
     }
     const guess = nat.allocation === "preserving" || isLower(keys.public, c.peer!.key);
-    const sweep = newProbe(c, null, now, "swept");
+    const sweep = newProbe(c, null, "swept");
     for (const [i, { socket }] of (attempt.sockets.length > 0 ? attempt.sockets : [{ socket: 0 }]).entries()) {
       // Against another counter: ours may be off by foreign flows, hence one side guesses how many there were.
       const skip = c.peer!.nat.allocation === "sequential" && guess ? i % FOREIGN_FLOWS : 0;
       const to = both ? ports.slice(i + skip, i + skip + 1) : opens ? [ports[0] ?? parseEndpoint(target)!.port] : ports;
       const ttl = opens && (attempt.volley === 0 || attempt.random) ? OPENER_TTL : undefined;
-      for (const port of to) sweepTo(c, sweep, { socket, to: formatEndpoint(host, port), ttl }, now);
+      for (const port of to) sweepTo(c, sweep, { socket, to: formatEndpoint(host, port), ttl });
     }
   }
 
@@ -1603,34 +1631,33 @@ export function createClient(options: ClientOptions): Client {
     c: Conversation,
     probe: number,
     { socket, to, ttl }: { socket: number; to: Endpoint; ttl?: number | undefined },
-    now: number,
   ): void {
-    if (!mayPunch(now)) return;
+    if (!mayPunch()) return;
     const data = sealed(c, { type: "P2PTRASH", probe }) ?? (c.opening?.handshake ? firstMessage(c, probe) : null);
     if (data) send(socket, to, data, ttl);
   }
 
   /** A burst of the spray: ports that have not been tried, those of the peer's block first. */
-  function spray(c: Conversation, now: number): void {
+  function spray(c: Conversation): void {
     const spray = c.attempt!.spray!, host = hostOf(publicOf(c)!);
     const [low = 0, high = -1] = spray.block, span = Math.max(0, high - low + 1);
-    const sweep = newProbe(c, null, now, "swept");
+    const sweep = newProbe(c, null, "swept");
     for (let sent = 0; sent < SPRAY_BURST; sent++, spray.next++) {
       const i = spray.next;
       const port = i < span ? low + i : LOWEST_PORT + (spray.first + i * spray.stride) % PORTS;
-      sweepTo(c, sweep, { socket: 0, to: formatEndpoint(host, port) }, now);
+      sweepTo(c, sweep, { socket: 0, to: formatEndpoint(host, port) });
     }
     spray.at += spray.next === SPRAY_PORTS / 2 ? SPRAY_PAUSE_MS : SPRAY_BURST_MS;
   }
 
-  function wakeAttempt(c: Conversation, now: number): void {
+  function wakeAttempt(c: Conversation): void {
     const { attempt } = c;
     if (!attempt) return;
     if (attempt.plan && now >= attempt.tellAt) {
       attempt.tellAt = transmit(c, attempt.plan, c.best ? [c.best, null] : [null]) ? now + TELL_PLAN_MS : Infinity;
     }
     while (now >= attempt.volleyAt) {
-      volley(c, now);
+      volley(c);
       const opens = attempt.hard && !attempt.peerHard;
       const times = !opens ? VOLLEYS_MS : attempt.random ? SPRAY_VOLLEYS_MS : OPENER_VOLLEYS_MS;
       const wait = (times[attempt.volley + 1] ?? Infinity) - times[attempt.volley]!;
@@ -1638,11 +1665,11 @@ export function createClient(options: ClientOptions): Client {
       attempt.volleyAt += wait;
     }
     while (attempt.spray && now >= attempt.spray.at && attempt.spray.next < SPRAY_PORTS && !isSettled(c)) {
-      spray(c, now);
+      spray(c);
     }
     if (now < attempt.endAt) return;
     const again = !c.best && attempt.number < RENEWAL && !isRandom(nat) && !isRandom(c.peer!.nat);
-    if (again) startAttempt(c, attempt.number + 1, now);
+    if (again) startAttempt(c, attempt.number + 1);
     else endAttempt(c);
   }
 
@@ -1673,10 +1700,10 @@ export function createClient(options: ClientOptions): Client {
 
   // -- messages: split, sent, acknowledged, put together again
 
-  function enqueue(to: string, text: string, now: number): void {
+  function enqueue(to: string, text: string): void {
     const bytes = utf8.encode(text);
     const peerName = userName(to);
-    const c = peerName === null ? null : conversationWith(peerName, now);
+    const c = peerName === null ? null : conversationWith(peerName);
     const reason = bytes.length === 0
       ? "empty"
       : bytes.length > MAX_MESSAGE_BYTES
@@ -1705,7 +1732,7 @@ export function createClient(options: ClientOptions): Client {
       c.rounds = 0;
       c.retries = 0;
     }
-    touch(c, now);
+    touch(c);
     const count = Math.ceil(bytes.length / MAX_PART_BYTES);
     const message: Message = {
       id: `${c.stream.slice(0, 8)}-${c.nextSeq + count - 1}`,
@@ -1727,16 +1754,16 @@ export function createClient(options: ClientOptions): Client {
         over: null,
       });
     }
-    pump(c, now);
+    pump(c);
   }
 
   /** A message goes either way: the path is checked all the time from here on. */
-  function touch(c: Conversation, now: number): void {
+  function touch(c: Conversation): void {
     const { best } = c;
     c.talkedAt = now;
     if (!best && session) session.keepaliveAt = Math.min(session.keepaliveAt, now + RELAY_KEEPALIVE_MS);
     if (!best) return;
-    if (now - best.answeredAt > STALE_PATH_MS && best.state === "good") suspect(c, best, now);
+    if (now - best.answeredAt > STALE_PATH_MS && best.state === "good") suspect(c, best);
     best.probeAt = Math.min(best.probeAt, now + ACTIVE_PROBE_MS);
   }
 
@@ -1744,28 +1771,28 @@ export function createClient(options: ClientOptions): Client {
     return { type: "P2PMESSAGE", seq, base: c.parts[0]!.seq, left, part: bytes };
   }
 
-  function mark(part: Part, { now, over, dueAt }: { now: number; over: Path | null; dueAt: number }): void {
+  function mark(part: Part, { over, dueAt }: { over: Path | null; dueAt: number }): void {
     part.tries++;
     part.sentAt = now;
     part.over = over;
     part.dueAt = dueAt;
   }
 
-  function sendPart(c: Conversation, part: Part, now: number): void {
+  function sendPart(c: Conversation, part: Part): void {
     const again = part.tries > 0;
     const over = again && c.best ? [c.best, null] : routes(c);
     // The one that all others wait for: where so much is lost, copies are what gets it through.
     const copies = part === c.parts[0] ? Math.min(MAX_COPIES, Math.max(1, part.tries)) : 1;
     for (let i = 0; i < copies; i++) if (!transmit(c, asMessage(c, part), over, { calls: true })) return;
     const estimator = c.best?.rtt ?? c.relayRtt;
-    mark(part, { now, over: c.best, dueAt: now + timeout(estimator, part.tries + 1) });
+    mark(part, { over: c.best, dueAt: now + timeout(estimator, part.tries + 1) });
     if (c.best) c.best.waitingSince = Math.min(c.best.waitingSince, now);
   }
 
   /** Sends what may be sent now: what is due again, and what is new as far as the window allows. */
-  function pump(c: Conversation, now: number): void {
+  function pump(c: Conversation): void {
     if (c.parts.length === 0 || !session) return;
-    if (!sealing(c) || c.secure!.sent > REKEY_AFTER) open(c, now);
+    if (!sealing(c) || c.secure!.sent > REKEY_AFTER) open(c);
     if (!sealing(c)) return;
     const base = c.parts[0]!.seq;
     let inFlight = c.parts.filter(({ tries }) => tries > 0).length, late = false;
@@ -1773,10 +1800,10 @@ export function createClient(options: ClientOptions): Client {
       if (part.tries === 0) {
         if (inFlight >= c.window || part.seq >= base + WINDOW_MAX) break;
         inFlight++;
-        sendPart(c, part, now);
+        sendPart(c, part);
       } else if (now >= part.dueAt) {
         late = true;
-        sendPart(c, part, now);
+        sendPart(c, part);
       }
     }
     if (late) c.window = Math.max(WINDOW_MIN, c.window / 2);
@@ -1786,24 +1813,24 @@ export function createClient(options: ClientOptions): Client {
   const isNeeded = (c: Conversation) => c.parts.length > 0 || c.ping !== null || c.ackDue;
 
   /** The peer can be reached again: no need to wait out a time-out that has grown meanwhile. */
-  function resendLate(c: Conversation, now: number): void {
+  function resendLate(c: Conversation): void {
     const before = now - (c.relayRtt.srtt ?? RTO_FIRST_MS);
     for (const part of c.parts) {
       if (part.sentAt < before && part.dueAt !== Infinity) part.dueAt = Math.min(part.dueAt, now);
     }
-    pump(c, now);
+    pump(c);
   }
 
-  function resendAll(c: Conversation, now: number): void {
+  function resendAll(c: Conversation): void {
     for (const part of c.parts) if (part.dueAt !== Infinity) part.dueAt = Math.min(part.dueAt, now);
-    if (!sealing(c) && c.opening) sendOpening(c, now);
-    else if (!sealing(c)) open(c, now);
-    pump(c, now);
+    if (!sealing(c) && c.opening) sendOpening(c);
+    else if (!sealing(c)) open(c);
+    pump(c);
   }
 
-  function onAck(c: Conversation, ack: Peer & { type: "P2PMESSAGEACK" }, origin: Origin, now: number): void {
+  function onAck(c: Conversation, ack: Peer & { type: "P2PMESSAGEACK" }, origin: Origin): void {
     const path = origin && c.paths.get(`${origin.socket} ${origin.from}`);
-    if (path && path.state !== "trying") answered(c, path, now);
+    if (path && path.state !== "trying") answered(c, path);
     const acknowledged = c.parts.filter(({ seq, tries }) =>
       tries > 0 && (seq < ack.next || stateOf(ack.states, seq - ack.from) !== null)
     );
@@ -1832,7 +1859,7 @@ export function createClient(options: ClientOptions): Client {
   function onPart(
     c: Conversation,
     { seq, base, left, part }: Peer & { type: "P2PMESSAGE" },
-    { origin, stream, now }: { origin: Origin; stream: string; now: number },
+    { origin, stream }: { origin: Origin; stream: string },
   ): void {
     const { incoming } = c;
     if (!incoming || incoming.stream !== stream || base > seq || part.length > MAX_PART_BYTES) return;
@@ -1842,10 +1869,10 @@ export function createClient(options: ClientOptions): Client {
     if (seq >= incoming.next && !incoming.parts.has(seq)) {
       incoming.parts.set(seq, { left, part });
       incoming.came.set(seq, origin ? kindOf(origin.from) : "relay");
-      touch(c, now);
+      touch(c);
     }
     deliver(c, incoming);
-    acknowledge(c, origin, now);
+    acknowledge(c, origin);
   }
 
   function skipTo(incoming: Incoming, base: number): void {
@@ -1876,23 +1903,23 @@ export function createClient(options: ClientOptions): Client {
     }
   }
 
-  function acknowledge(c: Conversation, origin: Origin, now: number, secure = sealing(c)): void {
+  function acknowledge(c: Conversation, origin: Origin, secure = sealing(c)): void {
     const { next, came } = c.incoming!;
     const from = Math.max(0, next - WINDOW_MAX);
     const path = origin && c.paths.get(`${origin.socket} ${origin.from}`);
     const frame: Peer = { type: "P2PMESSAGEACK", next, from, states: packStates(came, from) };
     c.ackDue = !transmit(c, frame, path?.state === "good" ? [path] : routes(c), { secure });
-    if (c.ackDue) open(c, now);
+    if (c.ackDue) open(c);
   }
 
-  function fail(c: Conversation, message: Message, reason: Reason, now: number): void {
+  function fail(c: Conversation, message: Message, reason: Reason): void {
     c.parts = c.parts.filter((part) => part.message !== message);
     const ms = tenths(now - message.startedAt);
     emit({ event: "sent", to: c.name, id: message.id, ok: false, ms, path: c.best?.kind ?? "relay", reason });
   }
 
-  function failAll(c: Conversation, reason: Reason, now: number): void {
-    for (const message of new Set(c.parts.map(({ message }) => message))) fail(c, message, reason, now);
+  function failAll(c: Conversation, reason: Reason): void {
+    for (const message of new Set(c.parts.map(({ message }) => message))) fail(c, message, reason);
     if (c.ping) {
       c.ping = null;
       emit({ event: "error", code: reason, message: `"${c.name}" is not there` });
@@ -1900,67 +1927,68 @@ export function createClient(options: ClientOptions): Client {
   }
 
   /** The server cannot pass something on. */
-  function onError({ reason, about }: Control & { type: "ERROR" }, now: number): void {
+  function onError({ reason, about }: Control & { type: "ERROR" }): void {
     const c = conversations.get(about);
     if (!c || (reason !== "unknown" && reason !== "offline")) return;
     // After the server's restart "unknown" only means that the peer is not back yet.
     const isFinal = reason === "offline" || !c.peer || (c.secure === null && c.incoming === null);
     c.lastError = reason === "unknown" && c.peer ? "offline" : reason;
-    if (isFinal && !c.best) failAll(c, reason, now);
+    c.call = null;
+    if (isFinal && !c.best) failAll(c, reason);
   }
 
   // -- pings
 
-  function wakePing(c: Conversation, now: number): void {
+  function wakePing(c: Conversation): void {
     const { ping } = c;
     if (!ping || now < ping.nextAt) return;
     if (!sealing(c)) {
-      if (now - ping.since > GIVE_UP_MS) return failAll(c, "timeout", now);
-      open(c, now);
+      if (now - ping.since > GIVE_UP_MS) return failAll(c, "timeout");
+      open(c);
       ping.nextAt = now + RTO_MIN_MS;
       return;
     }
     if (ping.waiting !== null) {
       ping.lost++;
-      onPong(c, { path: c.best, rttMs: null, now });
-      return wakePing(c, now);
+      onPong(c, { path: c.best, rttMs: null });
+      return wakePing(c);
     }
     ping.nextAt = now + PING_LOST_MS;
-    ping.waiting = newProbe(c, c.best, now, "ping");
+    ping.waiting = newProbe(c, c.best, "ping");
     transmit(c, { type: "P2PTRASH", probe: ping.waiting }, [c.best]);
   }
 
-  function onPong(c: Conversation, pong: { path: Path | null; rttMs: number | null; now: number }): void {
+  function onPong(c: Conversation, pong: { path: Path | null; rttMs: number | null }): void {
     const ping = c.ping!;
     const rttMs = pong.rttMs === null ? null : tenths(pong.rttMs);
     emit({ event: "ping", peer: c.name, path: pong.path?.kind ?? "relay", rttMs, lost: ping.lost });
     ping.waiting = null;
-    ping.nextAt = pong.rttMs === null ? pong.now : pong.now + PING_INTERVAL_MS;
+    ping.nextAt = pong.rttMs === null ? now : now + PING_INTERVAL_MS;
     if (--ping.left === 0) c.ping = null;
   }
 
   // -- the list of users
 
-  function list(prefix: string, now: number, done: (users: User[]) => void): void {
+  function list(prefix: string, done: (users: User[]) => void): void {
     listings.push({ prefix, after: "", users: [], pages: new Map(), asked: 0, tries: 0, dueAt: now, done });
-    wakeListing(now);
+    wakeListing();
   }
 
-  function wakeListing(now: number): void {
+  function wakeListing(): void {
     const listing = listings[0];
     if (!listing || !session || now < listing.dueAt) return;
     if (listing.tries++ >= LIST_TRIES) {
       listings.shift();
       emit({ event: "error", code: "unreachable", message: "The server does not answer with the list of users" });
-      return wakeListing(now);
+      return wakeListing();
     }
     listing.pages.clear();
     listing.asked = tell({ type: "GETALLUSER", prefix: listing.prefix, after: listing.after });
     listing.dueAt = now + LIST_RETRY_MS;
   }
 
-  function onUsers(message: Control & { type: "USERS" }, now: number): void {
-    for (const user of message.users) learn(user, now);
+  function onUsers(message: Control & { type: "USERS" }): void {
+    for (const user of message.users) learn(user);
     const listing = listings[0];
     if (!listing || message.asked !== listing.asked) return;
     listing.pages.set(message.page, message.users);
@@ -1977,63 +2005,65 @@ export function createClient(options: ClientOptions): Client {
         listings.shift();
         listing.done(listing.users);
       }
-      return wakeListing(now);
+      return wakeListing();
     }
   }
 
   // -- events in, effects out
 
-  function onControl(message: Control, { from, data }: Datagram, now: number): void {
+  function onControl(message: Control, { from, data }: Datagram): void {
     if (!servers.includes(from)) return;
-    if (message.type === "COOKIE") return onCookie(message, from, now);
-    if (message.type === "WELCOME") return onWelcome(message, data, now);
+    if (message.type === "COOKIE") return onCookie(message, from);
+    if (message.type === "WELCOME") return onWelcome(message, data);
     if (message.type === "ERROR" && message.id === login?.nonce) return onRefusal(message, data);
     if (message.id !== session?.token || !verifies(data, session.keys.toClient)) return;
     if (!isFresh(session.window, message.counter)) return;
+    if (session.asked) session.asked.tries = 1; // it is there, whatever became of our keepalives
     switch (message.type) {
       case "ALIVE":
-        return onAlive(message, from, now);
+        return onAlive(message, from);
       case "USERS":
-        return onUsers(message, now);
+        return onUsers(message);
       case "INTRODUCTION":
-        return onIntroduction(message.peer, now);
+        return onIntroduction(message.peer);
       case "P2PSOMEONEWANTTOCALLYOU":
-        return onCall(message.peer, message.body, now);
+        return onCall(message.peer, message.body);
       case "RELAYED": {
         const c = conversations.get(message.from === name ? "" : message.from);
-        if (c && c.peer?.nonce === message.nonce) onPeerDatagram(message.body, null, now, c);
+        if (c && c.peer?.nonce === message.nonce) onPeerDatagram(message.body, null, c);
         return;
       }
       case "PUNCHED": { // the word of the six-step flow: the peer's hole is open now, so this one will pass
         const c = conversations.get(message.peer);
         if (!c?.punching || c.best) return;
-        for (const path of c.paths.values()) if (path.state === "trying") probe(c, path, now);
+        for (const path of c.paths.values()) if (path.state === "trying") probe(c, path);
         return;
       }
       case "ERROR":
-        return onError(message, now);
+        return onError(message);
       case "LOGOUT":
-        return reconnect("the server is going down", now, LOGIN_RETRY_MS);
+        return reconnect("the server is going down", LOGIN_RETRY_MS);
     }
   }
 
   /** What a peer sent; `caller` is who the server says it is, if it came over the relay. */
-  function onPeerDatagram(data: Uint8Array, origin: Origin, now: number, caller?: Conversation): void {
+  function onPeerDatagram(data: Uint8Array, origin: Origin, caller?: Conversation): void {
     const handshake = decodeHandshake(data);
-    if (!handshake) return onSealed(data, origin, now);
-    if (handshake.type === "P2PSECOND") return onSecond(handshake, origin, now);
+    if (!handshake) return onSealed(data, origin);
+    if (handshake.type === "P2PSECOND") return onSecond(handshake, origin);
     const copy = ephemerals.get(hex(handshake.noise.subarray(0, 32)));
-    if (!copy) return caller && onFirst(caller, handshake, now);
+    if (!copy) return caller && onFirst(caller, handshake);
     const { conversation, secure } = copy;
     if (!secure?.second) return; // the peer has our answer
-    if (!origin) acknowledge(conversation, null, now, secure); // our answer was lost
-    else if (secure === conversation.secure) onPunch(conversation, handshake.probe, origin, now);
+    if (!origin) acknowledge(conversation, null, secure); // our answer was lost
+    else if (secure === conversation.secure) onPunch(conversation, handshake.probe, origin);
   }
 
   function conversationWakeAt(c: Conversation): number {
     let at = Math.min(
       session ? c.opening?.dueAt ?? Infinity : Infinity,
       c.punching ? c.punching.from + PUNCH_AT_MS[c.punching.step]! : Infinity,
+      session ? c.call?.dueAt ?? Infinity : Infinity,
       c.retryAt,
       c.renewAt,
       c.ping?.nextAt ?? Infinity,
@@ -2049,34 +2079,35 @@ export function createClient(options: ClientOptions): Client {
 
   const giveUpAt = (c: Conversation) => Math.max(c.parts[0]!.message.startedAt, c.progressAt) + GIVE_UP_MS;
 
-  function wakeConversation(c: Conversation, now: number): void {
+  function wakeConversation(c: Conversation): void {
     while (c.parts.length > 0 && now >= giveUpAt(c)) {
-      fail(c, c.parts[0]!.message, c.untrusted ? "untrusted" : c.lastError ?? "timeout", now);
+      fail(c, c.parts[0]!.message, c.untrusted ? "untrusted" : c.lastError ?? "timeout");
     }
     if (c.opening && session && now >= c.opening.dueAt) {
-      if (isNeeded(c)) sendOpening(c, now);
+      if (isNeeded(c)) sendOpening(c);
       else {
         dropHandshake(c);
         c.opening = null;
       }
     }
-    wakePunching(c, now);
-    if (c.best) wakePath(c, c.best, now);
-    wakeAttempt(c, now);
+    wakePunching(c);
+    if (c.best) wakePath(c, c.best);
+    wakeAttempt(c);
     if (now >= c.renewAt) {
       c.renewAt = Infinity;
-      if (now - c.talkedAt < ABSOLUTE_LIFETIME_MS) startAttempt(c, RENEWAL, now);
+      if (now - c.talkedAt < ABSOLUTE_LIFETIME_MS) startAttempt(c, RENEWAL);
     }
+    if (c.call && session && now >= c.call.dueAt) askForIntroduction(c);
     if (now >= c.retryAt) {
       c.retryAt = Infinity;
       c.rounds = 0;
-      if (isWarm(c, now)) {
+      if (isWarm(c)) {
         c.retryAt = now + RETRY_DIRECT_MS[Math.min(c.retries++, RETRY_DIRECT_MS.length - 1)]!;
         askForIntroduction(c);
       }
     }
-    pump(c, now);
-    wakePing(c, now);
+    pump(c);
+    wakePing(c);
   }
 
   const wakeAt = () => {
@@ -2086,34 +2117,34 @@ export function createClient(options: ClientOptions): Client {
     return state === "closed" ? Infinity : at;
   };
 
-  function carryOut(command: Command, now: number): void {
+  function carryOut(command: Command): void {
     switch (command.command) {
       case "send":
-        return enqueue(command.to, command.text, now);
+        return enqueue(command.to, command.text);
       case "getu":
         if (utf8.encode(command.prefix).length > MAX_NAME_BYTES) return emit({ event: "users", users: [] });
-        return list(command.prefix, now, (users) => {
+        return list(command.prefix, (users) => {
           emit({ event: "users", users: users.map(({ name, public: endpoint }) => ({ name, public: endpoint })) });
         });
       case "path": {
         const found = [...conversations.values()].filter((c) => !command.peer || c.name === command.peer);
-        for (const c of found) tellPath(c, now);
+        for (const c of found) tellPath(c);
         if (found.length > 0 || !command.peer) return;
         const message = `No conversation with "${command.peer}" yet: send something first`;
         return emit({ event: "error", code: "unknown", message });
       }
       case "ping": {
-        const peerName = userName(command.peer), c = peerName === null ? null : conversationWith(peerName, now);
+        const peerName = userName(command.peer), c = peerName === null ? null : conversationWith(peerName);
         if (!c) return emit({ event: "error", code: "unknown", message: `There is no "${command.peer}" here` });
         c.ping = { since: now, left: command.count, lost: 0, nextAt: now, waiting: null };
-        touch(c, now);
-        return wakePing(c, now);
+        touch(c);
+        return wakePing(c);
       }
       case "verify":
         if (userName(command.peer) === null) {
           return emit({ event: "error", code: "unknown", message: `There is no "${command.peer}" here` });
         }
-        return list(command.peer, now, (users) => {
+        return list(command.peer, (users) => {
           const c = conversations.get(command.peer);
           const key = c?.peer?.key ?? users.find(({ name }) => name === command.peer)?.key; // the one in use comes first
           if (!key) return emit({ event: "error", code: "unknown", message: `There is no "${command.peer}" here` });
@@ -2130,7 +2161,9 @@ export function createClient(options: ClientOptions): Client {
     }
   }
 
-  function step(now: number, work: () => void): Effect<ClientEvent>[] {
+  /** Handles an event that happened `at` some time; `work` says how. */
+  function step(at: number, work: () => void): Effect<ClientEvent>[] {
+    now = at;
     effects = [];
     if (state === "closed") return effects;
     if (now - wakeAt() > JUMP_MS) { for (const conversation of conversations.values()) conversation.progressAt = now; }
@@ -2139,43 +2172,39 @@ export function createClient(options: ClientOptions): Client {
   }
 
   return {
-    opened(socket, openedPort, now) {
-      return step(now, () => {
+    opened: (socket, openedPort, at) =>
+      step(at, () => {
         if (socket !== 0) {
-          opening.get(socket)?.(openedPort, now);
+          opening.get(socket)?.(openedPort);
           opening.delete(socket);
           return;
         }
         port = openedPort;
-        beginLogin(now);
-        wakeLink(now);
-      });
-    },
-    receive(datagram, now) {
-      return step(now, () => {
-        if (datagram.data[0]! < 4) return onStun(datagram.data, now);
+        beginLogin();
+        wakeLink();
+      }),
+    receive: (datagram, at) =>
+      step(at, () => {
+        if (datagram.data[0]! < 4) return onStun(datagram.data);
         const control = decode(datagram.data);
-        if (control) onControl(control, datagram, now);
-        else onPeerDatagram(datagram.data, { socket: datagram.socket, from: datagram.from }, now);
-      });
-    },
-    wake(now) {
-      return step(now, () => {
-        wakeLink(now);
-        wakeListing(now);
-        wakeQueries(now);
-        for (const conversation of conversations.values()) wakeConversation(conversation, now);
-      });
-    },
+        if (control) onControl(control, datagram);
+        else onPeerDatagram(datagram.data, { socket: datagram.socket, from: datagram.from });
+      }),
+    wake: (at) =>
+      step(at, () => {
+        wakeLink();
+        wakeListing();
+        wakeQueries();
+        for (const conversation of conversations.values()) wakeConversation(conversation);
+      }),
     wakeAt,
-    command: (command, now) => step(now, () => carryOut(command, now)),
-    interfaces(found, now) {
-      return step(now, () => {
+    command: (command, at) => step(at, () => carryOut(command)),
+    interfaces: (found, at) =>
+      step(at, () => {
         if (found.join() === addresses.join()) return;
         addresses = found;
-        if (session && !login) keepalive(now);
-      });
-    },
+        if (session && !login) keepalive();
+      }),
   };
 }
 

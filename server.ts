@@ -105,7 +105,7 @@ const LOG_LINES: Rate = { perSecond: 20, burst: 200 };
 // STUN alone is larger than its question (1.6 times; 2.2 with IPv6, 2.8 and 4.6 with a second address), and it cannot
 // ask for a cookie: whoever forges a victim's address gets no more than this to it, and nobody can make us remember
 // more addresses than so many. Those who come once that is full have one bucket together.
-const STUN_PER_ADDRESS: Rate = { perSecond: 20, burst: 100 }, MAX_STUN_ADDRESSES = 10_000;
+const STUN_PER_ADDRESS: Rate = { perSecond: 50, burst: 400 }, MAX_STUN_ADDRESSES = 10_000;
 const STUN_WHEN_FULL: Rate = { perSecond: 200, burst: 200 }, STUN_ALTOGETHER: Rate = { perSecond: 2_000, burst: 2_000 };
 
 /** Sockets 0, 1: our two ports; 2: a third, to which no client writes; 3, 4: the two ports of a second address. */

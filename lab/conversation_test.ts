@@ -117,6 +117,28 @@ test("the nearer peer waits, so that both punches cross in flight: even through 
 
 // ---------------------------------------------------------------------------------------------------- delivery
 
+test("whichever datagram of the first second of a call is lost, the direct path is there within R + D + 1 s", () => {
+  for (const kind of ["EIM+APDF random", "APDM+APDF sequential"]) {
+    for (let lost = 0, count = Infinity; lost < count; lost++) {
+      const world = createWorld();
+      const [alice, bob] = pair(world, { nat: kind }, { nat: "EIM+APDF random" });
+      const start = world.net.now();
+      let seen = 0;
+      const unblock = world.net.block(({ node }) => node === "core" && seen++ === lost);
+      alice.send("bob", "hi");
+      world.net.run(1_000);
+      unblock();
+      if (lost === 0) count = Math.min(seen, 40);
+      world.net.run(4_000);
+      assert.deepEqual(texts(bob), ["hi"]);
+      for (const player of [alice, bob]) {
+        const at = player.events("path")[0]?.at ?? Infinity;
+        assert.ok(at - start <= R + D + 1_000, `${kind}, ${player.name} without datagram ${lost}: ${at - start} ms`);
+      }
+    }
+  }
+});
+
 test("500 seeds at 30 % loss, duplication and reordering: 200 messages each way, once and in order", () => {
   const count = 200;
   for (let seed = 0; seed < 500; seed++) {

@@ -494,11 +494,17 @@ test(
       const origin = any(), data = pick(MUTATIONS)(origin.data, tools, any().data);
       const from = next() < 0.5 ? pick(sources) : origin.from;
       for (const effect of pick(targets).client.receive({ socket: 0, from, data }, now)) {
+        // A COOKIE carries no MAC, since its sender may have lost all keys. Who has seen our token can make one up, but
+        // can have us do no more than ask the server: a keepalive, or another login there.
+        if (decode(data)?.type === "COOKIE") {
+          toServer++;
+          if (effect.kind === "send") assert.equal(effect.to, SERVER);
+          else assert.ok(effect.kind === "event" && effect.event.event === "reconnecting");
+          continue;
+        }
         assert.ok(effect.kind === "send", `datagram ${i}: ${effect.kind}`);
-        // What passes for a COOKIE, with the token that no stranger knows: a keepalive, five times at most.
-        if (effect.to === SERVER) toServer++;
         // A genuine punch that never arrived, and does so now; once.
-        else if (effect.to === from && hostOf(from) !== VICTIM && genuine.has(hex(data))) {
+        if (effect.to === from && hostOf(from) !== VICTIM && genuine.has(hex(data))) {
           assert.equal(belated.get(hex(data)) ?? i, i, `datagram ${i}: ${typeOf(data)} is answered again`);
           belated.set(hex(data), i);
         } else assert.fail(`datagram ${i}: ${typeOf(data)} from ${from}, ${typeOf(effect.data)} to ${effect.to}`);
@@ -506,9 +512,9 @@ test(
       }
     }
     const grown = memory() - before;
-    const answers = `${toServer} answers to the server, ${belated.size} to belated punches`;
+    const answers = `${toServer} answers to false COOKIEs, ${belated.size} to belated punches`;
     console.log(`clients: ${FLOOD / 2} datagrams, ${answers}, ${(grown / MIB).toFixed(1)} MiB`);
-    assert.ok(toServer <= 5 * targets.length && grown < 8 * MIB);
+    assert.ok(toServer <= 10 * targets.length && grown < 8 * MIB);
     talk();
     check();
   },

@@ -796,19 +796,20 @@ export function picture(results: readonly Result[]): string {
   const y = (part: number) => BOTTOM - (BOTTOM - TOP) * part;
   const line = (i: number, key: "directMs" | "messageMs") => {
     const times = capable.map(({ outcomes }) => outcomes[i]![key]).sort((a, b) => a - b);
-    const points: string[] = [];
+    const points: [string, string][] = [];
     for (let step = 0, reached = 0; step <= POINTS; step++) {
       const at = FROM_MS * (TO_MS / FROM_MS) ** (step / POINTS);
       while (reached < times.length && times[reached]! <= at) reached++;
-      points.push(`${x(at).toFixed(1)},${y(reached / times.length).toFixed(1)}`);
+      points.push([x(at).toFixed(1), y(reached / times.length).toFixed(1)]);
     }
-    return points.join(" ");
+    const bends = points.filter(([, height], i) => height !== points[i - 1]?.[1] || height !== points[i + 1]?.[1]);
+    return bends.join(" ");
   };
   const text = (left: number, top: number, words: string, more = "") =>
     `<text x="${left}" y="${top}"${more}>${words}</text>`;
   const parts = [text(LEFT, 22, "Direct after the call: share of pairs with UDP on both sides", ` class="title"`)];
   for (const part of [0, 0.25, 0.5, 0.75, 1]) {
-    parts.push(`<path class="grid" d="M${LEFT} ${y(part)}H${RIGHT}"/>`);
+    parts.push(`<path class="grid" d="M${LEFT} ${y(part)}H${RIGHT}" />`);
     parts.push(text(LEFT - 8, y(part) + 4, `${100 * part} %`, ` text-anchor="end"`));
   }
   for (
@@ -817,17 +818,17 @@ export function picture(results: readonly Result[]): string {
       "2",
     ]] as const
   ) {
-    parts.push(`<path class="grid" d="M${x(at).toFixed(1)} ${TOP}V${BOTTOM}"/>`);
+    parts.push(`<path class="grid" d="M${x(at).toFixed(1)} ${TOP}V${BOTTOM}" />`);
     parts.push(text(Math.round(x(at)), BOTTOM + 18, words, ` text-anchor="middle"`));
   }
   for (const [at, words] of [[5_000, "5"], [15_000, "15"], [60_000, "60 s"]] as const) {
-    parts.push(`<path class="grid" d="M${x(at).toFixed(1)} ${TOP}V${BOTTOM}"/>`);
+    parts.push(`<path class="grid" d="M${x(at).toFixed(1)} ${TOP}V${BOTTOM}" />`);
     parts.push(text(Math.round(x(at)), BOTTOM + 18, words, ` text-anchor="middle"`));
   }
-  parts.push(`<polyline stroke="${COLOURS[0]}" stroke-dasharray="3 4" points="${line(0, "messageMs")}"/>`);
+  parts.push(`<polyline stroke="${COLOURS[0]}" stroke-dasharray="3 4"\n    points="${line(0, "messageMs")}" />`);
   for (let i = SYSTEMS.length - 1; i >= 0; i--) {
     parts.push(
-      `<polyline stroke="${COLOURS[i]}"${i === 0 ? ` class="ours"` : ""} points="${line(i, "directMs")}"/>`,
+      `<polyline stroke="${COLOURS[i]}"${i === 0 ? ` class="ours"` : ""}\n    points="${line(i, "directMs")}" />`,
     );
   }
   const bars = BOTTOM + 62, barLeft = 176, barWidth = 330;
@@ -839,41 +840,47 @@ export function picture(results: readonly Result[]): string {
     parts.push(
       `<rect x="${barLeft}" y="${top}" width="${
         (barWidth * row.directOfCapable).toFixed(1)
-      }" height="15" rx="2" fill="${colour}"/>`,
+      }" height="15" rx="2" fill="${colour}" />`,
     );
     parts.push(text(barLeft + barWidth + 8, top + 12, percent(row.directOfCapable)));
     parts.push(text(barLeft + barWidth + 70, top + 12, `${ms(row.direct[0]!)} ms`));
   }
-  const end = bars + 24 * rows.length;
-  parts.push(
-    text(
-      LEFT,
-      end + 16,
-      `Dashed: the first message is there. ${
-        results.length.toLocaleString("en")
-      } pairs drawn from published shares of NATs, 1 % loss. punch is`,
-    ),
-  );
-  parts.push(
-    text(
-      LEFT,
-      end + 32,
-      "measured, with the real client and server in a simulated internet; the others are models of their constants.",
-    ),
-  );
-  const height = end + 46;
+  const end = bars + 24 * rows.length,
+    notes = [
+      `Dashed: the first message is there. ${results.length.toLocaleString("en")} pairs drawn from published shares`,
+      "of NATs, 1 % loss. punch is measured, the real client and server in a simulated internet;",
+      "the others are models of their constants.",
+    ];
+  for (const [i, note] of notes.entries()) parts.push(text(LEFT, end + 16 + 16 * i, note));
+  const height = end + 62;
   return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${WIDTH} ${height}" width="${WIDTH}" height="${height}" role="img">
-<title>Share of pairs of users that have a direct path, over the time since the call</title>
-<style>
-text { font: 12px system-ui, sans-serif; fill: ${GREY} }
-.title { font-size: 15px; font-weight: 600 }
-.head { font-weight: 600 }
-.grid { stroke: ${GREY}; stroke-opacity: 0.3 }
-polyline { fill: none; stroke-width: 2; stroke-linejoin: round }
-.ours { stroke-width: 3 }
-</style>
-${parts.join("\n")}
-</svg>
+  <title>Share of pairs of users that have a direct path, over the time since the call</title>
+  <style>
+  text {
+    font: 12px system-ui, sans-serif;
+    fill: ${GREY};
+  }
+  .title {
+    font-size: 15px;
+    font-weight: 600;
+  }
+  .head {
+    font-weight: 600;
+  }
+  .grid {
+    stroke: ${GREY};
+    stroke-opacity: 0.3;
+  }
+  polyline {
+    fill: none;
+    stroke-width: 2;
+    stroke-linejoin: round;
+  }
+  .ours {
+    stroke-width: 3;
+  }
+  </style>
+${parts.map((part) => `  ${part}\n`).join("")}</svg>
 `;
 }
 
@@ -893,7 +900,7 @@ async function everywhere(pairs: number, seed: string): Promise<Result[]> {
     const args = [...runtime, fileURLToPath(import.meta.url), "--part", `${pairs}`, seed, `${first}`, `${workers}`];
     const env = { ...process.env, DENO_NO_UPDATE_CHECK: "1" };
     const child = spawn(process.execPath, args, { env, stdio: ["ignore", "pipe", "inherit"] });
-    const ended = new Promise<number | null>((resolve) => child.on("close", resolve));
+    const ended = new Promise((resolve) => child.on("close", (code, signal) => resolve(signal ?? code)));
     for await (const line of createInterface({ input: child.stdout })) {
       results.push(result(seed, ...fromLine(line)));
       if (results.length % 1_000 === 0) {

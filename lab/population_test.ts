@@ -83,12 +83,12 @@ test("runPair() does the same again", () => {
 test("picture() is well-formed, under 40 KB, and needs nothing from elsewhere", () => {
   const svg = picture(results), open: string[] = [];
   assert.ok(svg.length < 40_000, `${svg.length}`);
-  for (const [, close, name, empty] of svg.matchAll(/<(\/?)([a-z]+)(?:\s+[a-zA-Z-]+="[^"<]*")*(\/?)>/g)) {
+  for (const [, close, name, empty] of svg.matchAll(/<(\/?)([a-z]+)(?:\s+[a-zA-Z-]+="[^"<]*")*\s*(\/?)>/g)) {
     if (close) assert.equal(open.pop(), name);
     else if (!empty) open.push(name!);
   }
   assert.deepEqual(open, []);
-  assert.equal(svg.match(/</g)!.length, svg.match(/<\/?[a-z]+(?:\s+[a-zA-Z-]+="[^"<]*")*\/?>/g)!.length);
+  assert.equal(svg.match(/</g)!.length, svg.match(/<\/?[a-z]+(?:\s+[a-zA-Z-]+="[^"<]*")*\s*\/?>/g)!.length);
   assert.doesNotMatch(svg, /NaN|undefined|Infinity|&(?!amp;|lt;|gt;)/);
   assert.doesNotMatch(svg.replace('xmlns="http://www.w3.org/2000/svg"', ""), /https?:|url\(|@import|href/);
   for (const { name } of SYSTEMS) assert.ok(svg.includes(`>${name}<`), name);

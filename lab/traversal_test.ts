@@ -43,8 +43,14 @@ function site(world: World, kind: string): { nat: Nat | null } {
   return { nat: world.net.nat(home) };
 }
 
-function call(one: string, other: string, seed: number, foreignRate = 0) {
-  const world = createWorld({ seed });
+interface Weather {
+  foreignRate?: number;
+  loss?: number;
+  jitterMs?: number;
+}
+
+function call(one: string, other: string, seed: number, { foreignRate = 0, ...conditions }: Weather = {}) {
+  const world = createWorld({ seed, ...conditions });
   const sites = [site(world, one), site(world, other)] as const;
   if (foreignRate) { for (const { nat } of sites) Object.assign(nat!.options, { foreignRate }); }
   const alice = join(world, "alice", sites[0]), bob = join(world, "bob", sites[1]);
@@ -88,10 +94,14 @@ for (const [i, one] of KINDS.entries()) {
 // ---------------------------------------------------------------------------------------------------- budgets
 
 const quantile = (values: number[], q: number) => values.sort((a, b) => a - b)[Math.ceil(q * values.length) - 1]!;
-const measure = (one: string, other: string, { seeds = 200, foreignRate = 0, limitMs = 15_000 } = {}) =>
+const measure = (
+  one: string,
+  other: string,
+  { seeds = 1_000, limitMs = 15_000, ...weather }: Weather & { seeds?: number; limitMs?: number } = {},
+) =>
   Array.from({ length: seeds }, (_, seed) => {
     const [caller, called] = seed % 2 ? [one, other] : [other, one];
-    return directAfter(call(caller!, called!, seed, foreignRate), limitMs);
+    return directAfter(call(caller!, called!, seed, weather), limitMs);
   });
 
 const BUDGETS: [string, string, number][] = [
@@ -107,6 +117,14 @@ for (const [one, other, budget] of BUDGETS) {
   test(`${one} x ${other} is direct within ${budget} (R + D) in the median`, () => {
     const median = quantile(measure(one, other), 0.5);
     assert.ok(median <= budget * (R + D), `${median} ms`);
+  });
+}
+
+for (const other of ["EIM+APDF random", "linux accept", "APDM+APDF sequential", "APDM+APDF preserving"]) {
+  test(`sequential x ${other} passes as well where packets are lost and overtake each other`, () => {
+    const all = measure("APDM+APDF sequential", other, { seeds: 100, loss: 0.01, jitterMs: 10, foreignRate: 0.2 });
+    const quick = all.filter((ms) => ms < 5_000).length;
+    assert.ok(quick >= 95, `${quick} of 100 within 5 s`);
   });
 }
 
