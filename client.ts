@@ -185,6 +185,8 @@ const QUICKER_FACTOR = 0.9, QUICKER_MS = 5;
 
 // Delivery.
 const RTO_FIRST_MS = 400, RTO_MIN_MS = 200, RTO_MAX_MS = 2_000, RTO_GROWTH = 1.5;
+/** Not sooner than the clocks of two runtimes can tell (a tail loss probe, RFC 8985, section 7.2). */
+const TAIL_MIN_MS = 20;
 /** Nothing acknowledged for so long: Send Failure! */
 const GIVE_UP_MS = 15_000;
 /** What all else waits for is sent again in as many copies as it has been tried, up to this. */
@@ -515,6 +517,11 @@ function sample(estimator: Estimator, rttMs: number): void {
 function timeout({ srtt, rttvar }: Estimator, tries: number): number {
   const first = srtt === null ? RTO_FIRST_MS : Math.max(RTO_MIN_MS, srtt + 4 * rttvar);
   return Math.min(RTO_MAX_MS, first * RTO_GROWTH ** (tries - 1));
+}
+
+/** The last part has none behind it whose acknowledgement would tell of its loss: it is sent again sooner, once. */
+function tailTimeout({ srtt, rttvar }: Estimator): number {
+  return srtt === null ? RTO_FIRST_MS : Math.max(TAIL_MIN_MS, 2 * srtt, srtt + 4 * rttvar);
 }
 
 const patience = (path: Path) => Math.max(SUSPECT_MS, 3 * (path.rtt.srtt ?? 0));
@@ -1785,7 +1792,9 @@ export function createClient(options: ClientOptions): Client {
     const copies = part === c.parts[0] ? Math.min(MAX_COPIES, Math.max(1, part.tries)) : 1;
     for (let i = 0; i < copies; i++) if (!transmit(c, asMessage(c, part), over, { calls: true })) return;
     const estimator = c.best?.rtt ?? c.relayRtt;
-    mark(part, { over: c.best, dueAt: now + timeout(estimator, part.tries + 1) });
+    const isTail = part.tries === 0 && part === c.parts.at(-1);
+    const wait = isTail ? tailTimeout(estimator) : timeout(estimator, Math.max(1, part.tries));
+    mark(part, { over: c.best, dueAt: now + wait });
     if (c.best) c.best.waitingSince = Math.min(c.best.waitingSince, now);
   }
 

@@ -221,7 +221,11 @@ const u8 = uint(1), u16 = uint(2), u32 = uint(4), u48 = uint(6);
 
 /** Eight bytes, kept as 16 hex digits: tokens, nonces, cookies. */
 const id: Codec<string> = {
-  put: (cursor, value) => give(cursor, Uint8Array.from({ length: 8 }, (_, i) => parseInt(value.substr(2 * i, 2), 16))),
+  put(cursor, value) {
+    const digit = (at: number) => value.charCodeAt(at) - (value.charCodeAt(at) > 57 ? 87 : 48); // a is 97, 0 is 48
+    if (cursor.at + 8 > cursor.end) throw new RangeError(`Datagram exceeds "${cursor.end}" bytes`);
+    for (let i = 0; i < 16; i += 2) cursor.bytes[cursor.at++] = digit(i) << 4 | digit(i + 1);
+  },
   get: (cursor) => hex(take(cursor, 8)),
 };
 const raw = (length: number): Codec<Uint8Array> => ({ put: give, get: (cursor) => take(cursor, length) });
@@ -566,17 +570,24 @@ export function encode(
   return data;
 }
 
+/** The header of a control message, or null if it cannot be one: what costs least to read. */
+export function controlHeader(data: Uint8Array): { id: string; counter: number } | null {
+  if (!isOurs(data) || !CONTROL_BY_CODE.has(data[1]!) || data.length < CONTROL_HEADER_BYTES + MAC_BYTES) return null;
+  const cursor = reader(data, 2, CONTROL_HEADER_BYTES);
+  return { id: id.get(cursor), counter: u48.get(cursor) };
+}
+
 /** Decodes a control message, or null. Says nothing yet about who sent it: see `verifies`. */
 export function decode(data: Uint8Array): Control | null {
-  const known = isOurs(data) ? CONTROL_BY_CODE.get(data[1]!) : undefined;
-  if (!known || data.length < CONTROL_HEADER_BYTES + MAC_BYTES) return null;
-  const cursor = reader(data, 2, data.length - MAC_BYTES);
-  const header = { type: known.type, id: id.get(cursor), counter: u48.get(cursor) };
-  const fields = known.fields.get(cursor);
+  const header = controlHeader(data);
+  if (!header) return null;
+  const { type, way, fields: codec } = CONTROL_BY_CODE.get(data[1]!)!;
+  const cursor = reader(data, CONTROL_HEADER_BYTES, data.length - MAC_BYTES);
+  const fields = codec.get(cursor);
   if (cursor.bad) return null;
   const padding = data.subarray(cursor.at, cursor.end);
-  const padded = known.way !== "S -> C" && data.length === MIN_CLIENT_BYTES && padding.every((byte) => byte === 0);
-  return padding.length === 0 || padded ? { ...fields, ...header } as Control : null;
+  const padded = way !== "S -> C" && data.length === MIN_CLIENT_BYTES && padding.every((byte) => byte === 0);
+  return padding.length === 0 || padded ? { ...fields, ...header, type } as Control : null;
 }
 
 /** Whether the MAC at the end of a control message was made with this key. */
@@ -937,16 +948,20 @@ export function replayWindow(): ReplayWindow {
   return { highest: -1, seen: new Uint32Array(WINDOW_BITS / 32) };
 }
 
+/** Whether the counter is behind the window, or has been seen: then its seal need not be looked at. */
+export function isSeen({ highest, seen }: ReplayWindow, counter: number): boolean {
+  const bit = seen[(counter % WINDOW_BITS) >> 5]! & 1 << (counter & 31);
+  return counter <= highest - WINDOW_BITS || (counter <= highest && bit !== 0);
+}
+
 /** Whether the counter is new; from then on it is not. Call it only for what a seal has proved genuine. */
 export function isFresh(window: ReplayWindow, counter: number): boolean {
-  if (counter <= window.highest - WINDOW_BITS) return false;
+  if (isSeen(window, counter)) return false;
   for (let i = Math.max(window.highest + 1, counter - WINDOW_BITS + 1); i <= counter; i++) {
     window.seen[(i % WINDOW_BITS) >> 5]! &= ~(1 << (i & 31)); // slots that the window moves over are free again
   }
   window.highest = Math.max(window.highest, counter);
-  const slot = (counter % WINDOW_BITS) >> 5, bit = 1 << (counter & 31);
-  if (window.seen[slot]! & bit) return false;
-  window.seen[slot]! |= bit;
+  window.seen[(counter % WINDOW_BITS) >> 5]! |= 1 << (counter & 31);
   return true;
 }
 

@@ -28,6 +28,7 @@ import {
   CONTROL,
   type Control,
   type ControlBody,
+  controlHeader,
   controlKeys,
   createTrace,
   type Datagram,
@@ -48,6 +49,7 @@ import {
   isFresh,
   isInUse,
   isIPv6,
+  isSeen,
   type KeyPair,
   listen,
   loginKey,
@@ -300,6 +302,12 @@ export function createServer(options: ServerOptions): Server {
     if (asked.unknown.length === 0 && asked.classic) return [];
     const unknown = asked.unknown.length > 0 ? asked.unknown : [STUN_CHANGE_REQUEST];
     return [{ kind: "send", socket, to: from, data: encodeStunResponse({ ...asked, unknown }, { mapped: from }) }];
+  }
+
+  /** Strangers have a share of the server's time, and those who seem to bring a cookie back have one of their own. */
+  function mayBeRead({ data }: Datagram, now: number): boolean {
+    const hasCookie = data[1] === CONTROL.LOGIN.code && data.subarray(16, 24).some((byte) => byte !== 0);
+    return spend(hasCookie ? claimants : strangers, STRANGERS, { now });
   }
 
   // -- cookies: what shows that somebody receives at an address, without our keeping anything
@@ -556,15 +564,11 @@ export function createServer(options: ServerOptions): Server {
     },
     receive(datagram, now) {
       if (datagram.data[0]! < 4) return answerStun(datagram, now);
-      if (!sessions.has(hex(datagram.data.subarray(2, 10)))) { // the id, see protocol.ts; for LOGIN a cookie comes after it
-        const hasCookie = datagram.data[1] === CONTROL.LOGIN.code &&
-          datagram.data.subarray(16, 24).some((byte) => byte !== 0);
-        if (!spend(hasCookie ? claimants : strangers, STRANGERS, { now })) return [];
-      }
+      const header = controlHeader(datagram.data), session = header && sessions.get(header.id);
+      if (session ? isSeen(session.window, header.counter) : !mayBeRead(datagram, now)) return []; // the cheapest first
       const message = decode(datagram.data);
       if (!message || CONTROL[message.type].way === "S -> C") return []; // no answer to an answer: that would never end
       if (message.type === "LOGIN") return login(message, datagram, now);
-      const session = sessions.get(message.id);
       if (!session) return datagram.data.length < MIN_CLIENT_BYTES ? [] : [challenge(datagram, message, false, now)];
       if (!verifies(datagram.data, session.keys.toServer) || !isFresh(session.window, message.counter)) return [];
       session.heardAt = now;

@@ -2,8 +2,8 @@
  * A flood on real sockets: somebody writes to the server as fast as half of what a bare echo of the same runtime can
  * take, from many ports, while couples talk over the relay. Loopback only; every process ends by itself.
  *
- *     flooder ------ 64 ports, 50 % of the echo's rate -----> server      (both of the runtime that runs the test)
- *     couples <----- a message each way every 250 ms -------->
+ *     two flooders -- 64 ports each, together half the echo's rate --> server      (all of the runtime that runs the test)
+ *     couples <------ a message each way every 250 ms ------------->
  *
  * With PUNCH_ROLE this file is one of the other processes. PUNCH_FULL=1 takes 100 couples instead of 30.
  *
@@ -27,6 +27,8 @@ const ECHO_MS = 1_500, TALK_MS = 2_500, INTERVAL_MS = 250;
 const PAUSE_MS = 0.4;
 /** Other jobs on the machine can spoil a measurement: so many may be made again. */
 const REPEATS = 5;
+/** What other jobs add to the 95th percentile of latencies, which is half a millisecond in calm. */
+const NOISE_MS = 25;
 /** Of the echo's rate. */
 const SHARE = 0.5;
 /** Of any helper, should the test die. */
@@ -273,7 +275,7 @@ async function underFlood(): Promise<void> {
 
     await talk("warm-up");
     const calm = await talk("calm");
-    const limit = 2 * percentile(calm, 0.95) + 25;
+    const limit = 2 * percentile(calm, 0.95) + NOISE_MS;
     const samples = (kind: string) => [...seen.get(kind) ?? []];
     const badCookies = samples("LOGIN");
     const stun = "000100002112a442" + "00".repeat(12);
@@ -300,12 +302,12 @@ async function underFlood(): Promise<void> {
     for (const [kind, { samples, fresh }] of Object.entries(floods)) {
       assert.ok(kind === "random bytes" || samples.length > 0, `No sample for ${kind}`);
       for (let attempt = 1;; attempt++) {
-        const flooder = hire("flood", { port, rate, ms: TALK_MS + 500, samples, fresh });
+        const flooders = [1, 2].map(() => hire("flood", { port, rate: rate / 2, ms: TALK_MS + 500, samples, fresh }));
         await sleep(400);
         const latencies = await talk(`${kind} ${attempt}`);
-        const { rate: reached } = await flooder.line;
+        const reached = (await Promise.all(flooders.map(({ line }) => line))).reduce((sum, { rate }) => sum + rate!, 0);
         table[attempt === 1 ? kind : `${kind}, again`] = { "a second": reached, ...show(latencies) };
-        assert.ok(reached! > rate / 3, `${kind}: a flood of ${reached} a second is none`);
+        assert.ok(reached > rate * 0.6, `${kind}: a flood of ${reached} a second is none`);
         if (percentile(latencies, 0.95) <= limit) break;
         if (repeats-- > 0 && attempt < 3) continue;
         slow.push(kind);
@@ -328,8 +330,7 @@ async function underFlood(): Promise<void> {
       assert.ok(outcomes.every(({ ok }) => ok), `${name}: Send Failure!`);
       assert.equal(doubled, 0, `${name}: something came twice`);
     }
-    // Latency on a shared machine is no reason to fail: it is printed, and what is over the limit is named.
-    if (slow.length > 0) console.log(`p95 over ${limit.toFixed(1)} ms: ${slow.join(", ")}`);
+    assert.deepEqual(slow, [], `p95 over ${limit.toFixed(1)} ms`);
   } finally {
     for (const { running } of friends) running?.close();
     server.end();
@@ -339,7 +340,7 @@ async function underFlood(): Promise<void> {
 if (role === undefined) {
   const { test } = await import("node:test");
   test(
-    `floods at half the rate of a bare echo, while ${COUPLES} couples talk: nothing is lost, and the latency is printed`,
+    `floods at half the rate of a bare echo, while ${COUPLES} couples talk: nothing is lost, and the latency at most doubles`,
     { timeout: 120_000 },
     underFlood,
   );
