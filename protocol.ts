@@ -733,6 +733,8 @@ export function concat(...parts: Uint8Array[]): Uint8Array {
 export const STUN_COOKIE = "2112a442";
 /** The attribute that asks for an answer from another address or port (RFC 5780, section 7.2). */
 export const STUN_CHANGE_REQUEST = 0x0003;
+/** The attribute that asks for an answer to another port of the asker's (RFC 5780, section 7.5). */
+export const STUN_RESPONSE_PORT = 0x0027;
 
 const STUN_HEADER_BYTES = 20;
 const STUN_KINDS = { request: 0x0001, indication: 0x0011, response: 0x0101, error: 0x0111 };
@@ -752,10 +754,10 @@ const STUN = {
 } as const;
 /**
  * Must be understood, and may be passed over here: USERNAME, PASSWORD, ERROR-CODE, UNKNOWN-ATTRIBUTES, REFLECTED-FROM,
- * REALM, NONCE, PASSWORD-ALGORITHM, USERHASH, PRIORITY, USE-CANDIDATE. Not among them, since they would aim us at
- * others or make us louder: RESPONSE-ADDRESS (RFC 3489), RESPONSE-PORT and PADDING (RFC 5780).
+ * REALM, NONCE, PASSWORD-ALGORITHM, USERHASH, PRIORITY, USE-CANDIDATE and PADDING, whose answer is not padded. Not
+ * among them, since it would aim us at others: RESPONSE-ADDRESS (RFC 3489).
  */
-const STUN_PASSED_OVER = [0x06, 0x07, 0x09, 0x0a, 0x0b, 0x14, 0x15, 0x1d, 0x1e, 0x24, 0x25];
+const STUN_PASSED_OVER = [0x06, 0x07, 0x09, 0x0a, 0x0b, 0x14, 0x15, 0x1d, 0x1e, 0x24, 0x25, 0x26];
 /** From here on an attribute need not be understood (RFC 8489, section 14). */
 const STUN_OPTIONAL = 0x8000;
 const STUN_CHANGE_IP = 4, STUN_CHANGE_PORT = 2, STUN_FINGERPRINT_MASK = 0x5354554e;
@@ -776,6 +778,8 @@ export interface Stun {
   changeIp: boolean;
   /** CHANGE-REQUEST: answer from another port. */
   changePort: boolean;
+  /** RESPONSE-PORT: answer to this port of mine. */
+  responsePort?: number | undefined;
   /** Attributes that must be understood and are not. */
   unknown: number[];
   /** Without the cookie: RFC 3489. */
@@ -814,6 +818,9 @@ export function decodeStun(data: Uint8Array): Stun | null {
       cursor.bad = length !== 4;
       stun.changeIp = (flags & STUN_CHANGE_IP) !== 0;
       stun.changePort = (flags & STUN_CHANGE_PORT) !== 0;
+    } else if (type === STUN_RESPONSE_PORT) {
+      stun.responsePort = u16.get(reader(value, 0, 2));
+      cursor.bad = length !== 4 || stun.responsePort === 0;
     } else if (type < STUN_OPTIONAL && !STUN_PASSED_OVER.includes(type)) stun.unknown.push(type);
   }
   return cursor.bad ? null : stun;
@@ -1385,6 +1392,8 @@ export async function listen<Event>(machine: Machine<Event>, options: ListenOpti
 const LONGEST_TIMER_MS = 60_000;
 /** What a datagram without a wish of its own gets. */
 const DEFAULT_TTL = 64;
+/** Larger datagrams are dropped unread. Ours are smaller; a STUN request may be padded to a full Ethernet frame or more. */
+const MAX_READ_BYTES = 2_048;
 /** Datagrams handed to the kernel and not yet taken: more would only pile up in memory (Deno). */
 const MAX_SENDS_IN_FLIGHT = 256;
 /** Datagrams read and not yet handled, and how many are handled before timers and signals get their turn (Bun). */
@@ -1425,7 +1434,7 @@ function openNode(host: string, port: number, onData: OnData): Promise<Udp> {
     };
     socket.on("error", reject);
     socket.on("message", (data, from) => {
-      if (open && data.length <= MAX_DATAGRAM_BYTES) guarded(onData, data, formatEndpoint(from.address, from.port));
+      if (open && data.length <= MAX_READ_BYTES) guarded(onData, data, formatEndpoint(from.address, from.port));
     });
     socket.bind(port, host, () => {
       resolve({
@@ -1461,11 +1470,11 @@ async function openDeno(host: string, port: number, onData: OnData): Promise<Udp
     busy = false;
   };
   const receiveAll = async () => {
-    const buffer = new Uint8Array(MAX_DATAGRAM_BYTES + 1); // one more, so that what is too long shows
+    const buffer = new Uint8Array(MAX_READ_BYTES + 1); // one more, so that what is too long shows
     while (open) {
       const received = await socket.receive(buffer).catch(() => null);
       if (!received && open) await new Promise((resolve) => setTimeout(resolve, 1));
-      else if (received && received[0].length <= MAX_DATAGRAM_BYTES) {
+      else if (received && received[0].length <= MAX_READ_BYTES) {
         const from = received[1] as Deno.NetAddr;
         guarded(onData, received[0], formatEndpoint(plainHost(from.hostname), from.port));
       }
@@ -1515,7 +1524,7 @@ async function openBun(host: string, port: number, onData: OnData): Promise<Udp>
     port,
     socket: {
       data(_socket, data, port, address) {
-        if (data.length > MAX_DATAGRAM_BYTES || inbox.length >= MAX_INBOX) return;
+        if (data.length > MAX_READ_BYTES || inbox.length >= MAX_INBOX) return;
         inbox.push([data, formatEndpoint(plainHost(address), port)]);
         schedule();
       },

@@ -68,6 +68,7 @@ import {
   spend,
   stretch,
   STUN_CHANGE_REQUEST,
+  STUN_RESPONSE_PORT,
   UsageError,
   type User,
   userName,
@@ -293,15 +294,20 @@ export function createServer(options: ServerOptions): Server {
       hosts && formatEndpoint(hosts[socket < SECOND_ADDRESS ? 0 : 1], ports[socket]!);
     const change = asked.changeIp ? asked.changePort ? "both" : "address" : asked.changePort ? "port" : "same";
     const answerer = STUN_FROM[change][socket]!;
-    if (asked.unknown.length === 0 && ports[answerer]! > 0) {
+    const missing = [...asked.unknown];
+    if (asked.responsePort && !hosts) missing.push(STUN_RESPONSE_PORT);
+    if (ports[answerer] === 0) missing.push(STUN_CHANGE_REQUEST);
+    if (missing.length === 0) {
+      // Another port of the asker's own: whoever can forge his address could have named that port as well.
+      const to = asked.responsePort ? formatEndpoint(hostOf(from), asked.responsePort) : from;
       const answer = { mapped: from, origin: endpoint(answerer), other: endpoint(STUN_FROM.both[socket]!) };
-      return [{ kind: "send", socket: answerer, to: from, data: encodeStunResponse(asked, answer) }];
+      return [{ kind: "send", socket: answerer, to, data: encodeStunResponse(asked, answer) }];
     }
     // Without that socket it is an error, not silence, which would look like a NAT that filters (RFC 5780, section 6.1).
     // A classic client takes whatever comes in for the answer that it hopes for: there silence errs to the safe side.
-    if (asked.unknown.length === 0 && asked.classic) return [];
-    const unknown = asked.unknown.length > 0 ? asked.unknown : [STUN_CHANGE_REQUEST];
-    return [{ kind: "send", socket, to: from, data: encodeStunResponse({ ...asked, unknown }, { mapped: from }) }];
+    if (asked.classic && asked.unknown.length === 0) return [];
+    const refusal = encodeStunResponse({ ...asked, unknown: missing }, { mapped: from });
+    return [{ kind: "send", socket, to: from, data: refusal }];
   }
 
   /** Strangers have a share of the server's time, and those who seem to bring a cookie back have one of their own. */
