@@ -1198,10 +1198,9 @@ export function createClient(options: ClientOptions): Client {
     if (!c.best && !c.punching) c.calledAt = now;
     if (!renew(c, peer)) return;
     c.lastError = c.call = null;
-    if (body.length > 0) {
-      onPeerDatagram(body, null, c);
-      if (!sealing(c)) open(c); // sealed for a session that we have not, or no longer: here is another
-    }
+    if (body.length > 0) onPeerDatagram(body, null, c);
+    // Sealed for a session that we have not, or no longer; or a call for punches, which we cannot seal any more.
+    if ((body.length > 0 || c.secure) && !sealing(c)) open(c);
     if (!spend(c.introductions, INTRODUCTIONS_PER_PEER, { now })) return;
     if (c.opening?.handshake || sealing(c)) startPunching(c);
     resendLate(c);
@@ -1287,10 +1286,10 @@ export function createClient(options: ClientOptions): Client {
   const mayPunch = () => spend(punches ??= fullBucket(PUNCHES, now), PUNCHES, { now });
 
   function onPunch(c: Conversation, id: number, origin: Origin): void {
-    if (!origin) return void transmit(c, { type: "P2PECHO", probe: id }, [null]);
-    const path = direct ? pathTo(c, origin) : null;
+    const path = origin && direct ? pathTo(c, origin) : null;
+    if (origin && !path) return;
+    if (!transmit(c, { type: "P2PECHO", probe: id }, [path])) return open(c); // one of us has logged in anew
     if (!path) return;
-    transmit(c, { type: "P2PECHO", probe: id }, [path]);
     if (path.state === "trying") probe(c, path); // it passed inwards, now ours will pass outwards
   }
 

@@ -366,6 +366,30 @@ test("the server is restarted: direct conversations go on, everybody is back 2 s
   assert.equal(alice.events("path").length, 1);
 });
 
+test("one side alone logs in anew, as when the server was out of its reach: the direct path goes on", () => {
+  for (const talk of [false, true]) {
+    const world = createWorld();
+    const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+    alice.send("bob", "hi");
+    world.net.run(2_000);
+    const unblock = world.net.block(({ host, to }) => host === "alice" && to.startsWith("192.0.2.1"));
+    world.net.run(40_000);
+    unblock();
+    for (let i = 0; i < 60; i++) {
+      if (talk) alice.send("bob", `a ${i}`);
+      if (talk && i % 7 === 0) bob.send("alice", `b ${i}`);
+      world.net.run(1_000);
+    }
+    assert.equal(alice.events("reconnected").length, 1);
+    for (const player of [alice, bob]) {
+      assert.deepEqual(player.events("path").map(({ path }) => path), ["direct"]);
+      assert.ok(player.events("sent").every(({ ok }) => ok));
+    }
+    assert.equal(texts(bob).length, talk ? 61 : 1);
+    assert.equal(texts(alice).length, talk ? 9 : 0);
+  }
+});
+
 test("the server is restarted under a conversation on the relay: no message is lost", () => {
   for (let seed = 0; seed < 20; seed++) {
     const world = createWorld({ seed });
