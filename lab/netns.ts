@@ -425,6 +425,8 @@ interface Case extends Weather {
   mixes?: 1 | 2 | 4;
   /** The server has a second address, and so can tell all kinds of NAT. */
   altHost?: boolean;
+  /** Another STUN server, Debian's coturn, at another address: the clients ask it as well, and can tell most kinds. */
+  observer?: boolean;
   /** How the clients are told where the server is, if not by its IPv4 address. */
   server?: string;
   /** Throws where the product falls short; returns what is worth telling. */
@@ -565,7 +567,7 @@ interface Kind {
   is: [string, string, string | RegExp];
 }
 
-/** Three samples of random ports are near each other now and then. */
+/** Four samples of random ports, of 10,000 here, are near each other now and then. */
 const random = /^(random|block)$/;
 const KINDS = {
   "public": { nats: [], is: ["EIM", "EIF", "preserving"] },
@@ -582,21 +584,30 @@ const KINDS = {
 type KindName = keyof typeof KINDS;
 
 /** Both learn what they are behind, of which a server with one address cannot tell all; then they meet. */
-function pair([one, other]: [KindName, KindName], { altHost = false } = {}): Case {
+function pair([one, other]: [KindName, KindName], { altHost = false, observer = false } = {}): Case {
   const [a, b]: [Kind, Kind] = [KINDS[one], KINDS[other]];
   const symmetric = [a, b].filter(({ is }) => is[0] !== "EIM").length;
   const letsIn = [a, b].some(({ is }) => is[1] !== "APDF");
-  const how = symmetric === 2 ? relayed : symmetric === 1 && !letsIn ? spray : direct;
+  // Nobody can tell ADM from EIM here, so that is tried after the plain punch and fresh sockets have failed.
+  const isLate = !altHost && !observer && [a, b].some(({ is }) => is[0] === "ADM");
+  const how = isLate
+    ? meet("direct", { pathMs: 2 * SPRAY_MS })
+    : symmetric === 2
+    ? relayed
+    : symmetric === 1 && !letsIn
+    ? spray
+    : direct;
   const learn = (program: Program, { nats, is: [mapping, filtering, allocation] }: Kind) =>
     isBehind(program, {
-      mapping: altHost || mapping === "APDM" ? mapping : nats.length > 0 ? "unknown" : /^(EIM|unknown)$/,
+      mapping: altHost || observer || mapping === "APDM" || nats.length === 0 ? mapping : "unknown",
       filtering: altHost || filtering === "APDF" ? filtering : "unknown",
       allocation,
     });
   return {
-    name: `${one} - ${other}${altHost ? ", --alt-host" : ""}`,
+    name: `${one} - ${other}${altHost ? ", --alt-host" : observer ? ", --stun" : ""}`,
     mixes: symmetric === 1 ? 2 : one === other && (symmetric === 2 || one === "masquerade") ? 4 : 1,
     altHost,
+    observer,
     sites: apart(a.nats, b.nats),
     async play(world) {
       await Promise.all([learn(world.alice, a), learn(world.bob, b)]);
@@ -623,6 +634,9 @@ const CASES: Case[] = [
     ["address-restricted", "fully-random"],
     ["masquerade", "adm-random"],
   ] satisfies [KindName, KindName][]).map((kinds) => pair(kinds, { altHost: true })),
+  pair(["masquerade", "adm-random"]),
+  pair(["masquerade", "adm-random"], { observer: true }),
+  pair(["eim-random", "fully-random"], { observer: true }),
   // Before either knows its NAT.
   { name: "spray in haste", mixes: 2, sites: apart(["masquerade"], ["fully-random"]), play: spray },
   { name: "hairpin", sites: [{ nats: ["hairpin"], users: ["alice", "bob"], isolated: true }], play: hairpin },
@@ -633,6 +647,8 @@ const CASES: Case[] = [
   { name: "IPv6", sites: symmetric, ipv6: true, server: "[2001:db8::1]:2280", play: overIPv6 },
   { name: "5 % loss", sites: plain, lossPercent: 5, play: hundred },
 ];
+
+const OBSERVER = "192.0.2.2:3478";
 
 const MIXES = RUNTIMES.flatMap((alice) => RUNTIMES.map((bob) => ({ alice, bob })));
 
@@ -652,7 +668,8 @@ async function play(cast: Cast, prefix: string): Promise<string> {
     await program.until({ event: name === "server" ? "listening" : "login" });
     return program;
   };
-  const client = (name: "alice" | "bob") => run(name, ["client.ts", cast.row.server ?? "192.0.2.1", name]);
+  const stun = cast.row.observer ? ["--stun", OBSERVER] : [];
+  const client = (name: "alice" | "bob") => run(name, ["client.ts", cast.row.server ?? "192.0.2.1", name, ...stun]);
   try {
     let server: Program;
     const startServer = async () => {
@@ -660,6 +677,14 @@ async function play(cast: Cast, prefix: string): Promise<string> {
       server = await run("server", ["server.ts", "--port", "2280", ...hosts]);
     };
     await startServer();
+    if (cast.row.observer) {
+      const [address, port] = OBSERVER.split(":");
+      const options = ["-n", "--stun-only", "--no-cli", "--log-file=stdout", `--listening-ip=${address}`];
+      const command = ["turnserver", ...options, `--listening-port=${port}`, "--no-tcp", "--no-tls", "--no-dtls"];
+      const coturn = start("coturn", { namespace: net.namespace("server"), command });
+      programs.push(coturn);
+      await coturn.until({ event: "not JSON", line: /admin thread/ }); // the last one that it starts
+    }
     // Bob first, so that Alice finds him, and his key, in her list of users.
     const bob = await client("bob");
     const alice = await client("alice");
@@ -741,9 +766,10 @@ async function main(filter: string): Promise<number> {
   await startWires(present.at(-1)!);
   const worker = async () => {
     for (let cast = queue.shift(); cast; cast = queue.shift()) {
-      if (!present.includes(cast.alice) || !present.includes(cast.bob)) {
+      const missing = [cast.alice, cast.bob, ...cast.row.observer ? ["turnserver"] : []].filter((one) => !works(one));
+      if (missing.length > 0) {
         count.skipped++;
-        console.log(`skipped ${title(cast)}: needs deno and bun on the PATH`);
+        console.log(`skipped ${title(cast)}: no ${missing.join(", ")} on the PATH`);
         continue;
       }
       const began = performance.now();
