@@ -25,7 +25,7 @@ import process from "node:process";
 import { clearLine, createInterface, cursorTo } from "node:readline";
 import {
   agree,
-  bindError,
+  bound,
   type Bucket,
   clock,
   concat,
@@ -59,7 +59,6 @@ import {
   type Initiation,
   type Introduced,
   isFresh,
-  isInUse,
   isIPv6,
   type KeyPair,
   keysFrom,
@@ -416,10 +415,10 @@ interface Conversation {
   ackDue: boolean;
   lastError: Reason | null;
 
-  /** The introduction that we have asked for: how often, and when to ask again. */
-  call: { tries: number; dueAt: number } | null;
   calledAt: number;
+  /** How often we have asked for an introduction, and when to ask again for one that has not come. */
   rounds: number;
+  askAt: number;
   punching: { from: number; step: number; reported: boolean } | null;
   retries: number;
   retryAt: number;
@@ -893,9 +892,9 @@ export function createClient(options: ClientOptions): Client {
       incoming: null,
       ackDue: false,
       lastError: null,
-      call: null,
       calledAt: now,
       rounds: 0,
+      askAt: Infinity,
       punching: null,
       attempt: null,
       retries: 0,
@@ -1128,22 +1127,18 @@ export function createClient(options: ClientOptions): Client {
 
   // -- paths: introduction, punching, and what becomes of a hole
 
+  /** Has the server pass bytes on; `call`: and introduce us, which is asked for again should the answer be lost. */
   function passOn(c: Conversation, body: Uint8Array, call: boolean): void {
     tell({ type: "P2PTRANS", to: c.name, nonce: c.peer?.nonce ?? NO_ID, call: Number(call), body });
     if (!call) return;
-    const tries = (c.call?.tries ?? 0) + 1;
-    c.call = {
-      tries,
-      dueAt: tries < MAX_ROUNDS && direct && !isMirror(c) ? now + timeout(serverRtt, tries) : Infinity,
-    };
+    c.rounds++;
+    c.askAt = c.rounds < MAX_ROUNDS && direct && !isMirror(c) ? now + timeout(serverRtt, c.rounds) : Infinity;
   }
 
   /** Passes bytes on to the peer over the server; `calls`: and asks for an introduction, up to five times. */
   function relay(c: Conversation, body: Uint8Array, { calls }: { calls: boolean }): void {
     if (!session) return;
-    const call = calls && !c.best && c.rounds < MAX_ROUNDS && (direct || !sealing(c));
-    if (call) c.rounds++;
-    passOn(c, body, call);
+    passOn(c, body, calls && !c.best && c.rounds < MAX_ROUNDS && (direct || !sealing(c)));
   }
 
   /** Sends the same sealed bytes every way given; the peer takes the first copy. */
@@ -1170,7 +1165,6 @@ export function createClient(options: ClientOptions): Client {
     c.rounds = 0;
     c.retries = 0;
     c.calledAt = now;
-    c.call = null;
     askForIntroduction(c);
   }
 
@@ -1185,7 +1179,8 @@ export function createClient(options: ClientOptions): Client {
     if (!c || !spend(c.introductions, INTRODUCTIONS_PER_PEER, { now })) return;
     const isCurrent = c.peer?.nonce === peer.nonce;
     if (!renew(c, peer)) return;
-    c.lastError = c.call = null;
+    c.lastError = null;
+    c.askAt = Infinity;
     // What we sent was for another login, or empty: the peer could do nothing with it, so it does not punch yet.
     if (isCurrent && (c.opening?.handshake || sealing(c))) startPunching(c);
     else if (isNeeded(c)) resendAll(c);
@@ -1197,7 +1192,8 @@ export function createClient(options: ClientOptions): Client {
     if (!c) return;
     if (!c.best && !c.punching) c.calledAt = now;
     if (!renew(c, peer)) return;
-    c.lastError = c.call = null;
+    c.lastError = null;
+    c.askAt = Infinity;
     if (body.length > 0) onPeerDatagram(body, null, c);
     // Sealed for a session that we have not, or no longer; or a call for punches, which we cannot seal any more.
     if ((body.length > 0 || c.secure) && !sealing(c)) open(c);
@@ -1326,9 +1322,8 @@ export function createClient(options: ClientOptions): Client {
     if (path && c.attempt?.spray) sprayedAt = -Infinity; // it is over
     if (path) {
       path.state = "good";
-      c.retryAt = Infinity;
-      c.retries = 0;
-      c.rounds = 0;
+      c.retryAt = c.askAt = Infinity;
+      c.retries = c.rounds = 0;
       path.probeAt = nextProbeAt(c);
       resendLate(c);
     }
@@ -1941,7 +1936,7 @@ export function createClient(options: ClientOptions): Client {
     // After the server's restart "unknown" only means that the peer is not back yet.
     const isFinal = reason === "offline" || !c.peer || (c.secure === null && c.incoming === null);
     c.lastError = reason === "unknown" && c.peer ? "offline" : reason;
-    c.call = null;
+    c.askAt = Infinity;
     if (isFinal && !c.best) failAll(c, reason);
   }
 
@@ -2071,7 +2066,7 @@ export function createClient(options: ClientOptions): Client {
     let at = Math.min(
       session ? c.opening?.dueAt ?? Infinity : Infinity,
       c.punching ? c.punching.from + PUNCH_AT_MS[c.punching.step]! : Infinity,
-      session ? c.call?.dueAt ?? Infinity : Infinity,
+      session ? c.askAt : Infinity,
       c.retryAt,
       c.renewAt,
       c.ping?.nextAt ?? Infinity,
@@ -2105,7 +2100,7 @@ export function createClient(options: ClientOptions): Client {
       c.renewAt = Infinity;
       if (now - c.talkedAt < ABSOLUTE_LIFETIME_MS) startAttempt(c, RENEWAL);
     }
-    if (c.call && session && now >= c.call.dueAt) askForIntroduction(c);
+    if (session && now >= c.askAt) askForIntroduction(c);
     if (now >= c.retryAt) {
       c.retryAt = Infinity;
       c.rounds = 0;
@@ -2536,15 +2531,7 @@ async function main(): Promise<void> {
   const trace = args.trace ? createTrace() : undefined;
   client.interfaces(localAddresses(), clock());
   const run = (host: string) => listen(client, { sockets: [{ host, port }], onEvent: say, onDatagram: trace });
-  const fail = (error: unknown): never => {
-    const failure = bindError(error, port);
-    if (args.json) console.log(JSON.stringify({ event: "error", code: "bind", message: failure.message }));
-    throw failure;
-  };
-  const running = await run("::").catch((error) =>
-    // without IPv6 on this host it is IPv4 alone
-    isInUse(error) ? fail(error) : run("0.0.0.0").catch(fail)
-  );
+  const running = await bound(run, { json: args.json });
   const perform = (command: Command) => running.perform(client.command(command, clock()));
   setInterval(() => running.perform(client.interfaces(localAddresses(), clock())), INTERFACES_CHECK_MS);
 

@@ -1320,7 +1320,7 @@ export function clock(): number {
 /**
  * Runs a machine on UDP sockets of Deno or Bun until closed: the only place with a socket or a timer.
  *
- * @throws what the runtime throws for a port or address that cannot be bound
+ * @throws what the runtime throws for a port or address that cannot be bound, with that `port`
  */
 export async function listen<Event>(machine: Machine<Event>, options: ListenOptions<Event>): Promise<Running<Event>> {
   const sockets: (Udp | undefined)[] = [];
@@ -1379,7 +1379,11 @@ export async function listen<Event>(machine: Machine<Event>, options: ListenOpti
   }
 
   try {
-    for (const [socket, { host, port }] of options.sockets.entries()) sockets[socket] = await bind(socket, host, port);
+    for (const [socket, { host, port }] of options.sockets.entries()) {
+      sockets[socket] = await bind(socket, host, port).catch((error) => {
+        throw Object.assign(error, { port });
+      });
+    }
   } catch (error) {
     close();
     throw error;
@@ -1570,21 +1574,33 @@ export function exitWith(error: unknown): never {
   process.exit(error instanceof UsageError ? 2 : 1);
 }
 
-/** Whether a port could not be bound because somebody else has it. */
-export function isInUse(error: unknown): boolean {
-  return (error as { code?: string }).code === "EADDRINUSE";
-}
-
-/** What a failure to bind means. */
-export function bindError(error: unknown, port: number): Failure {
-  if (error instanceof Failure) return error;
-  const { code, message } = error as { code?: string; message: string };
-  const reasons: Record<string, string> = {
-    EADDRINUSE: "address already in use, choose another with --port",
-    EADDRNOTAVAIL: "this host has no such address",
-    EACCES: "permission denied, choose a port above 1023 with --port",
-  };
-  return new Failure(`Cannot bind UDP port "${port}": ${reasons[code ?? ""] ?? message}`);
+/**
+ * Runs a machine on the given host; or else on `::`, which is IPv4 too, and on a host without IPv6 on IPv4 alone.
+ *
+ * @throws {Failure} if the port cannot be bound; with `json` it is told on stdout too
+ */
+export async function bound<T>(
+  run: (host: string) => Promise<T>,
+  { host, json }: { host?: string | undefined; json: boolean },
+): Promise<T> {
+  try {
+    return await run(host ?? "::").catch((error) => {
+      if (host !== undefined || (error as { code?: string }).code === "EADDRINUSE") throw error;
+      return run("0.0.0.0");
+    });
+  } catch (error) {
+    const { code, message, port } = error as { code?: string; message: string; port?: number };
+    const reasons: Record<string, string> = {
+      EADDRINUSE: "address already in use, choose another with --port",
+      EADDRNOTAVAIL: "this host has no such address",
+      EACCES: "permission denied, choose one above 1023 with --port",
+    };
+    const failure = error instanceof Failure
+      ? error
+      : new Failure(`Cannot bind UDP port "${port}": ${reasons[code ?? ""] ?? message}`);
+    if (json) console.log(JSON.stringify({ event: "error", code: "bind", message: failure.message }));
+    throw failure;
+  }
 }
 
 /** An environment variable; undefined too where Deno was not allowed to look. */

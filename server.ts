@@ -22,7 +22,7 @@ import process from "node:process";
 import {
   addressBytes,
   agree,
-  bindError,
+  bound,
   type Bucket,
   clock,
   CONTROL,
@@ -47,7 +47,6 @@ import {
   hostOf,
   type Introduced,
   isFresh,
-  isInUse,
   isIPv6,
   isSeen,
   type KeyPair,
@@ -672,15 +671,7 @@ async function main(): Promise<void> {
     if (altHost !== undefined) sockets.push({ host: altHost, port }, { host: altHost, port: altPort });
     return listen(server, { sockets, onEvent: say, onDatagram });
   };
-  const fail = (error: unknown): never => {
-    const failure = bindError(error, port);
-    if (args.json) console.log(JSON.stringify({ event: "error", code: "bind", message: failure.message }));
-    throw failure;
-  };
-  const running = await run(host).catch((error) =>
-    // without IPv6 on this host it is IPv4 alone
-    args.host !== undefined || isInUse(error) ? fail(error) : run("0.0.0.0").catch(fail)
-  );
+  const running = await bound(run, { host: args.host, json: args.json });
   if (!password && !args.json && !args.quiet) {
     console.error(
       "Anybody may log in: no --password-file, and no PUNCH_PASSWORD (which Deno shows with --allow-env only)",
