@@ -464,8 +464,8 @@ interface Attempt {
   number: number;
   startedAt: number;
   /** Whom it takes for symmetric, and whether our ports cannot be foretold. */
-  hard: boolean;
-  peerHard: boolean;
+  symmetric: boolean;
+  peerSymmetric: boolean;
   random: boolean;
   /** The sockets opened for it; none: socket 0 serves. */
   sockets: { socket: number; port: number }[];
@@ -585,9 +585,9 @@ function stepOf(samples: Facts["samples"]): number {
 }
 
 /** Symmetric: a new destination gets a new port. */
-const isHard = ({ mapping }: NatClass) => mapping === "APDM" || mapping === "ADM";
+const isSymmetric = ({ mapping }: NatClass) => mapping === "APDM" || mapping === "ADM";
 /** ... and nobody can tell which. */
-const isRandom = (nat: NatClass) => isHard(nat) && !isPredictable(nat);
+const isRandom = (nat: NatClass) => isSymmetric(nat) && !isPredictable(nat);
 
 const isPredictable = ({ allocation }: NatClass) => allocation === "preserving" || allocation === "sequential";
 
@@ -595,12 +595,12 @@ const isPredictable = ({ allocation }: NatClass) => allocation === "preserving" 
  * Whom an attempt takes for symmetric: those who are and, once plain punches and fresh sockets have failed, one whose
  * mapping a single server could not tell from ADM (escalation follows packets, not labels).
  */
-function isTakenForHard(
+function isTakenForSymmetric(
   who: NatClass,
   other: NatClass,
   { number, isFirst }: { number: number; isFirst: boolean },
 ): boolean {
-  if (isHard(who) || isHard(other) || who.mapping !== "unknown") return isHard(who);
+  if (isSymmetric(who) || isSymmetric(other) || who.mapping !== "unknown") return isSymmetric(who);
   if (number === 3) return isPredictable(who);
   return !isPredictable(who) && ((number === 2 && (isFirst || isPredictable(other))) || (number === 4 && !isFirst));
 }
@@ -1207,8 +1207,8 @@ export function createClient(options: ClientOptions): Client {
     c.punching = { from: now + c.peer!.punchAfterMs, step: 0, reported: false };
     c.retryAt = Infinity;
     wakePunching(c);
-    const isPermissive = ["EIF", "ADF"].includes(isHard(nat) ? c.peer!.nat.filtering : nat.filtering);
-    if (!c.attempt && !c.best && (isHard(nat) || isHard(c.peer!.nat)) && !isPermissive) startAttempt(c, 0);
+    const isPermissive = ["EIF", "ADF"].includes(isSymmetric(nat) ? c.peer!.nat.filtering : nat.filtering);
+    if (!c.attempt && !c.best && (isSymmetric(nat) || isSymmetric(c.peer!.nat)) && !isPermissive) startAttempt(c, 0);
   }
 
   function wakePunching(c: Conversation): void {
@@ -1505,19 +1505,32 @@ export function createClient(options: ClientOptions): Client {
     });
   }
 
-  // -- harder NATs: attempts with more sockets, predicted ports and sprays (the table is in DESIGN 4 and README)
+  // -- harder NATs: attempts with more sockets, predicted ports and sprays
+  //
+  //     ours \ theirs     EIM                        symmetric, foreseeable        symmetric, random
+  //     EIM               a fresh socket each:       from one socket to all that   spray: to 2,048 ports of theirs,
+  //                       their NATs may have been   they tell: one is right       of which 256 are open to us
+  //                       spoilt by early packets
+  //     symmetric,        open a few, tell which:    the i-th packet of each to    none: the odds are quadratic
+  //     foreseeable       the first try is to hit    the i-th port of the other
+  //     symmetric,        open 256, so that every    none                          none
+  //     random            250th port is right
+  //
+  // A symmetric side opens its NAT with packets that die before they arrive: a router with an open INPUT chain would
+  // take them for new flows, and lose the very ports that it is about to use.
 
+  /** Begins attempt `number`: one cell of the table, as the other side plays it too; its plan, or ours, sees to that. */
   function startAttempt(c: Conversation, number: number): void {
     const peerNat = c.peer!.nat;
     const isFirst = isLower(keys.public, c.peer!.key);
-    const hard = isTakenForHard(nat, peerNat, { number, isFirst });
-    const peerHard = isTakenForHard(peerNat, nat, { number, isFirst: !isFirst });
-    const random = hard && !isPredictable(nat), peerRandom = peerHard && !isPredictable(peerNat);
-    const isHopeless = hard && peerHard && (random || peerRandom); // the odds are quadratic
+    const symmetric = isTakenForSymmetric(nat, peerNat, { number, isFirst });
+    const peerSymmetric = isTakenForSymmetric(peerNat, nat, { number, isFirst: !isFirst });
+    const random = symmetric && !isPredictable(nat), peerRandom = peerSymmetric && !isPredictable(peerNat);
+    const isHopeless = symmetric && peerSymmetric && (random || peerRandom); // the odds are quadratic
     if (c.attempt) endAttempt(c);
     if (!spend(c.attempts, ATTEMPTS_PER_PEER, { now })) return;
     if (isHopeless || (number > MAX_ATTEMPT && number !== RENEWAL) || isMirror(c)) return;
-    const count = hard ? random ? SPRAY_SOCKETS : peerHard ? GUESSES : FEW : peerHard ? 0 : 1;
+    const count = random ? SPRAY_SOCKETS : symmetric ? (peerSymmetric ? GUESSES : FEW) : peerSymmetric ? 0 : 1;
     if (openSockets + count > MAX_SOCKETS) return;
     const attempt: Attempt = {
       number,
@@ -1529,8 +1542,8 @@ export function createClient(options: ClientOptions): Client {
       volley: 0,
       volleyAt: Infinity,
       spray: null,
-      hard,
-      peerHard,
+      symmetric,
+      peerSymmetric,
       random,
       endAt: now + (random || peerRandom ? SPRAY_ATTEMPT_MS : ATTEMPT_MS),
     };
@@ -1561,7 +1574,7 @@ export function createClient(options: ClientOptions): Client {
         (answer) => answer?.mapped && then(parseEndpoint(answer.mapped)!.port),
       );
     if (!session || inside.length === 0) return;
-    if (!attempt.hard) outside(attempt.sockets[0]!.socket, (port) => announce([port]));
+    if (!attempt.symmetric) outside(attempt.sockets[0]!.socket, (port) => announce([port]));
     else if (attempt.random) announce(nat.allocation === "block" ? block : [], 1);
     else if (nat.allocation === "preserving") announce(inside);
     else {
@@ -1591,8 +1604,8 @@ export function createClient(options: ClientOptions): Client {
   /** Whether both sides know where to send; if so, now. */
   function aim(c: Conversation): void {
     const attempt = c.attempt!;
-    const isReady = attempt.plan !== null || (!attempt.hard && attempt.peerHard);
-    const knowsWhere = attempt.theirs !== null || (attempt.hard && !attempt.peerHard);
+    const isReady = attempt.plan !== null || (!attempt.symmetric && attempt.peerSymmetric);
+    const knowsWhere = attempt.theirs !== null || (attempt.symmetric && !attempt.peerSymmetric);
     if (isReady && knowsWhere && attempt.volleyAt === Infinity && attempt.volley === 0) attempt.volleyAt = now;
   }
 
@@ -1603,8 +1616,8 @@ export function createClient(options: ClientOptions): Client {
     const attempt = c.attempt!, target = publicOf(c);
     if (!target || isSettled(c)) return;
     const host = hostOf(target), ports = attempt.theirs?.ports ?? [];
-    const both = attempt.hard && attempt.peerHard, opens = attempt.hard && !both;
-    if (attempt.theirs?.spray && !attempt.hard) {
+    const both = attempt.symmetric && attempt.peerSymmetric, opens = attempt.symmetric && !both;
+    if (attempt.theirs?.spray && !attempt.symmetric) {
       if (attempt.spray || now - sprayedAt < SPRAY_INTERVAL_MS) return; // one at a time, on this host
       sprayedAt = now;
       attempt.spray = {
@@ -1659,7 +1672,7 @@ export function createClient(options: ClientOptions): Client {
     }
     while (now >= attempt.volleyAt) {
       volley(c);
-      const opens = attempt.hard && !attempt.peerHard;
+      const opens = attempt.symmetric && !attempt.peerSymmetric;
       const times = !opens ? VOLLEYS_MS : attempt.random ? SPRAY_VOLLEYS_MS : OPENER_VOLLEYS_MS;
       const wait = (times[attempt.volley + 1] ?? Infinity) - times[attempt.volley]!;
       attempt.volley++;
