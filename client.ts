@@ -467,6 +467,8 @@ interface Attempt {
   symmetric: boolean;
   peerSymmetric: boolean;
   random: boolean;
+  /** Whether all openers of a spray die on the way: not once that has failed, as our own NAT may be farther away. */
+  careful: boolean;
   /** The sockets opened for it; none: socket 0 serves. */
   sockets: { socket: number; port: number }[];
   plan: (Peer & { type: "P2PPLAN" }) | null;
@@ -1545,6 +1547,7 @@ export function createClient(options: ClientOptions): Client {
       symmetric,
       peerSymmetric,
       random,
+      careful: random && c.retries === 0,
       endAt: now + (random || peerRandom ? SPRAY_ATTEMPT_MS : ATTEMPT_MS),
     };
     c.attempt = attempt;
@@ -1636,7 +1639,7 @@ export function createClient(options: ClientOptions): Client {
       // Against another counter: ours may be off by foreign flows, hence one side guesses how many there were.
       const skip = c.peer!.nat.allocation === "sequential" && guess ? i % FOREIGN_FLOWS : 0;
       const to = both ? ports.slice(i + skip, i + skip + 1) : opens ? [ports[0] ?? parseEndpoint(target)!.port] : ports;
-      const ttl = opens && (attempt.volley === 0 || attempt.random) ? OPENER_TTL : undefined;
+      const ttl = opens && (attempt.volley === 0 || attempt.careful) ? OPENER_TTL : undefined;
       for (const port of to) sweepTo(c, sweep, { socket, to: formatEndpoint(host, port), ttl });
     }
   }

@@ -226,6 +226,28 @@ test("NATs that forget are passed again: symmetric ones too", () => {
   }
 });
 
+test("a symmetric NAT that is farther away than an opener lives is passed too, by the next spray", () => {
+  for (const kind of ["APDM+APDF random", "APDM+APDF sequential"]) {
+    const world = createWorld();
+    let nat = world.net.nat({ ...NATS[kind]!, name: "far nat", delayMs: DELAY_MS, address: "203.0.114.1" });
+    for (let i = 0; i < 9; i++) {
+      nat = world.net.nat({
+        ...NATS["EIM+EIF preserving"]!,
+        firewall: true,
+        name: `router ${i}`,
+        delayMs: 0,
+        behind: nat,
+      });
+    }
+    const alice = join(world, "alice", { nat }), bob = join(world, "bob", { nat: "EIM+APDF random" });
+    login(world, alice, bob);
+    world.net.run(3_000);
+    alice.send("bob", "hi");
+    const isDirect = () => alice.path() !== "relay" && bob.path() !== "relay";
+    assert.ok(world.net.runUntil(isDirect, 40_000), kind);
+  }
+});
+
 test("mappings that live for 30 s idle stay open", () => {
   for (const kind of ["EIM+APDF random", "APDM+APDF sequential"]) {
     const world = createWorld();
