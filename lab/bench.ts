@@ -239,7 +239,7 @@ async function overSockets(): Promise<Load[]> {
   const constant = (data: Uint8Array) => ({ next: () => data });
   const loads: Load[] = [
     { label: `bare UDP echo, ${ECHO_BYTES} bytes`, ...bare, ...constant(random(ECHO_BYTES)) },
-    { label: "COOKIE to a stranger's LOGIN", ...server, ...constant(stranger) },
+    { label: "COOKIE to a stranger: the server limits it", ...server, ...constant(stranger) },
     { label: "KEEPALIVE -> ALIVE", ...server, ...fresh((s, counter) => encode(KEEPALIVE, seal(s, counter))) },
     { label: "P2PTRANS -> RELAYED", ...server, ...fresh((s, counter) => encode(trans, seal(s, counter))) },
   ].map((load) => ({ ...load, rates: [], costs: [] }));
