@@ -97,6 +97,8 @@ const ANNOUNCE_UP_TO = 16;
 // What a stranger or a user can make grow or make us do. One address is a /24 or, of IPv6, a /48.
 const MAX_USERS = 100_000, MAX_PER_ADDRESS = 2_000, MAX_REMEMBERED = 10_000, MAX_ADDRESSES = 50_000;
 const LOGINS_PER_ADDRESS: Rate = { perSecond: 50, burst: 2_000 };
+/** Of all kinds: as many as its relayed bytes make, were they the smallest; whatever else is limited costs more than one. */
+const DATAGRAMS_PER_SESSION: Rate = { perSecond: 2_000, burst: 5_000 };
 const CALLS_PER_SESSION: Rate = { perSecond: 20, burst: 100 };
 const PAGES_PER_SESSION: Rate = { perSecond: 200, burst: 2_000 };
 const RELAYED_BYTES_PER_SESSION: Rate = { perSecond: 256 * 1024, burst: 512 * 1024 };
@@ -176,6 +178,7 @@ interface Session {
   nat: NatClass;
   rttMs: number;
   heardAt: number;
+  datagrams: Bucket;
   calls: Bucket;
   pages: Bucket;
   relayed: Bucket;
@@ -432,6 +435,7 @@ export function createServer(options: ServerOptions): Server {
       nat: { mapping: "unknown", filtering: "unknown", allocation: "unknown" },
       rttMs: message.rttMs,
       heardAt: now,
+      datagrams: fullBucket(DATAGRAMS_PER_SESSION, now),
       calls: fullBucket(CALLS_PER_SESSION, now),
       pages: fullBucket(PAGES_PER_SESSION, now),
       relayed: fullBucket(RELAYED_BYTES_PER_SESSION, now),
@@ -577,6 +581,7 @@ export function createServer(options: ServerOptions): Server {
       if (!session) return datagram.data.length < MIN_CLIENT_BYTES ? [] : [challenge(datagram, message, false, now)];
       if (!verifies(datagram.data, session.keys.toServer) || !isFresh(session.window, message.counter)) return [];
       session.heardAt = now;
+      if (!spend(session.datagrams, DATAGRAMS_PER_SESSION, { now })) return [];
       const effects = hear(session, message, datagram, now);
       const isKnown = [session.home.endpoint, session.other?.endpoint].includes(datagram.from);
       if (!isKnown && sessions.has(session.token)) effects.push(challenge(datagram, message, true, now));

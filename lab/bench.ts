@@ -41,8 +41,8 @@ const ROUND_MS = 300, WORK_MS = 100;
 const WARM_UP_MS = 400;
 /** No answer for so long: the window was lost (the kernel drops what a socket buffer cannot take), send another. */
 const LOST_MS = 50;
-/** So many sessions say something in turn, since the server lets each relay 512 KiB at once and 256 KiB a second. */
-const TALKERS = 64;
+/** So many sessions say something in turn, since the server limits each. */
+const TALKERS = 256;
 const RELAYED_BYTES = 60;
 
 const isDeno = "Deno" in globalThis;

@@ -1768,6 +1768,22 @@ test("limit: calls of one session, 100 at once and 20 a second, the report of a 
   assert.equal(passed, 20);
 });
 
+test("limit: datagrams of one session, 5,000 at once and 2,000 a second, whatever they ask for", () => {
+  const { come, now } = office();
+  const sender = come("sender", "100.64.1.1:1")!, other = come("other", "100.64.1.2:1")!;
+  const bob = come("bob", "100.64.2.1:1")!;
+  const empty = like("P2PTRANS", { to: "bob", nonce: bob.nonce, call: 0, body: NO_BYTES });
+  const alive = like("KEEPALIVE", { cookie: NO_ID, local: [] });
+  const answered = (who: typeof sender, count: number, at = now) => {
+    let answers = 0;
+    for (let i = 0; i < count; i++) answers += who.say(who.seal(i % 2 ? empty : alive), at).length;
+    return answers;
+  };
+  assert.equal(answered(sender, 6_000), 5_000);
+  assert.equal(answered(other, 1_000), 1_000);
+  assert.equal(answered(sender, 6_000, now + 1_000), 2_000);
+});
+
 test("limit: pages of the list, 16 an answer, 2,000 at once and 200 a second", LONG, () => {
   const { come, now } = office();
   const reader = come("reader", "100.64.1.1:1")!, other = come("other", "100.64.1.2:1")!;
