@@ -76,6 +76,7 @@ import {
   passwordProof,
   type Peer,
   peerHeader,
+  publicNonce,
   type Rate,
   type ReplayWindow,
   replayWindow,
@@ -115,6 +116,8 @@ const WARM_KEEPALIVE_MS = 10_000;
 const SPREAD = 0.2;
 /** So many keepalives in a row unanswered, and nothing else heard from it: the server is gone. */
 const KEEPALIVE_TRIES = 8;
+/** So long after its restart the last client may come back: one that has just sent its keepalive before. */
+const ALL_BACK_MS = 30_000;
 const LIST_RETRY_MS = 500, LIST_TRIES = 8;
 /** Answers to cookies without anything between that shows progress; more would be a loop. */
 const MAX_CHALLENGES = 5;
@@ -219,7 +222,7 @@ export type PathKind = "relay" | "direct" | "lan";
 /** Why a message was not delivered. */
 export type Reason = "unknown" | "offline" | "timeout" | "empty" | "too-long" | "untrusted";
 
-/** What the client tells its user (DESIGN 6). */
+/** What the client tells its user (DESIGN 6). An error with a `notice` is what others did, not what became of a command. */
 export type ClientEvent =
   | { event: "login"; name: string; server: Endpoint; public: Endpoint; local: Endpoint[]; users: number }
   | { event: "users"; users: { name: string; public: Endpoint }[] }
@@ -230,7 +233,7 @@ export type ClientEvent =
   | { event: "ping"; peer: string; path: PathKind; rttMs: number | null; lost: number }
   | { event: "verify"; peer: string; code: string }
   | NatEvent
-  | { event: "error"; code: string; message: string; fatal?: true }
+  | { event: "error"; code: string; message: string; fatal?: true; notice?: true }
   | { event: "reconnecting" | "reconnected" | "logout"; name: string; reason: string };
 
 /** What we know of the NAT that we are behind; null: not known. */
@@ -299,6 +302,7 @@ interface Session {
   server: Endpoint;
   serverKey: Uint8Array;
   token: string;
+  /** As other users know this login. */
   nonce: string;
   keys: { toServer: Uint8Array; toClient: Uint8Array };
   window: ReplayWindow;
@@ -312,7 +316,8 @@ interface Session {
 }
 
 interface Login {
-  nonce: string;
+  /** Known to us and the server alone. */
+  id: string;
   clock: number;
   since: number;
   tries: number;
@@ -366,8 +371,6 @@ interface Opening {
 interface Message {
   id: string;
   startedAt: number;
-  partsLeft: number;
-  path: PathKind;
 }
 
 interface Part {
@@ -380,6 +383,8 @@ interface Part {
   sentAt: number;
   dueAt: number;
   over: Path | null;
+  /** The peer has it; how its first copy came. */
+  came: PathKind | null;
 }
 
 interface Incoming {
@@ -504,12 +509,13 @@ interface Listing {
 const NO_ID = "0".repeat(16);
 const NO_BYTES = new Uint8Array(0);
 const utf8 = new TextEncoder();
-const fromUtf8 = new TextDecoder();
+const fromUtf8 = new TextDecoder("utf-8", { ignoreBOM: true });
 const KINDS: (PathKind | null)[] = [null, "relay", "direct", "lan"];
 
 const newEstimator = (): Estimator => ({ srtt: null, rttvar: 0 });
 
 function sample(estimator: Estimator, rttMs: number): void {
+  if (rttMs > JUMP_MS) return;
   const { srtt, rttvar } = estimator;
   estimator.rttvar = srtt === null ? rttMs / 2 : 0.75 * rttvar + 0.25 * Math.abs(srtt - rttMs);
   estimator.srtt = srtt === null ? rttMs : 0.875 * srtt + 0.125 * rttMs;
@@ -522,10 +528,10 @@ function timeout({ srtt, rttvar }: Estimator, tries: number): number {
 
 /** The last part has none behind it whose acknowledgement would tell of its loss: it is sent again sooner, once. */
 function tailTimeout({ srtt, rttvar }: Estimator): number {
-  return srtt === null ? RTO_FIRST_MS : Math.max(TAIL_MIN_MS, 2 * srtt, srtt + 4 * rttvar);
+  return srtt === null ? RTO_FIRST_MS : Math.min(RTO_MAX_MS, Math.max(TAIL_MIN_MS, 2 * srtt, srtt + 4 * rttvar));
 }
 
-const patience = (path: Path) => Math.max(SUSPECT_MS, 3 * (path.rtt.srtt ?? 0));
+const patience = (path: Path) => Math.min(RTO_MAX_MS, Math.max(SUSPECT_MS, 3 * (path.rtt.srtt ?? 0)));
 
 function kindOf(endpoint: Endpoint): "direct" | "lan" {
   const scope = scopeOf(hostOf(endpoint));
@@ -571,7 +577,7 @@ function classOf({ isNone, secondPort, elsewhere, thirdPort, otherAddress, sampl
 
 function allocationOf(samples: Facts["samples"]): NatClass["allocation"] {
   const ports = samples.filter(({ outside }) => outside > 0);
-  if (ports.length < SAMPLES) return "unknown";
+  if (ports.length < SAMPLES - 1) return "unknown"; // one may be lost, four times over
   if (ports.every(({ inside, outside }) => inside === outside)) return "preserving";
   if (stepOf(ports) !== 0) return "sequential";
   const outside = ports.map((port) => port.outside);
@@ -602,9 +608,11 @@ function isTakenForSymmetric(
   other: NatClass,
   { number, isFirst }: { number: number; isFirst: boolean },
 ): boolean {
-  if (isSymmetric(who) || isSymmetric(other) || who.mapping !== "unknown") return isSymmetric(who);
-  if (number === 3) return isPredictable(who);
-  return !isPredictable(who) && ((number === 2 && (isFirst || isPredictable(other))) || (number === 4 && !isFirst));
+  if (who.mapping !== "unknown" || number < 2) return isSymmetric(who);
+  if (isPredictable(who)) return number !== 3 && !isRandom(other); // costs little: first, and once more at last
+  if (isSymmetric(other)) return false;
+  const comesFirst = other.mapping !== "unknown" || (!isPredictable(other) && isFirst);
+  return number === (comesFirst ? 2 : 3);
 }
 
 /** The nearest number that, as a stride, visits all PORTS = 2^10 x 3^2 x 7 of them once. */
@@ -645,12 +653,18 @@ export function createClient(options: ClientOptions): Client {
   let nat = UNKNOWN_NAT, hairpin: boolean | null = null;
   /** Of a sequential allocation: the step; of one in blocks: lowest and highest port that may belong to ours. */
   let stride = 1, block: number[] = [];
-  /** Of what asks for our class of NAT; null: it is known. */
-  let discovery: { waiting: (() => void)[] } | null = null;
+  /** Under way; `again`: what it finds is of yesterday. And who waits for what comes of it. */
+  let discovery: { again: boolean } | null = null;
+  const waitingForNat: (() => void)[] = [];
+  /** Our class of NAT is another one, and the server is yet to confirm that it knows. */
+  let isNews = false;
   const queries = new Map<string, Query>();
   /** Sockets that are being opened; who wants them. */
   const opening = new Map<number, (port: number) => void>();
-  let sockets = 1, openSockets = 0, sprayedAt = -Infinity, punches: Bucket | null = null;
+  const openSockets = new Set<number>();
+  let sockets = 1, sprayedAt = -Infinity, punches: Bucket | null = null;
+  /** When the server has last been restarted, as far as we can tell. */
+  let forgottenAt = -Infinity;
   let state: "new" | "in" | "out" | "closed" = "new"; // `out`: was in, is coming back
   /** Of the event that is being handled, in ms; and what it has led to so far. */
   let now = 0, effects: Effect<ClientEvent>[] = [];
@@ -675,7 +689,7 @@ export function createClient(options: ClientOptions): Client {
 
   function beginLogin(delay = 0): void {
     login = {
-      nonce: hex(random(8)),
+      id: hex(random(8)),
       clock: Math.floor(now),
       since: now,
       tries: 0,
@@ -687,15 +701,13 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function sendLogin(): void {
-    const { nonce, clock, cookie } = login!;
+    const { id, clock, cookie } = login!;
     login!.nextAt = now + Math.min(LOGIN_RETRY_MAX_MS, LOGIN_RETRY_MS * RTO_GROWTH ** login!.tries);
     // The IP versions take turns until one of them has answered.
     const to = cookie?.server ?? servers[login!.tries % servers.length]!;
     login!.tries++;
     login!.askedAt = now;
-    const proof = cookie && options.password
-      ? passwordProof(cookie.shared, { password: options.password, nonce })
-      : NO_ID;
+    const proof = cookie && options.password ? passwordProof(cookie.shared, { password: options.password, id }) : NO_ID;
     const message = {
       type: "LOGIN",
       cookie: cookie?.cookie ?? NO_ID,
@@ -706,12 +718,12 @@ export function createClient(options: ClientOptions): Client {
       name,
       local: local(),
     } as const;
-    const key = cookie ? loginKey(cookie.shared, nonce) : undefined;
-    send(0, to, encode(message, { id: nonce, counter: clock, key }));
+    const key = cookie ? loginKey(cookie.shared, id) : undefined;
+    send(0, to, encode(message, { id, counter: clock, key }));
   }
 
   function onCookie(message: Control & { type: "COOKIE" }, from: Endpoint): void {
-    if (login && message.id === login.nonce && message.counter === login.clock) {
+    if (login && message.id === login.id && message.counter === login.clock) {
       const shared = agree(keys.secret, message.key);
       if (!shared || login.challenges++ >= MAX_CHALLENGES) return;
       if (login.tries === 1) sample(serverRtt, now - login.askedAt);
@@ -724,6 +736,7 @@ export function createClient(options: ClientOptions): Client {
       else if (message.counter >= session.asked.first && !login) { // the question itself is answered so: it is true
         const shared = agree(keys.secret, message.key);
         reconnect("the server has forgotten us");
+        forgottenAt = now;
         if (!shared) return;
         login!.cookie = { cookie: message.cookie, server: from, serverKey: message.key, shared };
         sendLogin();
@@ -732,7 +745,7 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function onWelcome(message: Control & { type: "WELCOME" }, data: Uint8Array): void {
-    if (!login?.cookie || message.id !== login.nonce) return;
+    if (!login?.cookie || message.id !== login.id || message.counter !== login.clock) return;
     const { shared, server, serverKey } = login.cookie;
     const macs = controlKeys(shared, message.token);
     if (!verifies(data, macs.toClient)) return;
@@ -742,7 +755,7 @@ export function createClient(options: ClientOptions): Client {
       server,
       serverKey,
       token: message.token,
-      nonce: message.id,
+      nonce: publicNonce(message.id),
       keys: macs,
       window: replayWindow(),
       sent: login.clock,
@@ -770,7 +783,7 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function onRefusal(message: Control & { type: "ERROR" }, data: Uint8Array): void {
-    if (!login?.cookie || !verifies(data, loginKey(login.cookie.shared, login.nonce))) return;
+    if (!login?.cookie || !verifies(data, loginKey(login.cookie.shared, login.id))) return;
     const texts: Record<string, string> = {
       "name-taken": `Somebody else is "${name}": choose another name` +
         (message.seconds > 0 ? `, or try again in ${message.seconds} s` : ""),
@@ -801,7 +814,8 @@ export function createClient(options: ClientOptions): Client {
   function onAlive(message: Control & { type: "ALIVE" }, from: Endpoint): void {
     session!.challenges = 0;
     if (from !== session!.server) return;
-    if (session!.asked?.counter === message.asked) sample(serverRtt, now - session!.asked.at);
+    const isLatest = session!.asked?.counter === message.asked;
+    if (isLatest) sample(serverRtt, now - session!.asked!.at);
     session!.asked = null;
     session!.keepaliveAt = now +
       spread(onRelay() ? RELAY_KEEPALIVE_MS : isTalking() ? WARM_KEEPALIVE_MS : KEEPALIVE_MS);
@@ -809,6 +823,10 @@ export function createClient(options: ClientOptions): Client {
       login = null;
       state = "in";
       emit({ event: "reconnected", name, reason: "" });
+    }
+    if (isNews && isLatest) {
+      isNews = false;
+      for (const c of conversations.values()) if (!c.best && isWarm(c)) askForIntroduction(c);
     }
     if (message.public !== session!.public) {
       session!.public = message.public;
@@ -835,7 +853,11 @@ export function createClient(options: ClientOptions): Client {
         emit({ event: "error", code: "unreachable", message: `No answer yet from ${servers.join(" or ")}, trying on` });
       }
       login.challenges = 0;
-      if (login.tries % TRIES_BEFORE_ANEW === 0) login.cookie = null; // perhaps it is the other IP version now
+      if (login.tries > 0 && login.tries % TRIES_BEFORE_ANEW === 0) { // perhaps another address or IP version by now
+        login.cookie = null;
+        login.id = hex(random(8));
+        login.clock = Math.max(login.clock + 1, Math.floor(now));
+      }
       sendLogin();
     }
     if (!session || login || now < session.keepaliveAt) return;
@@ -865,10 +887,11 @@ export function createClient(options: ClientOptions): Client {
     const found = conversations.get(peerName);
     if (found) return found;
     if (conversations.size >= MAX_CONVERSATIONS) {
-      // Those that only the other side has spoken in go first, and of them the one that has been silent longest.
+      // Those that only the other side has spoken in go first; of them those without a path, and the longest silent.
       const idle = [...conversations].filter(([, c]) => c.parts.length === 0);
       const [oldest] = idle.sort(([, a], [, b]) =>
-        Math.sign(a.nextSeq) - Math.sign(b.nextSeq) || a.talkedAt - b.talkedAt
+        Math.sign(a.nextSeq) - Math.sign(b.nextSeq) || Number(a.best !== null) - Number(b.best !== null) ||
+        a.talkedAt - b.talkedAt
       );
       if (!oldest) return null;
       forget(oldest[1]);
@@ -936,9 +959,10 @@ export function createClient(options: ClientOptions): Client {
     if (before !== null && before !== key) {
       const message = `The key of "${c.name}" has changed: it was started anew, or somebody else is in its place. ` +
         `Compare again with: verify ${c.name}`;
-      emit({ event: "error", code: "key-changed", message });
+      emit({ event: "error", code: "key-changed", message, notice: true });
     }
     if (c.peer && (c.peer.nonce !== peer.nonce || before !== key)) {
+      for (const part of c.parts) if (part.came) Object.assign(part, { came: null, dueAt: now }); // not to this one
       dropHandshake(c);
       c.rounds = 0;
     }
@@ -956,7 +980,7 @@ export function createClient(options: ClientOptions): Client {
     if (!c.opening?.handshake) return;
     byIndex.delete(c.opening.handshake.index);
     c.opening = { tries: 0, dueAt: 0, handshake: null };
-    for (const part of c.parts) if (part.dueAt === Infinity) part.dueAt = 0;
+    for (const part of c.parts) if (part.dueAt === Infinity && !part.came) part.dueAt = 0;
   }
 
   /** Opens a session with the peer, for what waits to be sent. */
@@ -1066,7 +1090,7 @@ export function createClient(options: ClientOptions): Client {
       c.opening = null;
       newSecure(c, { index: handshake.index, theirs: message.from, keys: finished.keys, stream, second: null });
       openStream(c, stream);
-      for (const part of c.parts) if (part.dueAt === Infinity) part.dueAt = now + timeout(c.relayRtt, 1);
+      for (const part of c.parts) if (part.dueAt === Infinity && !part.came) part.dueAt = now + timeout(c.relayRtt, 1);
     }
     onSealed(message.sealed, origin);
     if (entry) settle(entry.conversation);
@@ -1085,7 +1109,7 @@ export function createClient(options: ClientOptions): Client {
     c.untrusted = true;
     const message =
       `"${c.name}" tries to talk to us but holds other keys or another secret: compare your --secret-file`;
-    emit({ event: "error", code: "untrusted", message });
+    emit({ event: "error", code: "untrusted", message, notice: true });
   }
 
   function sealed(c: Conversation, frame: Peer, secure = sealing(c)): Uint8Array | null {
@@ -1133,8 +1157,13 @@ export function createClient(options: ClientOptions): Client {
   function passOn(c: Conversation, body: Uint8Array, call: boolean): void {
     tell({ type: "P2PTRANS", to: c.name, nonce: c.peer?.nonce ?? NO_ID, call: Number(call), body });
     if (!call) return;
-    c.rounds++;
-    c.askAt = c.rounds < MAX_ROUNDS && direct && !isMirror(c) ? now + timeout(serverRtt, c.rounds) : Infinity;
+    const again = ++c.rounds < MAX_ROUNDS && direct && !isMirror(c);
+    c.askAt = again ? now + timeout(serverRtt, c.rounds) : Infinity;
+    if (!again && !c.best && !c.punching && c.retryAt === Infinity) retryLater(c);
+  }
+
+  function retryLater(c: Conversation): void {
+    c.retryAt = now + RETRY_DIRECT_MS[Math.min(c.retries++, RETRY_DIRECT_MS.length - 1)]!;
   }
 
   /** Passes bytes on to the peer over the server; `calls`: and asks for an introduction, up to five times. */
@@ -1185,7 +1214,7 @@ export function createClient(options: ClientOptions): Client {
     c.askAt = Infinity;
     // What we sent was for another login, or empty: the peer could do nothing with it, so it does not punch yet.
     if (isCurrent && (c.opening?.handshake || sealing(c))) startPunching(c);
-    else if (isNeeded(c)) resendAll(c);
+    else resendAll(c);
     resendLate(c);
   }
 
@@ -1210,7 +1239,14 @@ export function createClient(options: ClientOptions): Client {
     c.retryAt = Infinity;
     wakePunching(c);
     const isPermissive = ["EIF", "ADF"].includes(isSymmetric(nat) ? c.peer!.nat.filtering : nat.filtering);
-    if (!c.attempt && !c.best && (isSymmetric(nat) || isSymmetric(c.peer!.nat)) && !isPermissive) startAttempt(c, 0);
+    if (c.best || !(isSymmetric(nat) || isSymmetric(c.peer!.nat)) || isPermissive) return;
+    const { attempt } = c;
+    if (!attempt) return startAttempt(c, 0);
+    const fits = attempt.symmetric === isSymmetric(nat) && attempt.peerSymmetric === isSymmetric(c.peer!.nat);
+    if (attempt.number > 1 || fits) return;
+    // Begun before somebody's class of NAT was known: with other sockets, or other targets.
+    if (isSymmetric(nat)) startAttempt(c, attempt.number + 1);
+    else if (!attempt.spray) startAttempt(c, attempt.number, attempt.theirs);
   }
 
   function wakePunching(c: Conversation): void {
@@ -1228,7 +1264,7 @@ export function createClient(options: ClientOptions): Client {
       c.punching.reported = true;
       if (++c.punching.step < PUNCH_AT_MS.length && wanted.length > 0) continue;
       c.punching = null;
-      if (!c.best) c.retryAt = now + RETRY_DIRECT_MS[Math.min(c.retries++, RETRY_DIRECT_MS.length - 1)]!;
+      if (!c.best) retryLater(c);
     }
   }
 
@@ -1272,12 +1308,14 @@ export function createClient(options: ClientOptions): Client {
   }
 
   /** A punch, which asks: did this reach you? Until the peer has answered the handshake, a copy of its first message. */
+  const punch = (c: Conversation, probe: number) =>
+    sealed(c, { type: "P2PTRASH", probe }) ?? (c.opening?.handshake ? firstMessage(c, probe) : null);
+
+  /** Punches on a path; one in use waits for the echo, even if there is no session any more to seal the punch with. */
   function probe(c: Conversation, path: Path): void {
     if (path.state === "trying" && !mayPunch()) return;
-    const id = newProbe(c, path);
-    if (sealing(c)) transmit(c, { type: "P2PTRASH", probe: id }, [path]);
-    else if (c.opening?.handshake) send(path.socket, path.endpoint, firstMessage(c, id));
-    else return;
+    const data = punch(c, newProbe(c, path));
+    if (data) send(path.socket, path.endpoint, data);
     if (path.state !== "trying") path.waitingSince = Math.min(path.waitingSince, now);
   }
 
@@ -1318,7 +1356,8 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function use(c: Conversation, path: Path | null): void {
-    if (c.best?.state === "suspect") c.lifetimes = [...c.lifetimes.slice(-1), now - c.best.bornAt];
+    const age = c.best?.state === "suspect" ? now - c.best.bornAt : 0;
+    if (age > RENEWED_MS) c.lifetimes = [...c.lifetimes.slice(-1), age];
     if (c.best && c.best !== path) c.best.state = "trying";
     c.best = path;
     if (path && c.attempt?.spray) sprayedAt = -Infinity; // it is over
@@ -1383,14 +1422,16 @@ export function createClient(options: ClientOptions): Client {
 
   function openSocket(then: (socket: number, port: number) => void): void {
     const socket = sockets++;
-    openSockets++;
-    opening.set(socket, (port) => then(socket, port));
+    openSockets.add(socket);
+    opening.set(socket, (port) => {
+      if (port === 0) openSockets.delete(socket);
+      then(socket, port);
+    });
     effects.push({ kind: "open", socket });
   }
 
   function closeSocket(socket: number): void {
-    openSockets--;
-    effects.push({ kind: "close", socket });
+    if (openSockets.delete(socket)) effects.push({ kind: "close", socket });
   }
 
   /** Asks a STUN server how it sees one of our sockets; null after some tries: nothing came back. */
@@ -1429,56 +1470,53 @@ export function createClient(options: ClientOptions): Client {
     }
   }
 
-  /** Finds out our class of NAT: the mapping and the allocation in one round trip, the filtering when silence proves it. */
+  /**
+   * Finds out our class of NAT: the mapping and the allocation in one round trip, the filtering when silence proves it.
+   * One discovery at a time: if our endpoint changes meanwhile, another one follows.
+   */
   function discover(): void {
     if (!session || isIPv6(session.server)) return;
+    if (discovery) return void (discovery.again = true);
     const { server, public: seen, secondPort } = session;
     const facts: Facts = {
       isNone: addresses.includes(hostOf(seen)) || scopeOf(hostOf(seen)) === "loopback",
       samples: [],
     };
-    const mine = { waiting: discovery?.waiting ?? [] };
-    discovery = mine;
+    const mine = discovery = { again: false };
     hairpin = null;
-    let questions = 0;
-    const find = (
-      question: Parameters<typeof ask>[0],
-      note: (answer: Stun | null) => void,
-    ) => {
-      questions++;
+    // Answers that are awaited, and those of them without which half a class would mislead.
+    let awaited = 1 + SAMPLES, needed = awaited;
+    const settle = (isNeeded: boolean) => {
+      awaited--;
+      if (isNeeded) needed--;
+      if (needed === 0 && !mine.again) believe(facts, seen);
+      if (awaited > 0) return;
+      for (const { socket } of facts.samples) closeSocket(socket);
+      discovery = null;
+      if (mine.again) return discover();
+      for (const tell of waitingForNat.splice(0)) tell();
+    };
+    const askFor = (question: Parameters<typeof ask>[0], note: (answer: Stun | null) => void, isNeeded = false) =>
       ask(question, (answer) => {
-        if (discovery !== mine) return;
         note(answer);
-        questions--;
-        const found = classOf(facts, seen);
-        const outside = facts.samples.map((sample) => sample.outside).filter((port) => port > 0);
-        const low = Math.min(...outside), high = Math.max(...outside);
-        stride = stepOf(facts.samples) || 1;
-        block = [Math.max(LOWEST_PORT, high - BLOCK_GUESS), Math.min(65_535, low + BLOCK_GUESS)];
-        if (JSON.stringify(found) !== JSON.stringify(nat)) {
-          nat = found;
-          if (session && !login) keepalive();
-        }
-        if (questions > 0) return;
-        discovery = null;
-        for (const tell of mine.waiting) tell();
-        for (const { socket } of facts.samples) closeSocket(socket);
+        settle(isNeeded);
       });
+    const find = (question: Parameters<typeof ask>[0], note: (answer: Stun | null) => void) => {
+      awaited++;
+      askFor(question, note);
     };
     const elsewhere = (to: Endpoint) => find({ socket: 0, to }, (answer) => facts.elsewhere = answer?.mapped);
-    find({ socket: 0, to: formatEndpoint(hostOf(server), secondPort) }, (answer) => {
+    askFor({ socket: 0, to: formatEndpoint(hostOf(server), secondPort) }, (answer) => {
       facts.secondPort = answer?.mapped;
       if (answer?.other) elsewhere(answer.other);
-    });
+    }, true);
     if (options.observer) elsewhere(options.observer);
     find({ socket: 0, to: server, changePort: true }, (answer) => facts.thirdPort = answer !== null);
     for (let i = 0; i < SAMPLES; i++) {
-      questions++;
       openSocket((socket, inside) => {
-        questions--;
         const sample = { socket, inside, outside: 0 };
         facts.samples.push(sample); // in the order of the questions: answers overtake each other
-        find({ socket, to: server }, (answer) => {
+        askFor({ socket, to: server }, (answer) => {
           const outside = answer?.mapped;
           if (sample === facts.samples[0] && answer?.other) { // asked by a socket that has not written there, as socket 0 has
             find({ socket, to: server, changeIp: true, changePort: true }, (answer) => {
@@ -1492,9 +1530,24 @@ export function createClient(options: ClientOptions): Client {
           // Both ways at once, since the mappings filter: a hairpin is a hole punched towards oneself.
           find({ socket, to: seen }, () => {});
           find({ socket: 0, to: outside }, () => {});
-        });
+        }, true);
       });
     }
+  }
+
+  /** What the facts say of our NAT. If that changes what can be tried, calls under way begin anew, see `onAlive`. */
+  function believe(facts: Facts, seen: Endpoint): void {
+    const found = classOf(facts, seen);
+    const outside = facts.samples.map((sample) => sample.outside).filter((port) => port > 0);
+    stride = stepOf(facts.samples) || 1;
+    block = [
+      Math.max(LOWEST_PORT, Math.max(...outside) - BLOCK_GUESS),
+      Math.min(65_535, Math.min(...outside) + BLOCK_GUESS),
+    ];
+    if (JSON.stringify(found) === JSON.stringify(nat)) return;
+    isNews ||= isSymmetric(found) !== isSymmetric(nat) || (isSymmetric(found) && found.allocation !== nat.allocation);
+    nat = found;
+    if (session && !login) keepalive();
   }
 
   function reportNat(): void {
@@ -1522,7 +1575,7 @@ export function createClient(options: ClientOptions): Client {
   // take them for new flows, and lose the very ports that it is about to use.
 
   /** Begins attempt `number`: one cell of the table, as the other side plays it too; its plan, or ours, sees to that. */
-  function startAttempt(c: Conversation, number: number): void {
+  function startAttempt(c: Conversation, number: number, theirs: Attempt["theirs"] = null): void {
     const peerNat = c.peer!.nat;
     const isFirst = isLower(keys.public, c.peer!.key);
     const symmetric = isTakenForSymmetric(nat, peerNat, { number, isFirst });
@@ -1531,15 +1584,19 @@ export function createClient(options: ClientOptions): Client {
     const isHopeless = symmetric && peerSymmetric && (random || peerRandom); // the odds are quadratic
     if (c.attempt) endAttempt(c);
     if (!spend(c.attempts, ATTEMPTS_PER_PEER, { now })) return;
+    // Behind our own NAT, which does not hairpin: nothing that is sent to its public address arrives.
+    const target = publicOf(c), isBehindOurs = target && session && hostOf(target) === hostOf(session.public);
+    if (isBehindOurs && hairpin === false) return;
+    if (number === RENEWAL && (isRandom(nat) || isRandom(peerNat))) return; // a spray each minute is no way to live
     if (isHopeless || (number > MAX_ATTEMPT && number !== RENEWAL) || isMirror(c)) return;
     const count = random ? SPRAY_SOCKETS : symmetric ? (peerSymmetric ? GUESSES : FEW) : peerSymmetric ? 0 : 1;
-    if (openSockets + count > MAX_SOCKETS) return;
+    if (openSockets.size + count > MAX_SOCKETS) return;
     const attempt: Attempt = {
       number,
       startedAt: now,
       sockets: [],
       plan: null,
-      theirs: null,
+      theirs,
       tellAt: Infinity,
       volley: 0,
       volleyAt: Infinity,
@@ -1551,6 +1608,8 @@ export function createClient(options: ClientOptions): Client {
       endAt: now + (random || peerRandom ? SPRAY_ATTEMPT_MS : ATTEMPT_MS),
     };
     c.attempt = attempt;
+    aim(c);
+    if (count === 0) plan(c, attempt);
     let left = count;
     for (let i = 0; i < count; i++) {
       openSocket((socket, port) => {
@@ -1576,7 +1635,10 @@ export function createClient(options: ClientOptions): Client {
         { socket, to: session!.server },
         (answer) => answer?.mapped && then(parseEndpoint(answer.mapped)!.port),
       );
-    if (!session || inside.length === 0) return;
+    if (!session) return;
+    // Nothing to foretell; but the peer, who has, must hear that the path is to be renewed.
+    if (inside.length === 0 && attempt.number === RENEWAL) return announce([parseEndpoint(session.public)!.port]);
+    if (inside.length === 0) return;
     if (!attempt.symmetric) outside(attempt.sockets[0]!.socket, (port) => announce([port]));
     else if (attempt.random) announce(nat.allocation === "block" ? block : [], 1);
     else if (nat.allocation === "preserving") announce(inside);
@@ -1650,7 +1712,7 @@ export function createClient(options: ClientOptions): Client {
     { socket, to, ttl }: { socket: number; to: Endpoint; ttl?: number | undefined },
   ): void {
     if (!mayPunch()) return;
-    const data = sealed(c, { type: "P2PTRASH", probe }) ?? (c.opening?.handshake ? firstMessage(c, probe) : null);
+    const data = punch(c, probe);
     if (data) send(socket, to, data, ttl);
   }
 
@@ -1743,7 +1805,7 @@ export function createClient(options: ClientOptions): Client {
       return;
     }
     if (c.parts.length === 0) c.progressAt = now;
-    const isNew = !c.best && !c.punching && c.retryAt === Infinity;
+    const isNew = !c.best && !c.punching && (c.retryAt === Infinity || !sealing(c));
     if (isNew) {
       c.calledAt = now;
       c.rounds = 0;
@@ -1754,8 +1816,6 @@ export function createClient(options: ClientOptions): Client {
     const message: Message = {
       id: `${c.stream.slice(0, 8)}-${c.nextSeq + count - 1}`,
       startedAt: now,
-      partsLeft: count,
-      path: "relay",
     };
     for (let i = 0; i < count; i++) {
       const part = bytes.slice(i * MAX_PART_BYTES, (i + 1) * MAX_PART_BYTES);
@@ -1769,6 +1829,7 @@ export function createClient(options: ClientOptions): Client {
         sentAt: 0,
         dueAt: 0,
         over: null,
+        came: null,
       });
     }
     pump(c);
@@ -1814,7 +1875,7 @@ export function createClient(options: ClientOptions): Client {
     if (!sealing(c) || c.secure!.sent > REKEY_AFTER) open(c);
     if (!sealing(c)) return;
     const base = c.parts[0]!.seq;
-    let inFlight = c.parts.filter(({ tries }) => tries > 0).length, late = false;
+    let inFlight = c.parts.filter(({ tries, came }) => tries > 0 && came === null).length, late = false;
     for (const part of c.parts) {
       if (part.tries === 0) {
         if (inFlight >= c.window || part.seq >= base + WINDOW_MAX) break;
@@ -1850,23 +1911,31 @@ export function createClient(options: ClientOptions): Client {
   function onAck(c: Conversation, ack: Peer & { type: "P2PMESSAGEACK" }, origin: Origin): void {
     const path = origin && c.paths.get(`${origin.socket} ${origin.from}`);
     if (path && path.state !== "trying") answered(c, path);
-    const acknowledged = c.parts.filter(({ seq, tries }) =>
-      tries > 0 && (seq < ack.next || stateOf(ack.states, seq - ack.from) !== null)
+    const news = c.parts.filter(({ seq, tries, came }) =>
+      tries > 0 && came === null && (seq < ack.next || stateOf(ack.states, seq - ack.from) !== null)
     );
-    if (acknowledged.length === 0) return;
-    c.progressAt = now;
-    c.lastError = null;
-    c.window = Math.min(WINDOW_MAX, c.window + acknowledged.length / 4);
-    c.parts = c.parts.filter((part) => !acknowledged.includes(part));
+    if (news.length > 0) {
+      c.progressAt = now;
+      c.lastError = null;
+      c.window = Math.min(WINDOW_MAX, c.window + news.length / 4);
+    }
     const margin = REORDERING * ((path ? path.rtt : c.relayRtt).srtt ?? RTO_FIRST_MS);
-    const newest = Math.max(...acknowledged.map(({ sentAt }) => sentAt)) - margin;
-    for (const part of c.parts) if (part.tries > 0 && part.sentAt < newest) part.dueAt = Math.min(part.dueAt, now);
-    for (const { seq, left, tries, sentAt, over, message } of acknowledged) {
+    const newest = Math.max(...news.map(({ sentAt }) => sentAt)) - margin;
+    for (const part of news) {
+      const { seq, tries, sentAt, over } = part;
       if (tries === 1 && over === (path ?? null)) sample(over?.rtt ?? c.relayRtt, now - sentAt); // Karn's algorithm
-      if (left === 0) message.path = stateOf(ack.states, seq - ack.from) ?? over?.kind ?? "relay";
-      if (--message.partsLeft > 0) continue;
-      const ms = tenths(now - message.startedAt);
-      emit({ event: "sent", to: c.name, id: message.id, ok: true, ms, path: message.path });
+      part.came = stateOf(ack.states, seq - ack.from) ?? over?.kind ?? "relay";
+      part.dueAt = Infinity;
+    }
+    for (const part of c.parts) {
+      if (part.tries > 0 && part.came === null && part.sentAt < newest) part.dueAt = Math.min(part.dueAt, now);
+    }
+    // What is there behind a gap has not been shown yet: should the gap be given up, it is sent again, with a new base.
+    for (let part; (part = c.parts[0]) && part.seq < ack.next && part.came;) {
+      c.parts.shift();
+      if (part.left > 0) continue;
+      const { id, startedAt } = part.message;
+      emit({ event: "sent", to: c.name, id, ok: true, ms: tenths(now - startedAt), path: part.came });
     }
   }
 
@@ -1933,6 +2002,10 @@ export function createClient(options: ClientOptions): Client {
 
   function fail(c: Conversation, message: Message, reason: Reason): void {
     c.parts = c.parts.filter((part) => part.message !== message);
+    if (c.parts[0]?.came) {
+      Object.assign(c.parts[0], { came: null, dueAt: now });
+      c.progressAt = now;
+    }
     const ms = tenths(now - message.startedAt);
     emit({ event: "sent", to: c.name, id: message.id, ok: false, ms, path: c.best?.kind ?? "relay", reason });
   }
@@ -1950,7 +2023,8 @@ export function createClient(options: ClientOptions): Client {
     const c = conversations.get(about);
     if (!c || (reason !== "unknown" && reason !== "offline")) return;
     // After the server's restart "unknown" only means that the peer is not back yet.
-    const isFinal = reason === "offline" || !c.peer || (c.secure === null && c.incoming === null);
+    const isFinal = reason === "offline" || !c.peer ||
+      (c.secure === null && c.incoming === null && now - forgottenAt > ALL_BACK_MS);
     c.lastError = reason === "unknown" && c.peer ? "offline" : reason;
     c.askAt = Infinity;
     if (isFinal && !c.best) failAll(c, reason);
@@ -2034,7 +2108,7 @@ export function createClient(options: ClientOptions): Client {
     if (!servers.includes(from)) return;
     if (message.type === "COOKIE") return onCookie(message, from);
     if (message.type === "WELCOME") return onWelcome(message, data);
-    if (message.type === "ERROR" && message.id === login?.nonce) return onRefusal(message, data);
+    if (message.type === "ERROR" && message.id === login?.id) return onRefusal(message, data);
     if (message.id !== session?.token || !verifies(data, session.keys.toClient)) return;
     if (!isFresh(session.window, message.counter)) return;
     if (session.asked) session.asked.tries = 1; // it is there, whatever became of our keepalives
@@ -2121,7 +2195,7 @@ export function createClient(options: ClientOptions): Client {
       c.retryAt = Infinity;
       c.rounds = 0;
       if (isWarm(c)) {
-        c.retryAt = now + RETRY_DIRECT_MS[Math.min(c.retries++, RETRY_DIRECT_MS.length - 1)]!;
+        retryLater(c);
         askForIntroduction(c);
       }
     }
@@ -2172,7 +2246,7 @@ export function createClient(options: ClientOptions): Client {
           emit({ event: "verify", peer: command.peer, code: safetyCode(keys.public, key) });
         });
       case "nat":
-        return discovery ? void discovery.waiting.push(reportNat) : reportNat();
+        return discovery ? void waitingForNat.push(reportNat) : reportNat();
       case "exit":
         if (session) tell({ type: "LOGOUT" });
         if (state !== "closed") emit({ event: "logout", name, reason: "exit" });
@@ -2460,6 +2534,17 @@ export function parseCommand(line: string): Command | { command: "sleep"; second
   }
 }
 
+/** Lines of a script. readline would also end them at a lone CR or U+2028, and run what comes after as a command. */
+async function* pipedLines(): AsyncGenerator<string, undefined> {
+  let rest = "";
+  for await (const chunk of process.stdin.setEncoding("utf8")) {
+    const lines = (rest + chunk).split("\n");
+    rest = lines.pop()!;
+    for (const line of lines) yield line.replace(/\r$/, "");
+  }
+  if (rest !== "") yield rest;
+}
+
 /** A handshake with ourselves: the first one of a run takes 10 ms longer, and the first message should not. */
 function rehearse(): void {
   const own = generateKeys(), ephemeral = generateKeys(), secret = new Uint8Array(32);
@@ -2496,8 +2581,8 @@ async function main(): Promise<void> {
   const password = await secretWords({ file: args["password-file"], variable: "PUNCH_PASSWORD", label: "password" });
 
   const isTerminal = process.stdin.isTTY === true;
-  const screen = createInterface({ input: process.stdin, output: process.stdout, terminal: isTerminal, prompt: "> " });
-  const lines = screen[Symbol.asyncIterator]();
+  const screen = isTerminal ? createInterface({ input: process.stdin, output: process.stdout, prompt: "> " }) : null;
+  const lines = screen?.[Symbol.asyncIterator]() ?? pipedLines();
   const ask = async (what: string, given: unknown): Promise<string> => {
     if (given !== undefined) return String(given);
     if (!isTerminal) throw new UsageError(`The ${what} is missing`);
@@ -2524,14 +2609,19 @@ async function main(): Promise<void> {
     patient: isTerminal,
   });
 
-  let failed = false, ended = false, isListed = false;
+  let failed = false, ended = false, isIn = false, isListed = false;
   let onEvent: (event: ClientEvent) => void = () => {};
   const say = (event: ClientEvent) => {
     if (args.json) console.log(JSON.stringify(event));
     else show(inWords(event));
-    if (event.event === "users" && !isListed) isListed = true; // the list at login is nobody's answer
-    else onEvent(event);
-    if ((event.event === "sent" && !event.ok) || event.event === "error") failed = true;
+    if (isIn && !isListed && (event.event === "users" || (event.event === "error" && event.code === "unreachable"))) {
+      isListed = true; // the list at login is nobody's answer
+      return;
+    }
+    isIn ||= event.event === "login";
+    onEvent(event);
+    // What others do, such as calling with another secret, is no failure of ours.
+    if ((event.event === "sent" && !event.ok) || (event.event === "error" && !event.notice)) failed = true;
     if (event.event === "error" && event.fatal) end(1);
   };
   const show = ({ text, answer }: { text: string; answer: boolean }) => {
@@ -2541,7 +2631,7 @@ async function main(): Promise<void> {
       clearLine(process.stdout, 0);
     }
     (answer ? process.stdout : process.stderr).write((colour ? `\x1b[2m${text}\x1b[0m` : text) + "\n");
-    if (isTerminal && !ended) screen.prompt(true);
+    if (!ended) screen?.prompt(true);
   };
   rehearse();
   const trace = args.trace ? createTrace() : undefined;
@@ -2558,7 +2648,7 @@ async function main(): Promise<void> {
     setTimeout(() => process.exit(code), GOODBYE_MS);
   }
   for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, () => end(130));
-  screen.on("SIGINT", () => end(130));
+  screen?.on("SIGINT", () => end(130));
 
   /** Does it, and waits for what comes of it. */
   const outcome = (command: Command) =>
@@ -2574,7 +2664,9 @@ async function main(): Promise<void> {
           path: "path",
           exit: "logout",
         };
-        if (event.event === wanted[command.command] ? --left <= 0 : event.event === "error") resolve();
+        if (event.event === wanted[command.command]) --left;
+        const hasFailed = event.event === "error" && !event.notice && command.command !== "send";
+        if (left <= 0 || hasFailed) resolve();
       };
       perform(command);
       if (command.command === "path") resolve();
@@ -2584,7 +2676,7 @@ async function main(): Promise<void> {
     onEvent = (event) => event.event === "login" && resolve();
   });
   perform({ command: "getu", prefix: "" });
-  if (isTerminal) screen.prompt();
+  screen?.prompt();
   for await (const line of { [Symbol.asyncIterator]: () => lines }) {
     const command = parseCommand(line);
     trace?.restart();
@@ -2596,7 +2688,7 @@ async function main(): Promise<void> {
     else if (command.command === "exit") break;
     else if (isTerminal) perform(command);
     else await outcome(command);
-    if (isTerminal) screen.prompt();
+    screen?.prompt();
   }
   end(failed && !isTerminal ? 1 : 0);
 }

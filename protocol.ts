@@ -333,7 +333,7 @@ const natClass: Codec<NatClass> = {
 export interface User {
   /** As `userName` leaves it. */
   name: string;
-  /** Of this login, chosen by its client: nobody can have a client take a message meant for another login. */
+  /** Of this login, from its client's choice: nobody can have a client take a message meant for another login. */
   nonce: string;
   /** X25519 public key. */
   key: Uint8Array;
@@ -367,8 +367,8 @@ const introduced: Codec<Introduced> = record({
 });
 
 /**
- * Client and server. `id` is the login's own nonce, chosen by the client, until WELCOME; the session's token, chosen by
- * the server and known to these two alone, from then on.
+ * Client and server. `id` is the login's, chosen by the client, until WELCOME; the session's token, chosen by the
+ * server, from then on. These two alone know either.
  */
 export const CONTROL = {
   LOGIN: {
@@ -1059,14 +1059,22 @@ export function controlKeys(shared: Uint8Array, token: string): { toServer: Uint
   return { toServer: both.slice(0, 16), toClient: both.slice(16) };
 }
 
-/** The MAC key of LOGIN and of a refusal, 16 bytes, from the X25519 secret of the two ends and the login's nonce. */
-export function loginKey(shared: Uint8Array, nonce: string): Uint8Array {
-  return deriveKey(shared, { salt: utf8.encode(nonce), info: "punch login", length: 16 });
+/** The MAC key of LOGIN and of a refusal, 16 bytes, from the X25519 secret of the two ends and the login's id. */
+export function loginKey(shared: Uint8Array, id: string): Uint8Array {
+  return deriveKey(shared, { salt: utf8.encode(id), info: "punch login", length: 16 });
+}
+
+/**
+ * The nonce that others know a login by, of the id that only its client and the server know: who could tell the id
+ * from it could answer a LOGIN in the server's place.
+ */
+export function publicNonce(id: string): string {
+  return hex(sha256(utf8.encode(`punch nonce ${id}`)).subarray(0, 8));
 }
 
 /** What proves in LOGIN that one knows the server's password: 8 bytes as hex; worthless for any other login. */
-export function passwordProof(shared: Uint8Array, options: { password: Uint8Array; nonce: string }): string {
-  const salt = concat(options.password, utf8.encode(options.nonce));
+export function passwordProof(shared: Uint8Array, options: { password: Uint8Array; id: string }): string {
+  const salt = concat(options.password, utf8.encode(options.id));
   return hex(deriveKey(shared, { salt, info: "punch password", length: 8 }));
 }
 

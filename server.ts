@@ -58,6 +58,7 @@ import {
   type NatClass,
   parseEndpoint,
   passwordProof,
+  publicNonce,
   type Rate,
   type ReplayWindow,
   replayWindow,
@@ -162,7 +163,7 @@ interface Session {
   /** The login's clock: an older LOGIN is a replay. */
   clock: number;
   name: string;
-  /** Of the login, as the client chose it; other users know it too. */
+  /** Of the login, as other users know it. */
   nonce: string;
   key: Uint8Array;
   keys: { toServer: Uint8Array; toClient: Uint8Array };
@@ -265,8 +266,11 @@ export function createServer(options: ServerOptions): Server {
   const cookieKey = random(16);
   const sessions = new Map<string, Session>();
   const directory = createDirectory<Session>();
-  /** Names that were here; `key` still holds its name until `heldUntil`. */
-  const past = new Map<string, { key: Uint8Array; clock: number; heldUntil: number; forgetAt: number }>();
+  /** Names that were here; `key` still holds its name until `heldUntil`, and a LOGIN of old may come again. */
+  const past = new Map<
+    string,
+    Record<"clock" | "heldUntil" | "replayUntil" | "forgetAt", number> & Pick<User, "key">
+  >();
   /** Of each address that has returned a cookie: how many users, and its bucket of logins. */
   const addresses = new Map<string, { users: number; logins: Bucket }>();
   /** Of each address that has lately sent STUN requests, or whose name somebody has put on his. */
@@ -354,11 +358,20 @@ export function createServer(options: ServerOptions): Server {
     addresses.get(prefixOf(session.home.endpoint))!.users--;
     if (reason !== "replaced") {
       const held = reason === "vanished" && session.keepName;
-      if (past.size >= MAX_REMEMBERED) past.delete(past.keys().next().value!);
+      if (past.size >= MAX_REMEMBERED) {
+        let spare = past.keys().next().value!;
+        for (const [name, { heldUntil }] of past) { // the oldest, but of those that are held only if all are
+          if (heldUntil > now) continue;
+          spare = name;
+          break;
+        }
+        past.delete(spare);
+      }
       past.set(session.name, {
         key: session.key,
         clock: session.clock,
         heldUntil: held ? now + NAME_HELD_MS : now,
+        replayUntil: now + 2 * COOKIE_EPOCH_MS,
         forgetAt: now + REMEMBERED_MS,
       });
     }
@@ -401,17 +414,21 @@ export function createServer(options: ServerOptions): Server {
     };
     if (userName(message.name) !== message.name) return deny("bad-name");
     if (password) {
-      const proof = Buffer.from(passwordProof(shared, { password, nonce: message.id }));
+      const proof = Buffer.from(passwordProof(shared, { password, id: message.id }));
       if (!timingSafeEqual(proof, Buffer.from(message.proof))) return deny("bad-password");
     }
     const holder = directory.find(message.name), former = past.get(message.name);
     const isHers = (key: Uint8Array | undefined) => key !== undefined && hex(key) === hex(message.key);
-    const again = holder && isHers(holder.key);
-    if (again && holder.nonce === message.id) return [welcome(holder, message)]; // ours was lost on the way
+    const again = holder && isHers(holder.key), nonce = publicNonce(message.id), at = { endpoint: from, socket };
+    if (again && holder.nonce === nonce) { // ours was lost on the way
+      return [...from === holder.home.endpoint ? [] : move(holder, at), welcome(holder, message, at)];
+    }
     if (holder && !(again && message.counter > holder.clock)) {
       return deny("name-taken", Math.ceil((holder.heardAt + SILENCE_MS - now) / 1000));
     }
-    if (!holder && former && isHers(former.key) && message.counter <= former.clock) return []; // a replay
+    if (!holder && former && former.replayUntil > now && isHers(former.key) && message.counter <= former.clock) {
+      return deny("name-taken", Math.ceil((former.replayUntil - now) / 1000)); // perhaps a replay
+    }
     if (!holder && former && former.heldUntil > now && !isHers(former.key)) {
       return deny("name-taken", Math.ceil((former.heldUntil - now) / 1000));
     }
@@ -423,12 +440,12 @@ export function createServer(options: ServerOptions): Server {
       token,
       clock: message.counter,
       name: message.name,
-      nonce: message.id,
+      nonce,
       key: message.key,
       keys: controlKeys(shared, token),
       window: replayWindow(),
       sent: message.counter,
-      home: { endpoint: from, socket },
+      home: at,
       other: null,
       local: message.local,
       keepName: message.keepName === 1,
@@ -449,25 +466,24 @@ export function createServer(options: ServerOptions): Server {
     return [
       ...replaced,
       { kind: "event", event: { event: "login", name: session.name, public: from } },
-      welcome(session, message),
+      welcome(session, message, at),
       ...announce(session),
     ];
   }
 
-  function welcome(session: Session, { id, counter }: Control): Effect<ServerEvent> {
-    const { token, home } = session;
+  function welcome({ token, keys }: Session, { id, counter }: Control, at: Address): Effect<ServerEvent> {
     const users = page(directory.after("", ""));
     const message = {
       type: "WELCOME",
       token,
-      public: home.endpoint,
+      public: at.endpoint,
       secondPort: ports[SECOND_PORT]!,
       thirdPort: ports[THIRD_PORT]!,
       total: directory.size(),
       users,
     } as const;
-    const data = encode(message, { id, counter, key: session.keys.toClient });
-    return { kind: "send", socket: home.socket, to: home.endpoint, data };
+    const data = encode(message, { id, counter, key: keys.toClient });
+    return { kind: "send", socket: at.socket, to: at.endpoint, data };
   }
 
   function announce(session: Session): Effect<ServerEvent>[] {

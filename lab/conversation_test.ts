@@ -5,6 +5,7 @@
  */
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import { decode } from "../protocol.ts";
 import { linux, NATS, random } from "./network.ts";
 import { createWorld, crowd, D, DELAY_MS, join, login, type Player, R, type World } from "./scenario.ts";
 
@@ -364,6 +365,105 @@ test("the server is restarted: direct conversations go on, everybody is back 2 s
   world.net.run(1_000);
   assert.deepEqual(alice.events("users")[0]!.users.map(({ name }) => name), ["alice", "bob"]);
   assert.equal(alice.events("path").length, 1);
+});
+
+test("a lost WELCOME and a minute without a network, or another mapping: in again within seconds", () => {
+  for (const outageMs of [30_000, 65_000, 120_000]) {
+    const world = createWorld();
+    const [alice] = pair(world, { nat: "EIM+APDF random" }, {});
+    world.restartServer();
+    let until = 0;
+    world.net.tap(({ data }) => {
+      if (until === 0 && decode(data)?.type === "WELCOME") until = world.net.now() + outageMs;
+      if (world.net.now() < until) return "drop";
+    });
+    assert.ok(world.net.runUntil(() => until > 0, 60_000));
+    world.net.run(outageMs);
+    assert.ok(world.net.runUntil(() => alice.events("reconnected").length > 0, 5_000), `${outageMs} ms`);
+  }
+  const world = createWorld();
+  let alice: Player | null = null, isLost = false;
+  world.net.tap(({ data }) => {
+    if (isLost || decode(data)?.type !== "WELCOME") return;
+    isLost = true;
+    alice!.nat!.flush();
+    return "drop";
+  });
+  alice = join(world, "alice", { nat: "EIM+APDF random", patient: true });
+  assert.ok(world.net.runUntil(() => alice!.events("login").length > 0, 5_000), "its NAT has forgotten");
+});
+
+test("a message that was there behind one that was given up is shown, and no other is called sent", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { direct: false }, {});
+  alice.send("bob", "zero");
+  world.net.run(2_000);
+  const unblock = world.net.block(({ bytes, host }) => bytes > 500 && host === "alice");
+  alice.send("bob", "one " + "x".repeat(700));
+  world.net.run(100);
+  alice.send("bob", "two");
+  world.net.run(20_000);
+  unblock();
+  alice.send("bob", "three");
+  world.net.run(5_000);
+  assert.deepEqual(alice.events("sent").map(({ ok }) => ok), [true, false, true, true]);
+  assert.deepEqual(texts(bob), ["zero", "two", "three"]);
+});
+
+test("both are cut off for some seconds while nobody talks: the direct path comes back", () => {
+  for (const outageMs of [2_000, 4_000, 5_000, 6_000, 8_000, 15_000]) {
+    const world = createWorld();
+    const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+    alice.send("bob", "hi");
+    world.net.run(3_000);
+    const unblock = world.net.block(() => true);
+    world.net.run(outageMs);
+    unblock();
+    world.net.run(10);
+    assert.ok(
+      world.net.runUntil(() => alice.path() === "direct" && bob.path() === "direct", 8_000),
+      `${outageMs} ms`,
+    );
+  }
+});
+
+test("a clock that jumps while a probe is on its way says nothing about the path", () => {
+  for (const jumpMs of [20_000, 3_600_000]) {
+    const world = createWorld({ seed: 7 });
+    const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+    alice.send("bob", "one");
+    world.net.run(2_000);
+    alice.send("bob", "two");
+    world.net.run(1_000);
+    let isProbing = false;
+    const untap = world.net.tap(({ host, data }) => void (isProbing ||= host === "alice" && data[1] === 103));
+    world.net.runUntil(() => isProbing, 2_000);
+    untap();
+    alice.jump(jumpMs);
+    world.net.run(1_000);
+    alice.send("bob", "three");
+    world.net.run(3_000);
+    let isLost = false;
+    world.net.block(({ host, data }) => !isLost && host === "alice" && data[1] === 100 && (isLost = true));
+    alice.send("bob", "four");
+    world.net.run(3_000);
+    assert.ok(alice.events("sent").at(-1)!.ms < 1_000, `${alice.events("sent").at(-1)!.ms} ms after ${jumpMs}`);
+    assert.deepEqual(texts(bob), ["one", "two", "three", "four"]);
+  }
+});
+
+test("a first message while the server is just back and the other one is not: it waits for him", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+  const unblock = world.net.block(({ host, to }) => host === "bob" || to.startsWith(bob.nat!.addresses[0]!));
+  world.restartServer();
+  world.net.runUntil(() => alice.events("reconnected").length > 0, 60_000);
+  alice.send("bob", "are you back?");
+  world.net.run(3_000);
+  unblock();
+  world.net.run(11_000);
+  assert.deepEqual(alice.events("sent").map(({ ok }) => ok), [true]);
+  assert.deepEqual(texts(bob), ["are you back?"]);
 });
 
 test("one side alone logs in anew, as when the server was out of its reach: the direct path goes on", () => {

@@ -44,6 +44,7 @@ import {
   messageTable,
   openPeer,
   type Peer,
+  publicNonce,
   sealPeer,
   type User,
 } from "../protocol.ts";
@@ -284,11 +285,11 @@ function sharedWith({ secret, public: own }: KeyPair, theirs: Uint8Array): Uint8
 }
 
 function hand(name: string, dice: Dice, { keys = keysFrom(dice.bytes(32)), clock = 1 } = {}): Hand {
-  const loginNonce = hex(dice.bytes(8));
+  const loginId = hex(dice.bytes(8));
   let sent = clock, shared: Uint8Array = NO_BYTES, toServer: Uint8Array = NO_BYTES;
   const loginWith = (cookie: string, key?: Uint8Array) =>
     encode(like("LOGIN", { cookie, key: keys.public, proof: NO_ID, keepName: 0, name, local: [] }), {
-      id: loginNonce,
+      id: loginId,
       counter: clock,
       key,
     });
@@ -296,15 +297,15 @@ function hand(name: string, dice: Dice, { keys = keysFrom(dice.bytes(32)), clock
     name,
     keys,
     token: "",
-    nonce: loginNonce,
+    nonce: publicNonce(loginId),
     hello: () => loginWith(NO_ID),
     answer(data) {
       const message = decode(data);
-      if (message?.type === "COOKIE" && message.id === loginNonce) {
+      if (message?.type === "COOKIE" && message.id === loginId) {
         shared = sharedWith(keys, message.key);
-        return loginWith(message.cookie, loginKey(shared, loginNonce));
+        return loginWith(message.cookie, loginKey(shared, loginId));
       }
-      if (message?.type === "WELCOME" && message.id === loginNonce) {
+      if (message?.type === "WELCOME" && message.id === loginId) {
         self.token = message.token;
         toServer = controlKeys(shared, message.token).toServer;
       }
@@ -979,7 +980,7 @@ function evil(world: World, keys: KeyPair): Evil {
         if (said.type === "WELCOME") {
           const { name, key } = logins.get(said.id)!;
           const macs = controlKeys(agree(keys.secret, key)!, said.token);
-          const prey = { name, key, macs, at: effect.to, nonce: said.id, sent: said.counter };
+          const prey = { name, key, macs, at: effect.to, nonce: publicNonce(said.id), sent: said.counter };
           byToken.set(said.token, prey);
           byName.set(name, { ...prey, token: said.token });
           const [instead] = self.onSend(said, name);
@@ -1184,7 +1185,8 @@ test("an evil server cannot have a user talk to himself: his own message does no
       to !== "alice" ? [message as ControlBody] : message.type === "INTRODUCTION" ? [] : [
         rewrite(message, ({ name }) => name === "bob" ? { key: own.public, nonce: ownNonce(message) } : {}) as never,
       ];
-    const ownNonce = (message: Control) => message.type === "WELCOME" ? message.id : control.nonceOf("alice");
+    const ownNonce = (message: Control) =>
+      message.type === "WELCOME" ? publicNonce(message.id) : control.nonceOf("alice");
     control.onHear = (message, from) => {
       if (message.type !== "P2PTRANS" || from !== "alice") return message as ControlBody;
       const nonce = control.nonceOf("alice");

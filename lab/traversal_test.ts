@@ -120,6 +120,54 @@ for (const [one, other, budget] of BUDGETS) {
   });
 }
 
+for (const one of ["sequential", "preserving"]) {
+  for (const other of ["EIM+APDF random", "APDM+APDF sequential", "APDM+APDF preserving"]) {
+    test(`${one}, who calls in the moment of the login, x ${other}: within 5 (R + D) as a rule`, () => {
+      const all = Array.from({ length: 60 }, (_, seed) => {
+        const world = createWorld({ seed, loss: 0.01, jitterMs: 10 });
+        const bob = join(world, "bob", site(world, other));
+        login(world, bob);
+        world.net.run(10_000);
+        const alice = join(world, "alice", site(world, `APDM+APDF ${one}`));
+        login(world, alice);
+        const start = world.net.now();
+        alice.send("bob", "hi");
+        return directAfter({ world, alice, bob, start }, 5_000);
+      });
+      assert.ok(quantile(all, 0.5) <= 5 * (R + D), `${quantile(all, 0.5)} ms`);
+      assert.ok(quantile(all, 0.95) < Infinity, "in 5 s");
+    });
+  }
+}
+
+test("two symmetric ones behind one NAT that does not hairpin send little into the void", () => {
+  const world = createWorld();
+  const nat = world.net.nat({
+    ...NATS["APDM+APDF random"]!,
+    name: "carrier",
+    address: "203.0.114.1",
+    delayMs: DELAY_MS,
+  });
+  const [alice, bob] = ["alice", "bob"].map((name, i) =>
+    join(world, name, {
+      nat: world.net.nat({
+        ...NATS["linux drop"]!,
+        name: `home of ${name}`,
+        address: `100.64.0.${i + 2}`,
+        behind: nat,
+      }),
+    })
+  ) as [Player, Player];
+  login(world, alice, bob);
+  world.net.run(3_000);
+  const before = alice.process.sent + bob.process.sent;
+  alice.send("bob", "hi");
+  world.net.run(15_000);
+  const sent = alice.process.sent + bob.process.sent - before;
+  assert.equal(alice.path(), "relay");
+  assert.ok(sent < 250, `${sent} datagrams`);
+});
+
 for (const other of ["EIM+APDF random", "linux accept", "APDM+APDF sequential", "APDM+APDF preserving"]) {
   test(`sequential x ${other} passes as well where packets are lost and overtake each other`, () => {
     const all = measure("APDM+APDF sequential", other, { seeds: 100, loss: 0.01, jitterMs: 10, foreignRate: 0.2 });
