@@ -284,11 +284,11 @@ function sharedWith({ secret, public: own }: KeyPair, theirs: Uint8Array): Uint8
   return shared;
 }
 
-function hand(name: string, dice: Dice, { keys = keysFrom(dice.bytes(32)), clock = 1 } = {}): Hand {
+function hand(name: string, dice: Dice, { keys = keysFrom(dice.bytes(32)), clock = 1, keepName = 0 } = {}): Hand {
   const loginId = hex(dice.bytes(8));
   let sent = clock, shared: Uint8Array = NO_BYTES, toServer: Uint8Array = NO_BYTES;
   const loginWith = (cookie: string, key?: Uint8Array) =>
-    encode(like("LOGIN", { cookie, key: keys.public, proof: NO_ID, keepName: 0, name, local: [] }), {
+    encode(like("LOGIN", { cookie, key: keys.public, proof: NO_ID, keepName, name, local: [] }), {
       id: loginId,
       counter: clock,
       key,
@@ -1768,6 +1768,96 @@ test("limit: calls of one session, 100 at once and 20 a second, the report of a 
   let passed = 0;
   for (let i = 0; i < 100; i++) passed += Number(reasonOf(call(caller, now + 1_000)) === undefined && i < 20);
   assert.equal(passed, 20);
+});
+
+test("a forger who is a user sees the nonce of a login whose WELCOME is lost, and still cannot pass for the server", () => {
+  for (const skewMs of [0, 300, -300]) {
+    const world = createWorld({ seed: 3 });
+    const mallory = join(world, "mallory");
+    login(world, mallory);
+    world.net.run(2_000);
+    let isLost = false;
+    world.net.tap(({ host, data }) => {
+      if (!isLost && host === "server" && decode(data)?.type === "WELCOME") return isLost = true, "drop";
+    });
+    const own = world.keys(), token = "00000000000000aa";
+    const { receive } = mallory.client;
+    let forged = 0;
+    mallory.client.receive = (datagram, now) => { // her own client hears it, and she reads along
+      const message = decode(datagram.data);
+      const alice = message?.type === "USERS" ? message.users.find(({ name }) => name === "alice") : undefined;
+      if (alice && forged === 0) {
+        const macs = controlKeys(agree(own.secret, alice.key)!, token);
+        const put = (data: Uint8Array) => world.net.inject({ from: SERVER, to: alice.public, data });
+        const cookie = like("COOKIE", { cookie: "1".repeat(16), key: own.public, known: 0 });
+        for (let counter = Math.floor(now) - 800; counter < now + 400; counter++, forged++) {
+          put(encode(cookie, { id: alice.nonce, counter }));
+        }
+        const welcome = like("WELCOME", {
+          token,
+          public: alice.public,
+          secondPort: 1,
+          thirdPort: 1,
+          total: 1,
+          users: [],
+        });
+        world.net.after(1, () => put(encode(welcome, { id: alice.nonce, counter: 1, key: macs.toClient })));
+      }
+      return receive(datagram, now);
+    };
+    const alice = join(world, "alice");
+    alice.jump(skewMs);
+    world.net.run(10_000);
+    assert.ok(forged > 1_000);
+    assert.deepEqual(
+      alice.process.events.map(({ event }) => event.event).filter((event) => event !== "users"),
+      ["login"],
+    );
+    mallory.send("alice", "hi");
+    world.net.run(2_000);
+    assert.deepEqual(texts(alice), ["hi"]);
+  }
+});
+
+test("a network that flaps, or a server that says it does, has a client open a few sockets at a time, and close them", () => {
+  const world = createWorld();
+  const alice = join(world, "alice", { nat: "EIM+APDF random" });
+  login(world, alice);
+  world.net.run(5_000);
+  let open = 0, most = 0;
+  const { client } = alice;
+  for (const name of ["receive", "wake", "opened", "interfaces"] as const) {
+    const original = client[name] as (...args: unknown[]) => Effect[];
+    (client[name] as unknown) = (...args: unknown[]) => {
+      const effects = original(...args);
+      for (const { kind } of effects) open += Number(kind === "open") - Number(kind === "close");
+      most = Math.max(most, open);
+      return effects;
+    };
+  }
+  const [home] = alice.nat!.addresses;
+  for (let i = 0; i < 60; i++) {
+    alice.nat!.readdress(i % 2 ? home! : "198.18.7.7");
+    alice.process.call((now) => client.interfaces([`192.168.9.${i}`], now));
+    world.net.run(330);
+  }
+  world.net.run(60_000);
+  assert.equal(open, 0);
+  assert.ok(most > 0 && most < 10, `${most} at a time`);
+});
+
+test("limit: a name that is held is not freed by 10,000 names that come and go", LONG, () => {
+  const { server, tools, come, now } = office();
+  const alice = (from: Endpoint, at: number) => enter(server, hand("alice", tools, { keepName: 1 }), { from, now: at }); // with other keys each time
+  assert.ok(alice("100.64.1.1:1", now));
+  server.wake(now + 60_000);
+  const later = now + 61_000;
+  assert.equal(alice("100.64.1.2:1", later), null);
+  for (let i = 0; i < 10_001; i++) {
+    const user = come(`user-${i}`, `100.${64 + (i >> 10)}.2.1:1`, later)!;
+    server.receive({ socket: 0, from: user.from, data: user.seal(like("LOGOUT", {})) }, later);
+  }
+  assert.equal(alice("100.64.1.3:1", later), null);
 });
 
 test("limit: datagrams of one session, 5,000 at once and 2,000 a second, whatever they ask for", () => {

@@ -245,6 +245,31 @@ scenario("--secret-file: another secret reads nothing", async ({ server, client,
   assert.equal(await alice.ended, 1);
 });
 
+scenario("a stranger's call with another secret ends nobody's `send`, and is no failure of his", async (stage) => {
+  const { server, client, start, file } = stage;
+  const { at } = await server();
+  const bob = await client(at, "bob");
+  bob.signal("SIGSTOP");
+  const alice = start("client", [at, "alice", "--json"], { name: "alice" });
+  alice.pipe("send bob important", "send bob as well");
+  await alice.until({ event: "login" });
+  const mallory = await client(at, "mallory", ["--secret-file", file("other", "wrong horse battery staple")]);
+  mallory.type("send alice hi");
+  await alice.until({ event: "error", code: "untrusted", notice: true });
+  bob.signal("SIGCONT");
+  assert.equal(await alice.ended, 0, alice.evidence());
+  assert.deepEqual(of(alice, "sent").map(({ ok }) => ok), [true, true]);
+  assert.deepEqual(of(bob, "message").map(({ text }) => text), ["important", "as well"]);
+});
+
+scenario("a piped line ends at LF or CRLF and nowhere else, whatever is in it", async ({ server, script }) => {
+  const { at } = await server();
+  const texts = ["a\u2028getu", "b\rgetu", "\ufeffc", "d\u0085getu", "e\vgetu"];
+  const me = await script(at, "me", [...texts.map((text) => `send me ${text}`), "send me crlf\r"]);
+  assert.deepEqual(of(me, "message").map(({ text }) => text), [...texts, "crlf"]);
+  assert.equal(of(me, "users").length, 1, "the one at login");
+});
+
 scenario("server: a clean end, a new start in its place, and everybody is back with the same name", async (stage) => {
   const server = await stage.server();
   const alice = await stage.client(server.at, "alice"), bob = await stage.client(server.at, "bob");
