@@ -1157,9 +1157,11 @@ export function createClient(options: ClientOptions): Client {
   function passOn(c: Conversation, body: Uint8Array, call: boolean): void {
     tell({ type: "P2PTRANS", to: c.name, nonce: c.peer?.nonce ?? NO_ID, call: Number(call), body });
     if (!call) return;
-    const again = ++c.rounds < MAX_ROUNDS && direct && !isMirror(c);
-    c.askAt = again ? now + timeout(serverRtt, c.rounds) : Infinity;
-    if (!again && !c.best && !c.punching && c.retryAt === Infinity) retryLater(c);
+    c.rounds++;
+    c.askAt = Infinity;
+    if (!direct || isMirror(c)) return;
+    if (c.rounds < MAX_ROUNDS) c.askAt = now + timeout(serverRtt, c.rounds);
+    else if (!c.best && !c.punching && c.retryAt === Infinity) retryLater(c);
   }
 
   function retryLater(c: Conversation): void {
