@@ -298,26 +298,30 @@ interface Estimator {
   rttvar: number;
 }
 
+/** A session with the server; all times are those of `now`, all counters those of the seals. */
 interface Session {
   server: Endpoint;
-  serverKey: Uint8Array;
   token: string;
   /** As other users know this login. */
   nonce: string;
   keys: { toServer: Uint8Array; toClient: Uint8Array };
   window: ReplayWindow;
   sent: number;
+  /** As the server sees us. */
   public: Endpoint;
   secondPort: number;
   keepaliveAt: number;
   /** Keepalives that wait for an answer: the counters of the first and the last, and when that was sent. */
   asked: { first: number; counter: number; at: number; tries: number } | null;
+  /** Cookies that we have brought back, since the last ALIVE. */
   challenges: number;
 }
 
+/** A login under way, the first one or another. */
 interface Login {
   /** Known to us and the server alone. */
   id: string;
+  /** Its counter: of two logins with one key the greater is the later. */
   clock: number;
   since: number;
   tries: number;
@@ -325,9 +329,10 @@ interface Login {
   challenges: number;
   askedAt: number;
   /** Once the server has asked us to show that we receive here. */
-  cookie: { cookie: string; server: Endpoint; serverKey: Uint8Array; shared: Uint8Array } | null;
+  cookie: { cookie: string; server: Endpoint; shared: Uint8Array } | null;
 }
 
+/** A way to the peer: from one of our sockets to one of its endpoints. */
 interface Path {
   endpoint: Endpoint;
   socket: number;
@@ -340,6 +345,7 @@ interface Path {
   answeredAt: number;
   bornAt: number;
   probeAt: number;
+  /** Probes since it has become suspect. */
   fastProbes: number;
 }
 
@@ -368,11 +374,13 @@ interface Opening {
   handshake: { index: number; initiation: Initiation } | null;
 }
 
+/** A chat message of ours. */
 interface Message {
   id: string;
   startedAt: number;
 }
 
+/** A piece of it, which fits into a datagram; `left` more follow. */
 interface Part {
   seq: number;
   left: number;
@@ -381,59 +389,76 @@ interface Part {
   /** 0: never yet. */
   tries: number;
   sentAt: number;
+  /** When to send it again; Infinity: it is there, or inside a handshake, which sees to it. */
   dueAt: number;
+  /** Which way it went last. */
   over: Path | null;
   /** The peer has it; how its first copy came. */
   came: PathKind | null;
 }
 
+/** What comes from the peer. */
 interface Incoming {
+  /** Of the peer's program: it begins anew with that. */
   stream: string;
   /** All before this has been delivered or given up. */
   next: number;
   parts: Map<number, { left: number; part: Uint8Array }>;
   /** How the first copy of each recent part came. */
   came: Map<number, PathKind>;
+  /** The parts so far of the message that comes next. */
   message: Uint8Array[];
   messageBytes: number;
 }
 
+/** All that is between us and one other user. */
 interface Conversation {
   name: string;
+  /** The server's latest word on who that is. */
   peer: Introduced | null;
+  /** It has another key than the one that was verified, or does not know our secret. */
   untrusted: boolean;
   /** Sessions that the peer may still use, newest first, and the one that we use. */
   sessions: Secure[];
   secure: Secure | null;
   opening: Opening | null;
+  /** What it may have us do. */
   handshakes: Bucket;
   attempts: Bucket;
   introductions: Bucket;
 
+  // Messages. `stream` is ours for this conversation, and numbers our parts, of which `parts` are not done yet.
   stream: string;
   nextSeq: number;
   parts: Part[];
+  /** Parts that may be on their way at a time. */
   window: number;
+  /** When something was acknowledged last. */
   progressAt: number;
   incoming: Incoming | null;
   /** Acknowledge as soon as there is a session. */
   ackDue: boolean;
   lastError: Reason | null;
 
+  // Paths. Since when we have been looking for one:
   calledAt: number;
   /** How often we have asked for an introduction, and when to ask again for one that has not come. */
   rounds: number;
   askAt: number;
   punching: { from: number; step: number; reported: boolean } | null;
+  /** While there is only the relay: how often we have tried anew, and when we do again. */
   retries: number;
   retryAt: number;
   attempt: Attempt | null;
+  /** By socket and endpoint. */
   paths: Map<string, Path>;
+  /** The one in use; null: the relay. */
   best: Path | null;
   /** How long the last two paths lived, and when to move to another before this one dies too. */
   lifetimes: number[];
   renewAt: number;
   relayRtt: Estimator;
+  /** When a message went either way last. */
   talkedAt: number;
   /** Punches and pings that wait for their echo; a `swept` one went to many ports, whichever answers is the path. */
   probes: Map<number, { path: Path | null; at: number; kind: "punch" | "ping" | "swept" }>;
@@ -727,7 +752,7 @@ export function createClient(options: ClientOptions): Client {
       const shared = agree(keys.secret, message.key);
       if (!shared || login.challenges++ >= MAX_CHALLENGES) return;
       if (login.tries === 1) sample(serverRtt, now - login.askedAt);
-      login.cookie = { cookie: message.cookie, server: from, serverKey: message.key, shared };
+      login.cookie = { cookie: message.cookie, server: from, shared };
       sendLogin();
     } else if (session && message.id === session.token) {
       if (message.known) { // we have moved
@@ -738,7 +763,7 @@ export function createClient(options: ClientOptions): Client {
         reconnect("the server has forgotten us");
         forgottenAt = now;
         if (!shared) return;
-        login!.cookie = { cookie: message.cookie, server: from, serverKey: message.key, shared };
+        login!.cookie = { cookie: message.cookie, server: from, shared };
         sendLogin();
       }
     }
@@ -746,14 +771,13 @@ export function createClient(options: ClientOptions): Client {
 
   function onWelcome(message: Control & { type: "WELCOME" }, data: Uint8Array): void {
     if (!login?.cookie || message.id !== login.id || message.counter !== login.clock) return;
-    const { shared, server, serverKey } = login.cookie;
+    const { shared, server } = login.cookie;
     const macs = controlKeys(shared, message.token);
     if (!verifies(data, macs.toClient)) return;
     if (login.tries === 2) sample(serverRtt, now - login.askedAt);
     const before = session;
     session = {
       server,
-      serverKey,
       token: message.token,
       nonce: publicNonce(message.id),
       keys: macs,
