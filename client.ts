@@ -1422,7 +1422,7 @@ export function createClient(options: ClientOptions): Client {
     path.fastProbes = 0;
     path.probeAt = now;
     if (session && !login && !session.asked) keepalive(); // re-opens the way to the server, should the NAT have forgotten
-    for (const part of c.parts) if (part.tries > 0) sendPart(c, part);
+    for (const part of c.parts) if (part.tries > 0 && !part.came) sendPart(c, part);
   }
 
   function wakePath(c: Conversation, path: Path): void {
@@ -1519,7 +1519,8 @@ export function createClient(options: ClientOptions): Client {
       if (awaited > 0) return;
       for (const { socket } of facts.samples) closeSocket(socket);
       discovery = null;
-      if (mine.again) return discover();
+      if (mine.again) discover();
+      if (discovery) return;
       for (const tell of waitingForNat.splice(0)) tell();
     };
     const askFor = (question: Parameters<typeof ask>[0], note: (answer: Stun | null) => void, isNeeded = false) =>
@@ -1963,6 +1964,9 @@ export function createClient(options: ClientOptions): Client {
       const { id, startedAt } = part.message;
       emit({ event: "sent", to: c.name, id, ok: true, ms: tenths(now - startedAt), path: part.came });
     }
+    // What all else waits for is there, and yet not counted: the peer has forgotten it, or told us before it did.
+    const [head] = c.parts;
+    if (head?.came) Object.assign(head, { came: null, dueAt: now + timeout(c.best?.rtt ?? c.relayRtt, 1) });
   }
 
   function openStream(c: Conversation, stream: string): void {

@@ -420,8 +420,9 @@ export function createServer(options: ServerOptions): Server {
     const holder = directory.find(message.name), former = past.get(message.name);
     const isHers = (key: Uint8Array | undefined) => key !== undefined && hex(key) === hex(message.key);
     const again = holder && isHers(holder.key), nonce = publicNonce(message.id), at = { endpoint: from, socket };
-    if (again && holder.nonce === nonce) { // ours was lost on the way
-      return [...from === holder.home.endpoint ? [] : move(holder, at), welcome(holder, message, at)];
+    if (again && holder.nonce === nonce) { // our WELCOME was lost; who has had it would not ask again from elsewhere
+      const isElsewhere = from !== holder.home.endpoint && holder.window.highest < 0;
+      return [...isElsewhere ? move(holder, at) : [], welcome(holder, message, at)];
     }
     if (holder && !(again && message.counter > holder.clock)) {
       return deny("name-taken", Math.ceil((holder.heardAt + SILENCE_MS - now) / 1000));

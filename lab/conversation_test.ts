@@ -410,6 +410,24 @@ test("a message that was there behind one that was given up is shown, and no oth
   assert.deepEqual(texts(bob), ["zero", "two", "three"]);
 });
 
+test("the path dies under a long message: what is there is not sent again", () => {
+  let sent = 0;
+  for (let seed = 0; seed < 20; seed++) {
+    const world = createWorld({ seed });
+    const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+    alice.send("bob", "hi");
+    world.net.run(2_000);
+    world.net.conditions = { loss: 0.2 };
+    world.net.tap(({ host, bytes }) => void (sent += Number(host === "alice" && bytes > 700)));
+    alice.send("bob", "x".repeat(60_000));
+    world.net.run(100);
+    world.net.block(({ from, to }) => ![from, to].some((end) => end.startsWith("192.0.2.1")));
+    world.net.run(20_000);
+    assert.equal(texts(bob).length, 2);
+  }
+  assert.ok(sent < 20 * 265, `${sent / 20} datagrams for 75 parts`);
+});
+
 test("both are cut off for some seconds while nobody talks: the direct path comes back", () => {
   for (const outageMs of [2_000, 4_000, 5_000, 6_000, 8_000, 15_000]) {
     const world = createWorld();

@@ -1819,6 +1819,30 @@ test("a forger who is a user sees the nonce of a login whose WELCOME is lost, an
   }
 });
 
+test("a LOGIN that is replayed from where its client has been does not take the session back there", () => {
+  for (let seed = 0; seed < 20; seed++) {
+    const world = createWorld({ seed });
+    const alice = join(world, "alice", { nat: "EIM+APDF random" }),
+      bob = join(world, "bob", { nat: "EIM+APDF random" });
+    let copy: { from: Endpoint; to: Endpoint; data: Uint8Array } | null = null;
+    const untap = world.net.tap(({ from, to, data }) => {
+      const message = decode(data);
+      if (message?.type !== "LOGIN" || message.name !== "alice" || message.cookie === NO_ID) return;
+      copy = { from, to, data: data.slice() };
+    });
+    login(world, alice, bob);
+    untap();
+    world.net.run(500);
+    alice.nat!.readdress("198.18.7.7");
+    world.net.run(22_000);
+    world.net.inject(copy!);
+    world.net.run(100 + 10 * seed);
+    bob.send("alice", "are you there?");
+    world.net.run(2_000);
+    assert.deepEqual(texts(alice), ["are you there?"], `seed ${seed}`);
+  }
+});
+
 test("a network that flaps, or a server that says it does, has a client open a few sockets at a time, and close them", () => {
   const world = createWorld();
   const alice = join(world, "alice", { nat: "EIM+APDF random" });
