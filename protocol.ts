@@ -1630,9 +1630,7 @@ export async function secretWords(
   if (source.file === undefined) return environment(source.variable)?.trim() || undefined;
   let words: string;
   if (source.file === "-") {
-    if (!("Deno" in globalThis)) throw new Failure(`Bun cannot hide what is typed: use a file, or ${source.variable}`);
-    const { promptSecret } = await import("deno-std@1.4.0/cli/prompt_secret.js");
-    words = promptSecret(`The ${source.label}:`)?.trim() ?? "";
+    words = (await typedUnseen(`The ${source.label}:`)).trim();
     if (words === "") throw new Failure(`There was no ${source.label} typed: "-" needs a terminal`);
     return words;
   }
@@ -1643,6 +1641,36 @@ export async function secretWords(
   }
   if (words === "") throw new Failure(`The ${source.label} file "${source.file}" is empty`);
   return words;
+}
+
+/** What is typed on the terminal, unseen; nothing without a terminal. @std/cli has this for Deno alone. */
+async function typedUnseen(prompt: string): Promise<string> {
+  if ("Deno" in globalThis) {
+    const { promptSecret } = await import("deno-std@1.4.0/cli/prompt_secret.js");
+    return promptSecret(prompt) ?? "";
+  }
+  const { stdin, stderr } = process;
+  if (!stdin.isTTY) return "";
+  stderr.write(prompt + " ");
+  stdin.setRawMode(true);
+  const typed = await new Promise<string>((resolve) => {
+    let words = "";
+    const onData = (text: string) => {
+      for (const letter of text) {
+        if (letter === "\x7f" || letter === "\b") words = [...words].slice(0, -1).join("");
+        else if (letter >= " ") words += letter;
+        else { // Enter, or a control key: ^C is no answer
+          stdin.off("data", onData);
+          return resolve(letter === "\x03" ? "" : words);
+        }
+      }
+    };
+    stdin.setEncoding("utf8").on("data", onData).resume();
+  });
+  stdin.setRawMode(false);
+  stdin.pause();
+  stderr.write("\n");
+  return typed;
 }
 
 /** The 32-byte key of such words, by scrypt (RFC 7914): each guess costs a tenth of a second. */
