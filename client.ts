@@ -770,7 +770,7 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function onWelcome(message: Control & { type: "WELCOME" }, data: Uint8Array): void {
-    if (!login?.cookie || message.id !== login.id || message.counter !== login.clock) return;
+    if (!login?.cookie || message.id !== login.id) return;
     const { shared, server } = login.cookie;
     const macs = controlKeys(shared, message.token);
     if (!verifies(data, macs.toClient)) return;
@@ -1649,6 +1649,8 @@ export function createClient(options: ClientOptions): Client {
 
   /** Foretells the outside ports of our next packets to the peer, each from a socket that has sent nothing yet. */
   function plan(c: Conversation, attempt: Attempt): void {
+    if (!session) return;
+    const { server } = session;
     const announce = (ports: number[], spray = 0) => {
       if (c.attempt !== attempt) return;
       attempt.plan = { type: "P2PPLAN", attempt: attempt.number, spray, ports };
@@ -1658,21 +1660,19 @@ export function createClient(options: ClientOptions): Client {
     };
     const inside = attempt.sockets.map(({ port }) => port);
     const outside = (socket: number, then: (port: number) => void) =>
-      ask(
-        { socket, to: session!.server },
-        (answer) => answer?.mapped && then(parseEndpoint(answer.mapped)!.port),
-      );
-    if (!session) return;
-    // Nothing to foretell; but the peer, who has, must hear that the path is to be renewed.
-    if (inside.length === 0 && attempt.number === RENEWAL) return announce([parseEndpoint(session.public)!.port]);
-    if (inside.length === 0) return;
+      ask({ socket, to: server }, (answer) => answer?.mapped && then(parseEndpoint(answer.mapped)!.port));
+    if (inside.length === 0) {
+      // Nothing to foretell; but the peer, who has, must hear that the path is to be renewed.
+      if (attempt.number === RENEWAL) announce([parseEndpoint(session.public)!.port]);
+      return;
+    }
     if (!attempt.symmetric) outside(attempt.sockets[0]!.socket, (port) => announce([port]));
     else if (attempt.random) announce(nat.allocation === "block" ? block : [], 1);
     else if (nat.allocation === "preserving") announce(inside);
     else {
-      openSocket((socket, _port) =>
-        // the counter as it stands now
-        ask({ socket, to: session!.server }, (answer) => {
+      // A socket that is good for nothing else shows the counter as it stands now.
+      openSocket((socket) =>
+        ask({ socket, to: server }, (answer) => {
           closeSocket(socket);
           const last = answer?.mapped && parseEndpoint(answer.mapped)!.port;
           if (!last) return;

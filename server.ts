@@ -294,8 +294,9 @@ export function createServer(options: ServerOptions): Server {
   }
 
   function answerStun({ socket, from, data }: Datagram, now: number): Effect<ServerEvent>[] {
+    if (!parseEndpoint(from) || !mayAskStun(from, now)) return []; // before anything that costs more
     const asked = decodeStun(data);
-    if (asked?.kind !== "request" || !parseEndpoint(from) || !mayAskStun(from, now)) return [];
+    if (asked?.kind !== "request") return [];
     const endpoint = (socket: number) =>
       hosts && formatEndpoint(hosts[socket < SECOND_ADDRESS ? 0 : 1], ports[socket]!);
     const change = asked.changeIp ? asked.changePort ? "both" : "address" : asked.changePort ? "port" : "same";
@@ -318,6 +319,7 @@ export function createServer(options: ServerOptions): Server {
 
   /** Strangers have a share of the server's time, and those who seem to bring a cookie back have one of their own. */
   function mayBeRead({ data }: Datagram, now: number): boolean {
+    // The cookie is the first field of LOGIN, behind the header of 16 bytes.
     const hasCookie = data[1] === CONTROL.LOGIN.code && data.subarray(16, 24).some((byte) => byte !== 0);
     return spend(hasCookie ? claimants : strangers, STRANGERS, { now });
   }
@@ -688,7 +690,9 @@ async function main(): Promise<void> {
     hosts: altHost === undefined ? undefined : [host, altHost],
   });
   const onDatagram = args.trace ? createTrace() : undefined;
+  let address = host;
   const run = (host: string) => {
+    address = host;
     const sockets = [{ host, port }, { host, port: altPort }, { host, port: 0 }];
     if (altHost !== undefined) sockets.push({ host: altHost, port }, { host: altHost, port: altPort });
     return listen(server, { sockets, onEvent: say, onDatagram });
@@ -699,7 +703,7 @@ async function main(): Promise<void> {
       "Anybody may log in: no --password-file, and no PUNCH_PASSWORD (which Deno shows with --allow-env only)",
     );
   }
-  say({ event: "listening", address: host, port: running.ports[0]!, altPort: running.ports[1]! });
+  say({ event: "listening", address, port: running.ports[0]!, altPort: running.ports[1]! });
   const stop = () => {
     running.perform(server.stop());
     setTimeout(() => {
