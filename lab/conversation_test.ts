@@ -428,6 +428,72 @@ test("the path dies under a long message: what is there is not sent again", () =
   assert.ok(sent < 20 * 265, `${sent / 20} datagrams for 75 parts`);
 });
 
+test("the last part, of whose loss no acknowledgement would tell, is sent again after two round trips", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+  for (let i = 0; i < 10; i++) {
+    alice.send("bob", `m ${i}`);
+    world.net.run(1_000);
+  }
+  let isLost = false;
+  world.net.block(({ host, data }) => !isLost && host === "alice" && data[1] === 100 && (isLost = true));
+  const start = world.net.now();
+  alice.send("bob", "lost once");
+  world.net.run(1_000);
+  const { at } = bob.events("message").at(-1)!;
+  assert.ok(isLost && at - start <= 2 * D + D / 2 + 5, `${at - start} ms`);
+});
+
+test("the server hears from us every 10 s while we talk directly, every 20 s when nobody has for five minutes", () => {
+  const world = createWorld();
+  const [alice] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
+  alice.send("bob", "hi");
+  world.net.run(5_000);
+  let keepalives = 0;
+  world.net.tap(({ host, data }) =>
+    void (keepalives += Number(host === "alice" && decode(data)?.type === "KEEPALIVE"))
+  );
+  world.net.run(200_000);
+  assert.ok(keepalives >= 16 && keepalives <= 26, `${keepalives} in 200 s`);
+  world.net.run(200_000);
+  keepalives = 0;
+  world.net.run(200_000);
+  assert.ok(keepalives >= 8 && keepalives <= 13, `${keepalives} in 200 s`);
+});
+
+test("a server whose answers to keepalives alone are lost is not called gone while it passes messages on", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { direct: false }, { direct: false });
+  world.net.block(({ host, data }) => host === "server" && decode(data)?.type === "ALIVE");
+  for (let i = 0; i < 120; i++) {
+    alice.send("bob", `a ${i}`);
+    bob.send("alice", `b ${i}`);
+    world.net.run(500);
+  }
+  for (const player of [alice, bob]) assert.equal(player.events("reconnecting").length, 0);
+  assert.deepEqual(texts(bob), numbered(120, "a"));
+});
+
+test("a login whose WELCOME was lost is reached at once where it asked again from", () => {
+  const world = createWorld();
+  const bob = join(world, "bob");
+  login(world, bob);
+  let alice: Player | null = null, welcomes = 0, start = 0;
+  world.net.tap(({ data }) => {
+    if (decode(data)?.type !== "WELCOME" || ++welcomes > 2) return;
+    if (welcomes === 1) {
+      alice!.nat!.flush();
+      return "drop";
+    }
+    start = world.net.now(); // she does not know yet that she is in, and has sent nothing else from there
+    bob.send("alice", "welcome");
+  });
+  alice = join(world, "alice", { nat: "EIM+APDF random" });
+  login(world, alice);
+  world.net.run(1_000);
+  assert.deepEqual(alice.events("message").map(({ at, text }) => [at - start, text]), [[R, "welcome"]]);
+});
+
 test("both are cut off for some seconds while nobody talks: the direct path comes back", () => {
   for (const outageMs of [2_000, 4_000, 5_000, 6_000, 8_000, 15_000]) {
     const world = createWorld();
