@@ -105,7 +105,7 @@ const PAGES_PER_SESSION: Rate = { perSecond: 200, burst: 2_000 };
 const RELAYED_BYTES_PER_SESSION: Rate = { perSecond: 256 * 1024, burst: 512 * 1024 };
 const ERRORS_PER_SESSION: Rate = { perSecond: 10, burst: 20 };
 /** Strangers altogether, with a cookie and without: under a flood the rest is dropped unread, so that sessions are served. */
-const STRANGERS: Rate = { perSecond: 10_000, burst: 20_000 };
+const STRANGERS: Rate = { perSecond: 5_000, burst: 5_000 };
 const LOG_LINES: Rate = { perSecond: 20, burst: 200 };
 // STUN alone is larger than its question (1.6 times; 2.2 with IPv6, 2.8 and 4.6 with a second address), and it cannot
 // ask for a cookie: whoever forges a victim's address gets no more than this to it, and nobody can make us remember
@@ -225,8 +225,8 @@ function createDirectory<T extends { name: string }>() {
 
 /** The part of an address that one customer of a provider usually has to himself: IPv4 /24, IPv6 /48. */
 function prefixOf(endpoint: Endpoint): string {
-  const bytes = addressBytes(hostOf(endpoint))!;
-  return hex(bytes.subarray(0, bytes.length === 4 ? 3 : 6));
+  const host = hostOf(endpoint);
+  return isIPv6(endpoint) ? hex(addressBytes(host)!.subarray(0, 6)) : host.slice(0, host.lastIndexOf("."));
 }
 
 /** Whether a bucket has been left alone for so long that a new one would be the same. */
@@ -294,9 +294,9 @@ export function createServer(options: ServerOptions): Server {
   }
 
   function answerStun({ socket, from, data }: Datagram, now: number): Effect<ServerEvent>[] {
-    if (!parseEndpoint(from) || !mayAskStun(from, now)) return []; // before anything that costs more
+    if (!mayAskStun(from, now)) return []; // before anything that costs more
     const asked = decodeStun(data);
-    if (asked?.kind !== "request") return [];
+    if (asked?.kind !== "request" || !parseEndpoint(from)) return [];
     const endpoint = (socket: number) =>
       hosts && formatEndpoint(hosts[socket < SECOND_ADDRESS ? 0 : 1], ports[socket]!);
     const change = asked.changeIp ? asked.changePort ? "both" : "address" : asked.changePort ? "port" : "same";
@@ -319,6 +319,7 @@ export function createServer(options: ServerOptions): Server {
 
   /** Strangers have a share of the server's time, and those who seem to bring a cookie back have one of their own. */
   function mayBeRead({ data }: Datagram, now: number): boolean {
+    if (data.length < MIN_CLIENT_BYTES) return false; // not even a cookie in answer: that could be larger
     // The cookie is the first field of LOGIN, behind the header of 16 bytes.
     const hasCookie = data[1] === CONTROL.LOGIN.code && data.subarray(16, 24).some((byte) => byte !== 0);
     return spend(hasCookie ? claimants : strangers, STRANGERS, { now });
@@ -593,11 +594,11 @@ export function createServer(options: ServerOptions): Server {
     receive(datagram, now) {
       if (datagram.data[0]! < 4) return answerStun(datagram, now);
       const header = controlHeader(datagram.data), session = header && sessions.get(header.id);
-      if (session ? isSeen(session.window, header.counter) : !mayBeRead(datagram, now)) return []; // the cheapest first
-      const message = decode(datagram.data);
+      if (!header || (session ? isSeen(session.window, header.counter) : !mayBeRead(datagram, now))) return [];
+      const message = decode(datagram.data); // this, and the MAC, cost more than all that came before
       if (!message || CONTROL[message.type].way === "S -> C") return []; // no answer to an answer: that would never end
       if (message.type === "LOGIN") return login(message, datagram, now);
-      if (!session) return datagram.data.length < MIN_CLIENT_BYTES ? [] : [challenge(datagram, message, false, now)];
+      if (!session) return [challenge(datagram, message, false, now)];
       if (!verifies(datagram.data, session.keys.toServer) || !isFresh(session.window, message.counter)) return [];
       session.heardAt = now;
       if (!spend(session.datagrams, DATAGRAMS_PER_SESSION, { now })) return [];

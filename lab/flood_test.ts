@@ -5,7 +5,11 @@
  *     two flooders -- 64 ports each, together half the echo's rate --> server      (all of the runtime that runs the test)
  *     couples <------ a message each way every 250 ms ------------->
  *
- * With PUNCH_ROLE this file is one of the other processes. PUNCH_FULL=1 takes 100 couples instead of 30.
+ * All of them share the cores of one machine, which alone slows what passes: so the same is done first to the bare echo,
+ * which throws a flood away without looking. The server may be slowed as much as that, or to twice its calm latency.
+ *
+ * With PUNCH_ROLE this file is one of the other processes. PUNCH_FULL=1 takes 100 couples instead of 30, and hardly any
+ * allowance for other jobs.
  *
  * @module
  */
@@ -13,22 +17,28 @@ import assert from "node:assert/strict";
 import { type ChildProcess, spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import process from "node:process";
-import { setImmediate } from "node:timers";
+import { setPriority } from "node:os";
 import { dirname, join } from "node:path";
+import { setImmediate } from "node:timers";
 import { fileURLToPath } from "node:url";
 import { type ClientEvent, createClient } from "../client.ts";
 import { clock, decode, generateKeys, hex, listen, MAGIC, type Running } from "../protocol.ts";
 
-const COUPLES = process.env["PUNCH_FULL"] === "1" ? 100 : 30;
+const FULL = process.env["PUNCH_FULL"] === "1";
+const COUPLES = FULL ? 100 : 30;
 const HOST = "127.0.0.1";
 const PORTS = 64, WINDOW = 64;
 const ECHO_MS = 1_500, TALK_MS = 2_500, INTERVAL_MS = 250;
 /** Between two small bursts of a flood. */
-const PAUSE_MS = 0.4;
+const PAUSE_MS = 0.15;
 /** Other jobs on the machine can spoil a measurement: so many may be made again. */
 const REPEATS = 5;
 /** What other jobs add to the 95th percentile of latencies, which is half a millisecond in calm. */
-const NOISE_MS = 25;
+const NOISE_MS = FULL ? 0.5 : 15;
+/** What the bare echo sends back; a flood has none of this length. */
+const ECHO_BYTES = 60;
+/** In a flood for the bare echo. */
+const JUNK = "ff".repeat(130);
 /** Of the echo's rate. */
 const SHARE = 0.5;
 /** Of any helper, should the test die. */
@@ -85,14 +95,16 @@ interface Orders {
 }
 
 async function echo(): Promise<void> {
-  const socket: Socket = await bare((data, port) => socket.send(data, port));
+  const socket: Socket = await bare((data, port) => {
+    if (data.length === ECHO_BYTES) return socket.send(data, port);
+  });
   console.log(JSON.stringify({ port: socket.port }));
 }
 
 /** Keeps WINDOW datagrams on their way and counts how many come back in a second. */
 async function measure({ port, ms }: Orders): Promise<void> {
   let count = 0, running = true;
-  const data = new Uint8Array(60);
+  const data = new Uint8Array(ECHO_BYTES);
   const socket: Socket = await bare((_data) => {
     count++;
     if (running) return socket.send(data, port);
@@ -106,6 +118,7 @@ async function measure({ port, ms }: Orders): Promise<void> {
 }
 
 async function flood({ port, rate, ms, samples, fresh: [from, to] }: Orders): Promise<void> {
+  setPriority(19); // it stands for machines elsewhere, whose work costs those in conversation nothing
   const sockets = await Promise.all(Array.from({ length: PORTS }, () => bare()));
   const noise = randomBytes(65_536), models = samples.map((sample) => Uint8Array.from(Buffer.from(sample, "hex")));
   const begun = performance.now();
@@ -187,13 +200,61 @@ interface Friend {
 const percentile = (values: number[], share: number) =>
   values.toSorted((a, b) => a - b)[Math.min(values.length - 1, Math.floor(values.length * share))] ?? NaN;
 
+const show = (values: number[]) => ({
+  "p50 ms": Number(percentile(values, 0.5).toFixed(2)),
+  "p95 ms": Number(percentile(values, 0.95).toFixed(2)),
+  "max ms": Number(Math.max(...values).toFixed(1)),
+});
+
+/** What comes back from a bare echo, which is asked as often as the couples write: the latencies. */
+async function knock(port: number): Promise<number[]> {
+  const latencies: number[] = [];
+  const sockets = await Promise.all(Array.from({ length: 2 * COUPLES }, () =>
+    bare((data) => {
+      latencies.push(clock() - new DataView(data.buffer, data.byteOffset).getFloat64(0));
+    })));
+  const begun = clock();
+  for (let i = 0; i < sockets.length * TALK_MS / INTERVAL_MS; i++) {
+    const due = begun + i * INTERVAL_MS / sockets.length;
+    if (due > clock()) await sleep(due - clock());
+    const data = new Uint8Array(ECHO_BYTES);
+    new DataView(data.buffer).setFloat64(0, clock());
+    await sockets[i % sockets.length]!.send(data, port);
+  }
+  await sleep(100);
+  for (const socket of sockets) socket.close();
+  return latencies;
+}
+
+/** What the machine can do: datagrams a second through a bare echo, and its latencies in calm and under a flood. */
+async function control(): Promise<{ rate: number; calm: number[]; flooded: number[]; reached: number }> {
+  const echoing = hire("echo");
+  const port = (await echoing.line)["port"]!;
+  const rate = (await hire("measure", { port, rate: 0, ms: ECHO_MS, samples: [], fresh: [0, 0] }).line)["rate"]!;
+  await knock(port); // for the compiler
+  const calm = await knock(port);
+  const flooders = startFlood({ port, rate: rate * SHARE, samples: [JUNK], fresh: [2, 10] });
+  await sleep(400);
+  const flooded = await knock(port);
+  const reached = await reachedBy(flooders);
+  echoing.end();
+  return { rate, calm, flooded, reached };
+}
+
+function startFlood({ rate, ...orders }: Omit<Orders, "ms">) {
+  return [1, 2].map(() => hire("flood", { ...orders, rate: rate / 2, ms: TALK_MS + 500 }));
+}
+
+/** Datagrams a second, together. */
+async function reachedBy(flooders: ReturnType<typeof startFlood>): Promise<number> {
+  const reports = await Promise.all(flooders.map(({ line }) => line));
+  return reports.reduce((sum, { rate }) => sum + rate!, 0);
+}
+
 async function underFlood(): Promise<void> {
   const began = performance.now();
-  const echoing = hire("echo");
-  const { port: echoPort } = await echoing.line;
-  const measured = await hire("measure", { port: echoPort!, rate: 0, ms: ECHO_MS, samples: [], fresh: [0, 0] }).line;
-  echoing.end();
-  const rate = Math.round(measured["rate"]! * SHARE);
+  const echo = await control();
+  const rate = Math.round(echo.rate * SHARE);
 
   const server = hire("server");
   const friends: Friend[] = [];
@@ -275,7 +336,8 @@ async function underFlood(): Promise<void> {
 
     await talk("warm-up");
     const calm = await talk("calm");
-    const limit = 2 * percentile(calm, 0.95) + NOISE_MS;
+    const growth = Math.max(2, percentile(echo.flooded, 0.95) / percentile(echo.calm, 0.95));
+    const limit = growth * percentile(calm, 0.95) + NOISE_MS;
     const samples = (kind: string) => [...seen.get(kind) ?? []];
     const badCookies = samples("LOGIN");
     const stun = "000100002112a442" + "00".repeat(12);
@@ -291,21 +353,20 @@ async function underFlood(): Promise<void> {
       "replayed datagrams of sessions": { samples: samples("P2PTRANS"), fresh: [0, 0] },
       "STUN requests": { samples: [stun], fresh: [8, 20] },
     };
-    const show = (values: number[]) => ({
-      "p50 ms": Number(percentile(values, 0.5).toFixed(1)),
-      "p95 ms": Number(percentile(values, 0.95).toFixed(1)),
-      "max ms": Number(Math.max(...values).toFixed(1)),
-    });
-    const table: Record<string, object> = { "no flood": { "a second": 0, ...show(calm) } };
+    const table: Record<string, object> = {
+      "bare echo, no flood": { "a second": 0, ...show(echo.calm) },
+      "bare echo, flood": { "a second": echo.reached, ...show(echo.flooded) },
+      "no flood": { "a second": 0, ...show(calm) },
+    };
     const slow: string[] = [];
     let repeats = REPEATS;
     for (const [kind, { samples, fresh }] of Object.entries(floods)) {
       assert.ok(kind === "random bytes" || samples.length > 0, `No sample for ${kind}`);
       for (let attempt = 1;; attempt++) {
-        const flooders = [1, 2].map(() => hire("flood", { port, rate: rate / 2, ms: TALK_MS + 500, samples, fresh }));
+        const flooders = startFlood({ port, rate, samples, fresh });
         await sleep(400);
         const latencies = await talk(`${kind} ${attempt}`);
-        const reached = (await Promise.all(flooders.map(({ line }) => line))).reduce((sum, { rate }) => sum + rate!, 0);
+        const reached = await reachedBy(flooders);
         table[attempt === 1 ? kind : `${kind}, again`] = { "a second": reached, ...show(latencies) };
         assert.ok(reached > rate * 0.6, `${kind}: a flood of ${reached} a second is none`);
         if (percentile(latencies, 0.95) <= limit) break;
@@ -319,10 +380,8 @@ async function underFlood(): Promise<void> {
       if (friends.every(({ outcomes, sentAt }) => outcomes.length === sentAt.size)) break;
     }
     console.log(
-      `bare echo ${
-        measured["rate"]
-      } a second, floods ${rate} from ${PORTS} ports; ${COUPLES} couples, ${all} messages, ` +
-        `${((performance.now() - began) / 1_000).toFixed(0)} s`,
+      `bare echo ${echo.rate} a second, floods ${rate} from ${PORTS} ports; ${COUPLES} couples, ${all} messages, ` +
+        `${((performance.now() - began) / 1_000).toFixed(0)} s; p95 may grow ${growth.toFixed(1)} times`,
     );
     console.table(table);
     for (const { name, outcomes, sentAt, doubled } of friends) {
@@ -340,7 +399,7 @@ async function underFlood(): Promise<void> {
 if (role === undefined) {
   const { test } = await import("node:test");
   test(
-    `floods at half the rate of a bare echo, while ${COUPLES} couples talk: nothing is lost, and p95 stays within twice the calm one and ${NOISE_MS} ms`,
+    `floods at half the rate of a bare echo, while ${COUPLES} couples talk: nothing is lost, and p95 at most doubles (or grows as the echo's own), ${NOISE_MS} ms aside`,
     { timeout: 120_000 },
     underFlood,
   );

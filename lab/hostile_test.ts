@@ -1747,6 +1747,29 @@ test(
   },
 );
 
+test("limit: strangers altogether, 5,000 at once and 5,000 a second; with and without a cookie, and users, apart", () => {
+  const { server, tools, come, now } = office();
+  const user = come("user", "100.64.1.1:1")!;
+  const alive = like("KEEPALIVE", { cookie: NO_ID, local: [] });
+  const hello = hand("someone", tools).hello(), wrong = hello.slice();
+  wrong.fill(1, 16, 24);
+  const answered = (data: Uint8Array, count: number, at: number) => {
+    let answers = 0;
+    for (let i = 0; i < count; i++) {
+      answers +=
+        server.receive({ socket: 0, from: `100.${64 + (i >> 14)}.${(i >> 8) & 63}.${i & 255}:1`, data }, at).length;
+    }
+    return answers;
+  };
+  const later = now + 10_000;
+  for (let i = 0; i < 6_000; i++) answered(Uint8Array.from([MAGIC, 7, ...new Uint8Array(40)]), 1, later); // too short to count
+  for (const data of [hello, wrong]) assert.equal(answered(data, 6_000, later), 5_000);
+  assert.deepEqual(types(user.say(user.seal(alive), later)), ["ALIVE"]);
+  assert.equal(answered(user.seal(alive).with(2, 0xff), 100, later), 0); // nobody's token
+  for (const data of [hello, wrong]) assert.equal(answered(data, 6_000, later + 1_000), 5_000);
+  assert.ok(come("newcomer", "100.64.9.1:1", later + 2_000));
+});
+
 test("limit: calls of one session, 100 at once and 20 a second, the report of a punch among them", () => {
   const { server, come, now } = office();
   const caller = come("caller", "100.64.1.1:1")!, other = come("other", "100.64.1.2:1")!;
@@ -1878,10 +1901,10 @@ test("limit: a name that is held is not freed by 10,000 names that come and go",
   const later = now + 61_000;
   assert.equal(alice("100.64.1.2:1", later), null);
   for (let i = 0; i < 10_001; i++) {
-    const user = come(`user-${i}`, `100.${64 + (i >> 10)}.2.1:1`, later)!;
-    server.receive({ socket: 0, from: user.from, data: user.seal(like("LOGOUT", {})) }, later);
+    const user = come(`user-${i}`, `100.${64 + (i >> 10)}.2.1:1`, later + i)!;
+    server.receive({ socket: 0, from: user.from, data: user.seal(like("LOGOUT", {})) }, later + i);
   }
-  assert.equal(alice("100.64.1.3:1", later), null);
+  assert.equal(alice("100.64.1.3:1", later + 10_001), null);
 });
 
 test("limit: datagrams of one session, 5,000 at once and 2,000 a second, whatever they ask for", () => {
@@ -1954,15 +1977,16 @@ test("limit: names that were here, the last 10,000 for an hour", LONG, () => {
   const status = (name: string, at: number) =>
     reasonOf(asker.say(asker.seal(like("P2PTRANS", { to: name, nonce: NO_ID, call: 0, body: NO_BYTES })), at));
   for (let i = 0; i < 10_001; i++) {
-    const user = come(`user-${i}`, `100.${64 + (i >> 10)}.1.1:1`)!;
-    user.say(user.seal(like("LOGOUT", {})));
+    const user = come(`user-${i}`, `100.${64 + (i >> 10)}.1.1:1`, now + i)!;
+    user.say(user.seal(like("LOGOUT", {})), now + i);
   }
-  assert.deepEqual([0, 1, 10_000].map((i) => status(`user-${i}`, now)), ["unknown", "offline", "offline"]);
-  for (let at = now; at <= now + 3_601_000; at += 10_000) { // the asker stays
+  const full = now + 10_001;
+  assert.deepEqual([0, 1, 10_000].map((i) => status(`user-${i}`, full)), ["unknown", "offline", "offline"]);
+  for (let at = full; at <= full + 3_601_000; at += 10_000) { // the asker stays
     asker.say(asker.seal(like("KEEPALIVE", { cookie: NO_ID, local: [] })), at);
     server.wake(at);
   }
-  assert.equal(status("user-10000", now + 3_602_000), "unknown");
+  assert.equal(status("user-10000", full + 3_602_000), "unknown");
 });
 
 // ---------------------------------------------------------------------------------------------------- many
