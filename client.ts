@@ -129,6 +129,8 @@ const PUNCH_AT_MS = [0, 20, 40, 80, 160, 320, 820, 1320, 1820, 2320, 2820, 3320,
 const RETRY_DIRECT_MS = [2_000, 5_000, 15_000, 60_000, 300_000];
 /** Rounds of "ask the server to have the other side punch, then send again", as in 2004. */
 const MAX_ROUNDS = 5;
+/** So many tries of the part that all others wait for, over the relay: the peer may have forgotten the session. */
+const FORGOTTEN_AFTER = 4;
 const MAX_PATHS = 32;
 const MAX_PROBES = 256;
 
@@ -986,7 +988,6 @@ export function createClient(options: ClientOptions): Client {
       emit({ event: "error", code: "key-changed", message, notice: true });
     }
     if (c.peer && (c.peer.nonce !== peer.nonce || before !== key)) {
-      for (const part of c.parts) if (part.came) Object.assign(part, { came: null, dueAt: now }); // not to this one
       dropHandshake(c);
       c.rounds = 0;
     }
@@ -1192,10 +1193,14 @@ export function createClient(options: ClientOptions): Client {
     c.retryAt = now + RETRY_DIRECT_MS[Math.min(c.retries++, RETRY_DIRECT_MS.length - 1)]!;
   }
 
-  /** Passes bytes on to the peer over the server; `calls`: and asks for an introduction, up to five times. */
+  /**
+   * Passes bytes on to the peer over the server; `calls`: and asks for an introduction, up to five times, or as long as
+   * nothing comes back: the peer may have no idea any more who we are.
+   */
   function relay(c: Conversation, body: Uint8Array, { calls }: { calls: boolean }): void {
     if (!session) return;
-    passOn(c, body, calls && !c.best && c.rounds < MAX_ROUNDS && (direct || !sealing(c)));
+    const isForgotten = (c.parts[0]?.tries ?? 0) > FORGOTTEN_AFTER;
+    passOn(c, body, calls && !c.best && (isForgotten || (c.rounds < MAX_ROUNDS && (direct || !sealing(c)))));
   }
 
   /** Sends the same sealed bytes every way given; the peer takes the first copy. */
@@ -1253,7 +1258,10 @@ export function createClient(options: ClientOptions): Client {
     c.askAt = Infinity;
     if (body.length > 0) onPeerDatagram(body, null, c);
     // Sealed for a session that we have not, or no longer; or a call for punches, which we cannot seal any more.
-    if ((body.length > 0 || c.secure) && !sealing(c)) open(c);
+    if ((body.length > 0 || c.secure) && !sealing(c)) {
+      c.ackDue = true; // the peer takes the new session when we have used it, see `newSecure`
+      open(c);
+    }
     if (!spend(c.introductions, INTRODUCTIONS_PER_PEER, { now })) return;
     if (c.opening?.handshake || sealing(c)) startPunching(c);
     resendLate(c);
@@ -1917,7 +1925,8 @@ export function createClient(options: ClientOptions): Client {
   }
 
   /** Whether anything waits for a session with the peer. */
-  const isNeeded = (c: Conversation) => c.parts.length > 0 || c.ping !== null || c.ackDue;
+  const isNeeded = (c: Conversation) =>
+    c.parts.length > 0 || c.ping !== null || (c.ackDue && c.opening!.tries < MAX_ROUNDS);
 
   /** The peer can be reached again: no need to wait out a time-out that has grown meanwhile. */
   function resendLate(c: Conversation): void {
@@ -1964,14 +1973,21 @@ export function createClient(options: ClientOptions): Client {
       const { id, startedAt } = part.message;
       emit({ event: "sent", to: c.name, id, ok: true, ms: tenths(now - startedAt), path: part.came });
     }
-    // What all else waits for is there, and yet not counted: the peer has forgotten it, or told us before it did.
+    // What all else waits for is there, and yet not counted: what came before was given up, or the peer has forgotten
+    // it, and then all that it does not name any more.
     const [head] = c.parts;
-    if (head?.came) Object.assign(head, { came: null, dueAt: now + timeout(c.best?.rtt ?? c.relayRtt, 1) });
+    if (!head?.came) return;
+    for (const part of c.parts) {
+      const isThere = part !== head && stateOf(ack.states, part.seq - ack.from) !== null;
+      if (part.came && !isThere) {
+        Object.assign(part, { came: null, dueAt: now + timeout(c.best?.rtt ?? c.relayRtt, 1) });
+      }
+    }
   }
 
   function openStream(c: Conversation, stream: string): void {
     if (c.incoming?.stream === stream) return;
-    c.incoming = { stream, next: -1, parts: new Map(), came: new Map(), message: [], messageBytes: 0 };
+    c.incoming = { stream, next: 0, parts: new Map(), came: new Map(), message: [], messageBytes: 0 };
   }
 
   function onPart(
@@ -1994,7 +2010,8 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function skipTo(incoming: Incoming, base: number): void {
-    if (incoming.next >= 0) incoming.message = [], incoming.messageBytes = 0;
+    incoming.message = [];
+    incoming.messageBytes = 0;
     incoming.next = base;
     for (const seq of incoming.parts.keys()) if (seq < base) incoming.parts.delete(seq);
     for (const seq of incoming.came.keys()) if (seq < base - WINDOW_MAX) incoming.came.delete(seq);

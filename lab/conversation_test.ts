@@ -428,6 +428,62 @@ test("the path dies under a long message: what is there is not sent again", () =
   assert.ok(sent < 20 * 265, `${sent / 20} datagrams for 75 parts`);
 });
 
+test("a message is not called sent because the peer says once more that it has nothing yet", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { direct: false }, { direct: false });
+  alice.command({ command: "ping", peer: "bob", count: 1 }); // opens the session, with no message inside
+  let answers = 0, parts = 0;
+  world.net.block(({ node, host, to, data }) =>
+    node === "core" &&
+    (host === "server"
+      ? to === alice.host.addresses[0] + to.slice(to.lastIndexOf(":")) && decode(data)?.type === "RELAYED" &&
+        answers++ === 0
+      : host === "alice" && data.length > 700 && parts++ === 0)
+  );
+  alice.send("bob", "0".repeat(700));
+  world.net.run(10_000);
+  assert.ok(answers > 2 && parts > 1, `${answers} answers, ${parts} parts`);
+  assert.deepEqual(texts(bob), ["0".repeat(700)]);
+});
+
+test("a peer that has evicted the conversation gets again what it had acknowledged behind a gap", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { direct: false }, { direct: false });
+  const others = Array.from({ length: 1_000 }, (_, i) => `user-${i}`); // so many conversations a client keeps
+  crowd(world, others);
+  alice.send("bob", "first");
+  world.net.run(1_000);
+  for (const other of others.slice(1)) bob.send(other, "hi"); // nobody answers: they are given up after 15 s
+  world.net.run(13_000);
+  const unblock = world.net.block(({ host, data }) => host === "alice" && data.length > 700);
+  for (const text of ["0".repeat(700), "1", "2"]) alice.send("bob", text);
+  world.net.run(1_000);
+  assert.deepEqual(texts(bob), ["first"]);
+  bob.send(others[0]!, "hi"); // nothing waits for alice
+  world.net.run(2_000);
+  unblock();
+  world.net.run(10_000);
+  assert.deepEqual(texts(bob), ["first", "0".repeat(700), "1", "2"]);
+  assert.ok(alice.events("sent").length === 4 && alice.events("sent").every(({ ok }) => ok));
+});
+
+test("a NAT's class is found although the answers to one of the throw-away sockets are lost", () => {
+  for (let lost = 0; lost < 4; lost++) {
+    const world = createWorld();
+    const seen: string[] = [];
+    world.net.tap(({ host, from, to }) => {
+      if (host === "alice" && to === "192.0.2.1:2280" && !seen.includes(from)) seen.push(from);
+      if (to === seen[1 + lost]) return "drop"; // the first is the one that stays
+    });
+    const alice = join(world, "alice", { nat: "APDM+APDF sequential" });
+    login(world, alice);
+    world.net.run(5_000);
+    alice.command({ command: "nat" });
+    const { mapping, allocation } = alice.events("nat").at(-1)!;
+    assert.deepEqual([mapping, allocation], ["APDM", "sequential"], `without ${seen[1 + lost]}`);
+  }
+});
+
 test("the last part, of whose loss no acknowledgement would tell, is sent again after two round trips", () => {
   const world = createWorld();
   const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
@@ -609,6 +665,26 @@ test("a peer that is started anew under its name gets what comes after, and noth
   again.send("alice", "thanks");
   world.net.run(2_000);
   assert.deepEqual(texts(alice), ["thanks"]);
+});
+
+test("a peer that is started anew gets at once what its former run had, and had not shown", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { direct: false }, { direct: false });
+  alice.send("bob", "first");
+  world.net.run(1_000);
+  const unblock = world.net.block(({ host, data }) => host === "alice" && data.length > 700);
+  alice.send("bob", "0".repeat(700));
+  for (const text of numbered(20)) alice.send("bob", text);
+  world.net.run(1_000);
+  bob.command({ command: "exit" });
+  world.net.run(1_000);
+  unblock();
+  const again = join(world, "bob", { host: bob.host, direct: false });
+  login(world, again);
+  const start = world.net.now();
+  world.net.run(10_000);
+  assert.deepEqual(texts(again), ["0".repeat(700), ...numbered(20)]);
+  assert.ok(again.events("message").at(-1)!.at - start < 2_000, `${again.events("message").at(-1)!.at - start} ms`);
 });
 
 test("10,000 users list completely, each datagram at most 1,200 bytes, also at 5 % loss", () => {
