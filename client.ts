@@ -1026,7 +1026,7 @@ export function createClient(options: ClientOptions): Client {
 
   /** Begins a handshake, with the oldest part inside if there is one. */
   function beginHandshake(c: Conversation, peer: Introduced): Opening["handshake"] {
-    const part = c.parts[0];
+    const part = oldest(c);
     const inner = part ? asMessage(c, part) : { type: "P2PTRASH", probe: newProbe(c, null) } as const;
     const initiation = initiate({
       own: keys,
@@ -1199,7 +1199,7 @@ export function createClient(options: ClientOptions): Client {
    */
   function relay(c: Conversation, body: Uint8Array, { calls }: { calls: boolean }): void {
     if (!session) return;
-    const isForgotten = (c.parts[0]?.tries ?? 0) > FORGOTTEN_AFTER;
+    const isForgotten = (oldest(c)?.tries ?? 0) > FORGOTTEN_AFTER;
     passOn(c, body, calls && !c.best && (isForgotten || (c.rounds < MAX_ROUNDS && (direct || !sealing(c)))));
   }
 
@@ -1880,6 +1880,9 @@ export function createClient(options: ClientOptions): Client {
     best.probeAt = Math.min(best.probeAt, now + ACTIVE_PROBE_MS);
   }
 
+  /** The part that all others wait for. */
+  const oldest = (c: Conversation) => c.parts.find(({ came }) => came === null);
+
   function asMessage(c: Conversation, { seq, left, bytes }: Part): Peer {
     return { type: "P2PMESSAGE", seq, base: c.parts[0]!.seq, left, part: bytes };
   }
@@ -1895,7 +1898,7 @@ export function createClient(options: ClientOptions): Client {
     const again = part.tries > 0;
     const over = again && c.best ? [c.best, null] : routes(c);
     // The one that all others wait for: where so much is lost, copies are what gets it through.
-    const copies = part === c.parts[0] ? Math.min(MAX_COPIES, Math.max(1, part.tries)) : 1;
+    const copies = part === oldest(c) ? Math.min(MAX_COPIES, Math.max(1, part.tries)) : 1;
     for (let i = 0; i < copies; i++) if (!transmit(c, asMessage(c, part), over, { calls: true })) return;
     const estimator = c.best?.rtt ?? c.relayRtt;
     const isTail = part.tries === 0 && part === c.parts.at(-1);
@@ -1909,7 +1912,7 @@ export function createClient(options: ClientOptions): Client {
     if (c.parts.length === 0 || !session) return;
     if (!sealing(c) || c.secure!.sent > REKEY_AFTER) open(c);
     if (!sealing(c)) return;
-    const base = c.parts[0]!.seq;
+    const base = oldest(c)?.seq ?? 0;
     let inFlight = c.parts.filter(({ tries, came }) => tries > 0 && came === null).length, late = false;
     for (const part of c.parts) {
       if (part.tries === 0) {
@@ -1966,17 +1969,17 @@ export function createClient(options: ClientOptions): Client {
     for (const part of c.parts) {
       if (part.tries > 0 && part.came === null && part.sentAt < newest) part.dueAt = Math.min(part.dueAt, now);
     }
-    // What is there behind a gap has not been shown yet: should the gap be given up, it is sent again, with a new base.
-    for (let part; (part = c.parts[0]) && part.seq < ack.next && part.came;) {
-      c.parts.shift();
-      if (part.left > 0) continue;
-      const { id, startedAt } = part.message;
-      emit({ event: "sent", to: c.name, id, ok: true, ms: tenths(now - startedAt), path: part.came });
+    // What has not been shown yet is kept, even if it is there: the parts of a message that is not whole, and what is
+    // behind a gap. A new run of the peer needs it, and so does the peer itself, with a new base, if the gap is given up.
+    for (let last; (last = c.parts.find(({ left }) => left === 0)) && last.came && last.seq < ack.next;) {
+      c.parts.splice(0, c.parts.indexOf(last) + 1);
+      const { id, startedAt } = last.message;
+      emit({ event: "sent", to: c.name, id, ok: true, ms: tenths(now - startedAt), path: last.came });
     }
     // What all else waits for is there, and yet not counted: what came before was given up, or the peer has forgotten
     // it, and then all that it does not name any more.
     const [head] = c.parts;
-    if (!head?.came) return;
+    if (!head?.came || head.seq < ack.next) return;
     for (const part of c.parts) {
       const isThere = part !== head && stateOf(ack.states, part.seq - ack.from) !== null;
       if (part.came && !isThere) {

@@ -687,6 +687,30 @@ test("a peer that is started anew gets at once what its former run had, and had 
   assert.ok(again.events("message").at(-1)!.at - start < 2_000, `${again.events("message").at(-1)!.at - start} ms`);
 });
 
+test("a peer that is started anew in the middle of a message gets it whole", () => {
+  for (let passing = 1; passing < 5; passing++) {
+    const world = createWorld();
+    const [alice, bob] = pair(world, { direct: false }, { direct: false });
+    alice.send("bob", "first");
+    world.net.run(1_000);
+    let passed = 0;
+    const unblock = world.net.block(({ node, host, data }) =>
+      node === "core" && host === "alice" && data.length > 800 && ++passed > passing
+    );
+    const text = "0123456789".repeat(420);
+    alice.send("bob", text);
+    world.net.run(1_000);
+    bob.command({ command: "exit" });
+    world.net.run(1_000);
+    const again = join(world, "bob", { host: bob.host, direct: false });
+    login(world, again);
+    unblock();
+    alice.send("bob", "last");
+    world.net.run(10_000);
+    assert.deepEqual(texts(again), [text, "last"], `${passing} parts went to the former run`);
+  }
+});
+
 test("10,000 users list completely, each datagram at most 1,200 bytes, also at 5 % loss", () => {
   for (const loss of [0, 0.05]) {
     const world = createWorld();
