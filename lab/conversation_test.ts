@@ -848,3 +848,84 @@ test("a clean logout frees the name at once; a kept key holds it for five minute
   world.net.run(1_000);
   login(world, join(world, "alice", {}));
 });
+
+// ---------------------------------------------------------------------------------------------------- everything at once
+
+test("200 seeds of loss, silence, restarts, forgetful NATs and clocks that jump: what is called sent has come, once and in order", () => {
+  const names = ["alice", "bob"] as const, steps = 40;
+  const kinds = ["EIM+APDF random", "EIM+EIF preserving", "APDM+APDF random", "APDM+APDF sequential", "EIM+ADF random"];
+  for (let seed = 0; seed < 200; seed++) {
+    const next = random(`everything ${seed}`), world = createWorld({ seed });
+    const pick = <T>(values: readonly T[]) => values[Math.floor(next() * values.length)]!;
+    const direct = next() < 0.7, hasJumped = [false, false], said: [Player, string][] = [];
+    const keys = names.map(() => world.keys());
+    /** Of each of the two, one process after the other. */
+    const runs = names.map((
+      name,
+      i,
+    ) => [join(world, name, { nat: pick(kinds), direct, keys: keys[i]!, patient: true })]);
+    login(world, ...runs.flat());
+    const say = (who: number, length: number) => {
+      const player = runs[who]!.at(-1)!, text = `${said.length} ${"x".repeat(length)}`;
+      said.push([player, text]);
+      player.send(names[1 - who]!, text);
+    };
+    const acts: (() => void)[][] = [0, 1].map((who) => {
+      const now = () => runs[who]!.at(-1)!;
+      const restart = () => {
+        if (hasJumped[who]) return; // a new process would not know of it, and log in with an older clock
+        if (next() < 0.5) now().command({ command: "exit" });
+        world.net.run(next() * 300);
+        const { host, nat } = now();
+        now().process.stop();
+        runs[who]!.push(join(world, names[who]!, { host, nat, direct, keys: keys[who]!, patient: true }));
+      };
+      return [
+        ...Array<() => void>(5).fill(() => {
+          for (let i = 0; i < 3; i++) say(who, next() < 0.2 ? next() * 6_000 : next() * 50);
+        }),
+        () => now().command({ command: "ping", peer: names[1 - who]!, count: 1 }),
+        () =>
+          world.net.conditions = {
+            loss: pick([0, 0, 0.05, 0.3, 0.6]),
+            duplicate: pick([0, 0.3]),
+            reorder: pick([0, 0.3]),
+          },
+        () => now().nat!.flush(),
+        () => world.restartServer(),
+        () => world.net.after(next() * 6_000, world.net.block(({ host }) => host === names[who])),
+        restart,
+        () => {
+          hasJumped[who] = true;
+          now().jump(pick([1_000, 60_000, 3_600_000]));
+        },
+      ];
+    });
+    for (let i = 0; i < steps; i++) {
+      pick(acts[pick([0, 1])]!)();
+      world.net.run(next() < 0.3 ? next() * 8_000 : next() * 300);
+    }
+    world.net.conditions = {};
+    world.net.run(60_000);
+    for (const who of [0, 1]) say(who, 0);
+    world.net.run(20_000);
+    for (const run of runs.flat()) {
+      const numbers = texts(run).map((text) => Number(text.split(" ")[0]));
+      assert.deepEqual(
+        numbers,
+        [...new Set(numbers)].sort((a, b) => a - b),
+        `seed ${seed}: ${run.name} got ${numbers}`,
+      );
+      const own = said.filter(([player]) => player === run), outcomes = run.events("sent");
+      const came = own.filter(([, text]) => runs.flat().some((other) => texts(other).includes(text)));
+      const sent = outcomes.filter(({ ok }) => ok).length;
+      assert.ok(sent <= came.length, `seed ${seed}: ${sent} of ${run.name} are called sent, ${came.length} came whole`);
+      if (runs.some((line) => line.at(-1) === run)) {
+        assert.equal(outcomes.length, own.length, `seed ${seed}: undecided`);
+      }
+    }
+    for (const [who, line] of runs.entries()) {
+      assert.equal(texts(line.at(-1)!).at(-1), `${said.length - 1 - who} `, `seed ${seed}: not back`);
+    }
+  }
+});
