@@ -23,6 +23,7 @@
 /// <reference types="npm:bun-types@1.4.5" />
 import { createSocket } from "node:dgram";
 import { readFileSync } from "node:fs";
+import { isIP } from "node:net";
 import process from "node:process";
 import {
   createCipheriv,
@@ -71,13 +72,9 @@ export function formatEndpoint(host: string, port: number): Endpoint {
 
 /** Splits an endpoint; null unless it is an IP literal and a port of 1 to 65535. */
 export function parseEndpoint(text: Endpoint): { host: string; port: number } | null {
-  const at = text.lastIndexOf(":");
-  const bracketed = text[0] === "[" && text[at - 1] === "]";
-  const host = bracketed ? text.slice(1, at - 1) : text.slice(0, at);
-  const digits = text.slice(at + 1);
-  const port = /^[1-9]\d{0,4}$/.test(digits) ? Number(digits) : 0;
-  if (at < 1 || port < 1 || port > 65535 || host.includes(":") !== bracketed || !addressBytes(host)) return null;
-  return { host, port };
+  const [, v6, v4, digits] = /^(?:\[([^%]+)\]|(.+)):([1-9]\d{0,4})$/.exec(text) ?? [];
+  const host = v6 ?? v4 ?? "", port = Number(digits);
+  return isIP(host) === (v6 ? 6 : 4) && port <= 65535 ? { host, port } : null;
 }
 
 /** The IP literal of an endpoint, without brackets. */
@@ -93,43 +90,22 @@ export function isIPv6(endpoint: Endpoint): boolean {
 
 /** The 4 or 16 bytes of an IP literal, or null. An IPv4-mapped address counts as the IPv4 address that it is. */
 export function addressBytes(host: string): Uint8Array | null {
-  if (!host.includes(":")) {
-    const parts = host.split(".");
-    if (parts.length !== 4 || !parts.every((part) => /^(0|[1-9]\d{0,2})$/.test(part) && Number(part) < 256)) {
-      return null;
-    }
-    return Uint8Array.from(parts, Number);
-  }
-  const dotted = /^(.*:)(\d+\.\d+\.\d+\.\d+)$/.exec(host);
-  if (dotted) {
-    const v4 = addressBytes(dotted[2]!);
-    if (!v4) return null;
-    const [a, b, c, d] = v4 as unknown as [number, number, number, number];
-    return addressBytes(`${dotted[1]}${(a * 256 + b).toString(16)}:${(c * 256 + d).toString(16)}`);
-  }
-  const halves = host.split("::");
-  if (halves.length > 2) return null;
-  const [head, tail] = halves.map((half) => half === "" ? [] : half.split(":")) as [string[], string[] | undefined];
-  const missing = 8 - head.length - (tail?.length ?? 0);
-  if (tail ? missing < 1 : missing !== 0) return null;
-  const groups = [...head, ...Array<string>(tail ? missing : 0).fill("0"), ...tail ?? []];
-  if (!groups.every((group) => /^[0-9a-fA-F]{1,4}$/.test(group))) return null;
-  const bytes = Uint8Array.from(groups.flatMap((group) => [parseInt(group, 16) >> 8, parseInt(group, 16) & 255]));
-  const mapped = bytes.subarray(0, 10).every((byte) => byte === 0) && bytes[10] === 255 && bytes[11] === 255;
-  return mapped ? bytes.slice(12) : bytes;
+  const version = isIP(host);
+  if (version === 4) return new Uint8Array(host.split(".").map(Number));
+  if (version === 0 || host.includes("%")) return null; // a zone means something to one host alone
+  const bytesOf = (group: string) =>
+    group.includes(".") ? group.split(".").map(Number) : [parseInt(group, 16) >> 8, parseInt(group, 16) & 255];
+  const halves = host.split("::").map((half) => half === "" ? [] : half.split(":").flatMap(bytesOf));
+  const [head, tail = []] = halves as [number[], number[]?];
+  const bytes = new Uint8Array([...head, ...Array<number>(16 - head.length - tail.length).fill(0), ...tail]);
+  const isMapped = bytes.subarray(0, 12).every((byte, i) => byte === (i < 10 ? 0 : 255));
+  return isMapped ? bytes.slice(12) : bytes;
 }
 
-/** The text of 4 or 16 address bytes, IPv6 as RFC 5952 has it. */
+/** The text of 4 or 16 address bytes, IPv6 as RFC 5952 has it, which is how the URL standard writes it too. */
 export function formatAddress(bytes: Uint8Array): string {
   if (bytes.length === 4) return bytes.join(".");
-  const groups = Array.from({ length: 8 }, (_, i) => (bytes[2 * i]! * 256 + bytes[2 * i + 1]!).toString(16));
-  const zeros =
-    [...groups.join(":").matchAll(/(?<![^:])0(?::0)+(?![^:])/g)].sort((a, b) => b[0].length - a[0].length)[0];
-  if (!zeros) return groups.join(":");
-  const text = groups.join(":");
-  return `${text.slice(0, zeros.index).replace(/:$/, "")}::${
-    text.slice(zeros.index + zeros[0].length).replace(/^:/, "")
-  }`;
+  return new URL(`http://[${hex(bytes).match(/..../g)!.join(":")}]`).hostname.slice(1, -1);
 }
 
 /** Where an address can be reached from: this host, this site (RFC 1918, RFC 6598, RFC 4193), this link, or anywhere. */
@@ -221,11 +197,7 @@ const u8 = uint(1), u16 = uint(2), u32 = uint(4), u48 = uint(6);
 
 /** Eight bytes, kept as 16 hex digits: tokens, nonces, cookies. */
 const id: Codec<string> = {
-  put(cursor, value) {
-    const digit = (at: number) => value.charCodeAt(at) - (value.charCodeAt(at) > 57 ? 87 : 48); // a is 97, 0 is 48
-    if (cursor.at + 8 > cursor.end) throw new RangeError(`Datagram exceeds "${cursor.end}" bytes`);
-    for (let i = 0; i < 16; i += 2) cursor.bytes[cursor.at++] = digit(i) << 4 | digit(i + 1);
-  },
+  put: (cursor, value) => give(cursor, Uint8Array.fromHex(value)),
   get: (cursor) => hex(take(cursor, 8)),
 };
 const raw = (length: number): Codec<Uint8Array> => ({ put: give, get: (cursor) => take(cursor, length) });
@@ -704,9 +676,7 @@ export function harmless(text: string): string {
 
 /** Lower-case hex digits of some bytes. */
 export function hex(data: Uint8Array): string {
-  let digits = "";
-  for (const byte of data) digits += (byte < 16 ? "0" : "") + byte.toString(16);
-  return digits;
+  return data.toHex();
 }
 
 /** One array of several. */
@@ -856,21 +826,20 @@ export function encodeStunResponse(
   return stunMessage("response", transaction, [
     classic
       ? [STUN.MAPPED_ADDRESS, stunAddress(mapped)]
-      : [STUN.XOR_MAPPED_ADDRESS, stunAddress(mapped, fromHex(transaction))],
+      : [STUN.XOR_MAPPED_ADDRESS, stunAddress(mapped, Uint8Array.fromHex(transaction))],
     ...origin ? [[classic ? STUN.SOURCE_ADDRESS : STUN.RESPONSE_ORIGIN, stunAddress(origin)] as Attribute] : [],
     ...other ? [[classic ? STUN.CHANGED_ADDRESS : STUN.OTHER_ADDRESS, stunAddress(other)] as Attribute] : [],
   ]);
 }
 
 const words = (...values: number[]) => Uint8Array.from(values.flatMap((value) => [value >> 8, value & 255]));
-const fromHex = (digits: string) => Uint8Array.from(digits.match(/../g)!, (pair) => parseInt(pair, 16));
 
 type Attribute = readonly [type: number, value: Uint8Array];
 function stunMessage(kind: Stun["kind"], transaction: string, attributes: Attribute[]): Uint8Array {
   const body = concat(
     ...attributes.flatMap(([type, value]) => [words(type, value.length), value, new Uint8Array(-value.length & 3)]),
   );
-  return concat(words(STUN_KINDS[kind], body.length), fromHex(transaction), body);
+  return concat(words(STUN_KINDS[kind], body.length), Uint8Array.fromHex(transaction), body);
 }
 
 /** Port and address are masked with cookie and id, so that no NAT rewrites them in passing (RFC 8489, section 14.2). */
