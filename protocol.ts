@@ -1115,67 +1115,50 @@ export interface NoiseKeys {
 
 const NOISE_NAME = utf8.encode("Noise_KKpsk0_25519_AESGCM_SHA256"); // exactly 32 bytes, hence its own hash
 
-/** Where a handshake stands: section 5 of the specification has the same fields. */
-interface NoiseState {
+// Noise KKpsk0 (noiseprotocol.org, revision 34, sections 5, 7 and 9). Both know the other's static key and the PSK:
+//
+//     -> psk, e, es, ss      the first may carry a payload already: readable only by the peer, sent only by us
+//     <- e, ee, se           from here on, keys that no theft of the static keys uncovers
+//
+// Each key of a handshake encrypts one payload, hence always with the counter 0.
+
+/** The symmetric state of section 5.2: h, ck and k. */
+interface SymmetricState {
   hash: Uint8Array;
   chain: Uint8Array;
   key: Uint8Array;
-  counter: number;
-  /** A key of low order has been mixed in: nothing is genuine any more. */
-  broken: boolean;
 }
 
-/**
- * Noise KKpsk0 (noiseprotocol.org, revision 34, sections 5, 7 and 9). Both know the other's static key and the PSK:
- *
- *     -> psk, e, es, ss      the first may carry a payload already: readable only by the peer, sent only by us
- *     <- e, ee, se           from here on, keys that no theft of the static keys uncovers
- */
-function noise({ psk, prologue }: NoiseOptions, statics: [Uint8Array, Uint8Array]) {
+const mixHash = (state: SymmetricState, data: Uint8Array): SymmetricState => ({
+  ...state,
+  hash: sha256(concat(state.hash, data)),
+});
+
+/** What both know before the first message: prologue and static keys, and the token psk, which is MixKeyAndHash. */
+function begin({ psk, prologue }: NoiseOptions, initiator: Uint8Array, responder: Uint8Array): SymmetricState {
   const out = deriveKey(psk, { salt: NOISE_NAME, info: "", length: 96 });
-  const hash = [prologue, ...statics, out.slice(32, 64)].reduce((hash, part) => sha256(concat(hash, part)), NOISE_NAME);
-  return noiseFrom({ hash, chain: out.slice(0, 32), key: out.slice(64), counter: 0, broken: false });
+  const state = { hash: NOISE_NAME, chain: out.slice(0, 32), key: out.slice(64) };
+  return [prologue, initiator, responder, out.slice(32, 64)].reduce(mixHash, state);
 }
 
-function noiseFrom(begin: NoiseState) {
-  const state = { ...begin };
-  const absorb = (data: Uint8Array) => {
-    state.hash = sha256(concat(state.hash, data));
-  };
-  const expand = (secret: Uint8Array) => deriveKey(secret, { salt: state.chain, info: "", length: 64 });
-  const mixKey = (secret: Uint8Array) => {
-    const out = expand(secret);
-    Object.assign(state, { chain: out.slice(0, 32), key: out.slice(32), counter: 0 });
-  };
-  return {
-    ephemeral(publicKey: Uint8Array) {
-      absorb(publicKey);
-      mixKey(publicKey); // section 9.2: with a PSK, e counts as key material too
-    },
-    mix(secret: Uint8Array, theirs: Uint8Array) {
-      const shared = agree(secret, theirs);
-      if (shared) mixKey(shared);
-      else state.broken = true;
-    },
-    seal(text: Uint8Array): Uint8Array {
-      const sealed = encrypt(state.key, { counter: state.counter++, ad: state.hash, text });
-      absorb(sealed);
-      return sealed;
-    },
-    open(sealed: Uint8Array): Uint8Array | null {
-      const text = state.broken ? null : decrypt(state.key, { counter: state.counter++, ad: state.hash, text: sealed });
-      absorb(sealed);
-      return text;
-    },
-    split(): [Uint8Array, Uint8Array] {
-      const out = expand(NO_BYTES);
-      return [out.slice(0, 32), out.slice(32)];
-    },
-    copy: () => noiseFrom(state),
-    hash: () => state.hash,
-    broken: () => state.broken,
-  };
+/** The tokens of a message: e, which beside a PSK counts as key material too (section 9.2), and what was agreed on. */
+function mixTokens(state: SymmetricState, e: Uint8Array, ...agreed: Uint8Array[]): SymmetricState {
+  return [e, ...agreed].reduce((state, secret) => {
+    const out = deriveKey(secret, { salt: state.chain, info: "", length: 64 });
+    return { ...state, chain: out.slice(0, 32), key: out.slice(32) };
+  }, mixHash(state, e));
 }
+
+/** The keys of the session: of what the initiator sends, and of what the responder sends. */
+function split({ chain }: SymmetricState): [Uint8Array, Uint8Array] {
+  const out = deriveKey(NO_BYTES, { salt: chain, info: "", length: 64 });
+  return [out.slice(0, 32), out.slice(32)];
+}
+
+const encryptPayload = ({ key, hash }: SymmetricState, text: Uint8Array) =>
+  encrypt(key, { counter: 0, ad: hash, text });
+const decryptPayload = ({ key, hash }: SymmetricState, text: Uint8Array) =>
+  decrypt(key, { counter: 0, ad: hash, text });
 
 /** The initiator's half of a handshake. */
 export interface Initiation {
@@ -1188,24 +1171,20 @@ export interface Initiation {
 /** Begins a handshake; null if the peer's key is of low order. */
 export function initiate(options: NoiseOptions, payload: Uint8Array): Initiation | null {
   const { own, peer, ephemeral } = options;
-  const state = noise(options, [own.public, peer]);
-  state.ephemeral(ephemeral.public);
-  state.mix(ephemeral.secret, peer);
-  state.mix(own.secret, peer);
-  if (state.broken()) return null;
-  const message = concat(ephemeral.public, state.seal(payload));
+  const es = agree(ephemeral.secret, peer), ss = agree(own.secret, peer);
+  if (!es || !ss) return null;
+  const first = mixTokens(begin(options, own.public, peer), ephemeral.public, es, ss);
+  const sealed = encryptPayload(first, payload);
   return {
-    message,
-    finish(second) {
-      const next = state.copy(); // a forged answer must not spoil it for the genuine one
-      const theirs = second.subarray(0, 32);
-      next.ephemeral(theirs);
-      next.mix(ephemeral.secret, theirs);
-      next.mix(own.secret, theirs);
-      const answer = next.open(second.subarray(32));
-      if (!answer) return null;
-      const [send, receive] = next.split();
-      return { payload: answer, keys: { send, receive, hash: next.hash() } };
+    message: concat(ephemeral.public, sealed),
+    finish(message) {
+      const theirs = message.slice(0, 32), answer = message.subarray(32);
+      const ee = agree(ephemeral.secret, theirs), se = agree(own.secret, theirs);
+      if (!ee || !se) return null;
+      const second = mixTokens(mixHash(first, sealed), theirs, ee, se);
+      const payload = decryptPayload(second, answer);
+      const [send, receive] = split(second);
+      return payload && { payload, keys: { send, receive, hash: mixHash(second, answer).hash } };
     },
   };
 }
@@ -1213,25 +1192,22 @@ export function initiate(options: NoiseOptions, payload: Uint8Array): Initiation
 /** Answers a handshake: the payload of its first message, and what makes the second; null if it is not genuine. */
 export function respond(
   options: NoiseOptions,
-  first: Uint8Array,
+  message: Uint8Array,
 ): { payload: Uint8Array; answer(payload: Uint8Array): { message: Uint8Array; keys: NoiseKeys } } | null {
   const { own, peer, ephemeral } = options;
-  const theirs = first.slice(0, 32);
-  const state = noise(options, [peer, own.public]);
-  state.ephemeral(theirs);
-  state.mix(own.secret, theirs);
-  state.mix(own.secret, peer);
-  const payload = state.open(first.subarray(32));
-  if (!payload) return null;
-  return {
+  const theirs = message.slice(0, 32), sealed = message.slice(32);
+  const es = agree(own.secret, theirs), ss = agree(own.secret, peer);
+  if (!es || !ss) return null;
+  const first = mixTokens(begin(options, peer, own.public), theirs, es, ss);
+  const payload = decryptPayload(first, sealed);
+  return payload && {
     payload,
     answer(payload) {
-      state.ephemeral(ephemeral.public);
-      state.mix(ephemeral.secret, theirs);
-      state.mix(ephemeral.secret, peer);
-      const message = concat(ephemeral.public, state.seal(payload));
-      const [receive, send] = state.split();
-      return { message, keys: { send, receive, hash: state.hash() } };
+      const ee = agree(ephemeral.secret, theirs)!, se = agree(ephemeral.secret, peer)!; // of low order for all or none
+      const second = mixTokens(mixHash(first, sealed), ephemeral.public, ee, se);
+      const answer = encryptPayload(second, payload);
+      const [receive, send] = split(second);
+      return { message: concat(ephemeral.public, answer), keys: { send, receive, hash: mixHash(second, answer).hash } };
     },
   };
 }
