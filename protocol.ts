@@ -168,20 +168,22 @@ function take(cursor: Cursor, length: number): Uint8Array {
   return cursor.bytes.slice(cursor.at - length, cursor.at);
 }
 
-function give(cursor: Cursor, bytes: Uint8Array): void {
-  if (cursor.at + bytes.length > cursor.end) throw new RangeError(`Datagram exceeds "${cursor.end}" bytes`);
-  cursor.bytes.set(bytes, cursor.at);
-  cursor.at += bytes.length;
+/** Where the next bytes go. */
+function claim(cursor: Cursor, length: number): number {
+  if (cursor.at + length > cursor.end) throw new RangeError(`Datagram exceeds "${cursor.end}" bytes`);
+  cursor.at += length;
+  return cursor.at - length;
 }
+
+const give = (cursor: Cursor, bytes: Uint8Array) => cursor.bytes.set(bytes, claim(cursor, bytes.length));
 
 /** An unsigned integer, most significant byte first. */
 const uint = (width: number): Codec<number> => ({
   put(cursor, value) {
-    if (cursor.at + width > cursor.end) throw new RangeError(`Datagram exceeds "${cursor.end}" bytes`);
+    const first = claim(cursor, width);
     for (let i = width - 1, rest = value; i >= 0; i--, rest = Math.floor(rest / 256)) {
-      cursor.bytes[cursor.at + i] = rest % 256;
+      cursor.bytes[first + i] = rest % 256;
     }
-    cursor.at += width;
   },
   get(cursor) {
     if (cursor.bad || cursor.at + width > cursor.end) {
@@ -498,20 +500,44 @@ export function messageTable(): Row[] {
     .sort((a, b) => a.code - b.code);
 }
 
-type Definition = { code: number; way: string; fields: Shape };
-const byCode = (table: Record<string, Definition>) =>
-  new Map(Object.entries(table).map(([type, { way, fields, code }]) => [code, { type, way, fields: record(fields) }]));
-const CONTROL_BY_CODE = byCode(CONTROL), PEER_BY_CODE = byCode(PEER), HANDSHAKE_BY_CODE = byCode(HANDSHAKE);
-const codecOf = new Map(
-  [...CONTROL_BY_CODE, ...PEER_BY_CODE, ...HANDSHAKE_BY_CODE].map((
-    [code, { type, fields }],
-  ) => [type, { code, fields }]),
-);
+// ---------------------------------------------------------------------------------------------------- datagrams
 
+const byCode = (table: Record<string, { code: number; fields: Shape }>) =>
+  new Map(Object.entries(table).map(([type, { code, fields }]) => [code, { type, code, codec: record(fields) }]));
+const CONTROL_BY_CODE = byCode(CONTROL), PEER_BY_CODE = byCode(PEER), HANDSHAKE_BY_CODE = byCode(HANDSHAKE);
+const BY_TYPE = new Map([...CONTROL_BY_CODE, ...PEER_BY_CODE, ...HANDSHAKE_BY_CODE].map(([, row]) => [row.type, row]));
+
+/** What follows magic and code. */
+const CONTROL_HEADER = record({ id, counter: u48 }), PEER_HEADER = record({ index: u32, counter: u48 });
 const CONTROL_HEADER_BYTES = 16, MAC_BYTES = 8, PEER_HEADER_BYTES = 12, TAG_BYTES = 16;
 const scratch = new Uint8Array(MAX_DATAGRAM_BYTES);
-const writer = (at: number, end: number): Cursor => ({ bytes: scratch, at, end, bad: false });
-const reader = (data: Uint8Array, at: number, end: number): Cursor => ({ bytes: data, at, end, bad: false });
+
+/** Writes a message into `scratch`, and leaves room for its seal. */
+function write(
+  message: { type: string },
+  { putHeader, sealBytes }: { putHeader(cursor: Cursor): void; sealBytes: number } = { putHeader() {}, sealBytes: 0 },
+): Cursor {
+  const { code, codec } = BY_TYPE.get(message.type)!;
+  const cursor: Cursor = { bytes: scratch, at: 2, end: MAX_DATAGRAM_BYTES - sealBytes, bad: false };
+  scratch[0] = MAGIC;
+  scratch[1] = code;
+  putHeader(cursor);
+  codec.put(cursor, message);
+  return cursor;
+}
+
+const reader = (data: Uint8Array, at = 0, end = data.length): Cursor => ({ bytes: data, at, end, bad: false });
+
+/** Reads the fields of such a message; null unless they are valid to the last byte. */
+function read(row: ReturnType<typeof BY_TYPE.get>, cursor: Cursor) {
+  const fields = row?.codec.get(cursor);
+  return row && !cursor.bad && cursor.at === cursor.end ? { ...fields, type: row.type } : null;
+}
+
+/** Whether clients say it: then it is padded, since a datagram must not be smaller than what answers it. */
+export function isFromClient(type: Control["type"]): boolean {
+  return CONTROL[type].way !== "S -> C";
+}
 
 /** Whether a datagram could be one of ours. */
 const isOurs = (data: Uint8Array) => data.length >= 2 && data.length <= MAX_DATAGRAM_BYTES && data[0] === MAGIC;
@@ -527,16 +553,8 @@ export function encode(
   message: ControlBody,
   seal: { id: string; counter: number; key?: Uint8Array | undefined },
 ): Uint8Array {
-  const { code, fields } = codecOf.get(message.type)!;
-  const cursor = writer(2, MAX_DATAGRAM_BYTES - MAC_BYTES);
-  scratch.fill(0, 0, MIN_CLIENT_BYTES);
-  scratch[0] = MAGIC;
-  scratch[1] = code;
-  id.put(cursor, seal.id);
-  u48.put(cursor, seal.counter);
-  fields.put(cursor, message);
-  const fromClient = CONTROL[message.type].way !== "S -> C";
-  if (fromClient) cursor.at = Math.max(cursor.at, MIN_CLIENT_BYTES - MAC_BYTES);
+  const cursor = write(message, { putHeader: (cursor) => CONTROL_HEADER.put(cursor, seal), sealBytes: MAC_BYTES });
+  if (isFromClient(message.type)) give(cursor, new Uint8Array(Math.max(0, MIN_CLIENT_BYTES - MAC_BYTES - cursor.at)));
   const data = scratch.slice(0, cursor.at + MAC_BYTES);
   data.set(seal.key ? sipHash(seal.key, data.subarray(0, -MAC_BYTES)) : new Uint8Array(MAC_BYTES), cursor.at);
   return data;
@@ -545,21 +563,21 @@ export function encode(
 /** The header of a control message, or null if it cannot be one: what costs least to read. */
 export function controlHeader(data: Uint8Array): { id: string; counter: number } | null {
   if (!isOurs(data) || !CONTROL_BY_CODE.has(data[1]!) || data.length < CONTROL_HEADER_BYTES + MAC_BYTES) return null;
-  const cursor = reader(data, 2, CONTROL_HEADER_BYTES);
-  return { id: id.get(cursor), counter: u48.get(cursor) };
+  return CONTROL_HEADER.get(reader(data, 2));
 }
 
 /** Decodes a control message, or null. Says nothing yet about who sent it: see `verifies`. */
 export function decode(data: Uint8Array): Control | null {
   const header = controlHeader(data);
   if (!header) return null;
-  const { type, way, fields: codec } = CONTROL_BY_CODE.get(data[1]!)!;
+  const { type, codec } = CONTROL_BY_CODE.get(data[1]!)!;
   const cursor = reader(data, CONTROL_HEADER_BYTES, data.length - MAC_BYTES);
   const fields = codec.get(cursor);
   if (cursor.bad) return null;
   const padding = data.subarray(cursor.at, cursor.end);
-  const padded = way !== "S -> C" && data.length === MIN_CLIENT_BYTES && padding.every((byte) => byte === 0);
-  return padding.length === 0 || padded ? { ...fields, ...header, type } as Control : null;
+  const isPadded = isFromClient(type as Control["type"]) && data.length === MIN_CLIENT_BYTES &&
+    padding.every((byte) => byte === 0);
+  return padding.length === 0 || isPadded ? { ...fields, ...header, type } as Control : null;
 }
 
 /** Whether the MAC at the end of a control message was made with this key. */
@@ -569,59 +587,35 @@ export function verifies(data: Uint8Array, key: Uint8Array): boolean {
 
 /** Encodes one of the two messages of the handshake. */
 export function encodeHandshake(message: Handshake): Uint8Array {
-  const { code, fields } = codecOf.get(message.type)!;
-  const cursor = writer(2, MAX_DATAGRAM_BYTES);
-  scratch[0] = MAGIC;
-  scratch[1] = code;
-  fields.put(cursor, message);
-  return scratch.slice(0, cursor.at);
+  return scratch.slice(0, write(message).at);
 }
 
 /** Decodes one of the two messages of the handshake, or null. */
 export function decodeHandshake(data: Uint8Array): Handshake | null {
-  const known = isOurs(data) ? HANDSHAKE_BY_CODE.get(data[1]!) : undefined;
-  if (!known) return null;
-  const cursor = reader(data, 2, data.length);
-  const fields = known.fields.get(cursor);
-  return cursor.bad ? null : { ...fields, type: known.type } as Handshake;
+  return isOurs(data) ? read(HANDSHAKE_BY_CODE.get(data[1]!), reader(data, 2)) as Handshake | null : null;
 }
 
 /** The bytes of a peer message as they travel inside the first message of a handshake: code, then fields. */
 export function encodeInner(message: Peer): Uint8Array {
-  const { code, fields } = codecOf.get(message.type)!;
-  const cursor = writer(0, MAX_DATAGRAM_BYTES);
-  u8.put(cursor, code);
-  fields.put(cursor, message);
-  return scratch.slice(0, cursor.at);
+  return scratch.slice(1, write(message).at);
 }
 
 /** Decodes what `encodeInner` made, or null. */
 export function decodeInner(inner: Uint8Array): Peer | null {
-  const known = PEER_BY_CODE.get(inner[0] ?? 0);
-  if (!known) return null;
-  const cursor = reader(inner, 1, inner.length);
-  const fields = known.fields.get(cursor);
-  return cursor.bad || cursor.at !== cursor.end ? null : { ...fields, type: known.type } as Peer;
+  return read(PEER_BY_CODE.get(inner[0]!), reader(inner, 1)) as Peer | null;
 }
 
 /** Seals a peer message for the session that the other side knows by `index`; `counter` must never repeat for a key. */
 export function sealPeer(message: Peer, seal: { index: number; counter: number; key: Uint8Array }): Uint8Array {
-  const inner = encodeInner(message);
-  const header = writer(2, PEER_HEADER_BYTES);
-  scratch[0] = MAGIC;
-  scratch[1] = inner[0]!;
-  u32.put(header, seal.index);
-  u48.put(header, seal.counter);
-  const ad = scratch.slice(0, PEER_HEADER_BYTES);
-  const sealed = encrypt(seal.key, { counter: seal.counter, ad, text: inner.subarray(1) });
-  return concat(ad, sealed);
+  const { at } = write(message, { putHeader: (cursor) => PEER_HEADER.put(cursor, seal), sealBytes: TAG_BYTES });
+  const ad = scratch.subarray(0, PEER_HEADER_BYTES), text = scratch.subarray(PEER_HEADER_BYTES, at);
+  return concat(ad, encrypt(seal.key, { counter: seal.counter, ad, text }));
 }
 
 /** The clear header of a sealed peer message, or null if it cannot be one. */
 export function peerHeader(data: Uint8Array): { index: number; counter: number } | null {
   if (!isOurs(data) || !PEER_BY_CODE.has(data[1]!) || data.length < PEER_HEADER_BYTES + TAG_BYTES) return null;
-  const cursor = reader(data, 2, PEER_HEADER_BYTES);
-  return { index: u32.get(cursor), counter: u48.get(cursor) };
+  return PEER_HEADER.get(reader(data, 2));
 }
 
 /** Opens a sealed peer message with the key of the session that its header names; null if it is not genuine. */
@@ -630,7 +624,7 @@ export function openPeer(data: Uint8Array, key: Uint8Array): Peer | null {
   if (!header) return null;
   const ad = data.subarray(0, PEER_HEADER_BYTES);
   const inner = decrypt(key, { counter: header.counter, ad, text: data.subarray(PEER_HEADER_BYTES) });
-  return inner && decodeInner(concat(data.subarray(1, 2), inner));
+  return inner && read(PEER_BY_CODE.get(data[1]!), reader(inner)) as Peer | null;
 }
 
 /** A datagram in words, for traces: its name, what it says and what of it can be read without a key. */
@@ -638,9 +632,8 @@ export function explain(data: Uint8Array): string {
   const stun = decodeStun(data);
   if (stun) {
     const { kind, changeIp, changePort, mapped } = stun;
-    return `STUN Binding ${kind}${changeIp ? " change-ip" : ""}${changePort ? " change-port" : ""}${
-      mapped ? ` mapped=${mapped}` : ""
-    }`;
+    const asked = [changeIp && "change-ip", changePort && "change-port", mapped && `mapped=${mapped}`];
+    return ["STUN Binding", kind, ...asked].filter(Boolean).join(" ");
   }
   const row = messageTable().find(({ code }) => isOurs(data) && code === data[1]);
   if (!row) return `${data.length} bytes that are not ours`;
@@ -758,7 +751,7 @@ export interface Stun {
 
 /** Decodes a STUN Binding message (RFC 8489, section 5), or null: also if it has a FINGERPRINT that is wrong. */
 export function decodeStun(data: Uint8Array): Stun | null {
-  const cursor = reader(data, 0, data.length);
+  const cursor = reader(data);
   const type = u16.get(cursor), length = u16.get(cursor), id = take(cursor, 16);
   const kind = (Object.keys(STUN_KINDS) as Stun["kind"][]).find((kind) => STUN_KINDS[kind] === type);
   if (cursor.bad || !kind || length !== data.length - STUN_HEADER_BYTES || length % 4 !== 0) return null;
@@ -776,7 +769,7 @@ export function decodeStun(data: Uint8Array): Stun | null {
     if (cursor.bad) break;
     if (type === STUN.FINGERPRINT) { // the last attribute, over all before it (RFC 8489, section 14.7)
       const sum = (crc32(data.subarray(0, at)) ^ STUN_FINGERPRINT_MASK) >>> 0;
-      if (cursor.at !== cursor.end || length !== 4 || u32.get(reader(value, 0, 4)) !== sum) return null;
+      if (cursor.at !== cursor.end || length !== 4 || u32.get(reader(value)) !== sum) return null;
     } else if (isSealed) continue; // nobody vouches for what follows MESSAGE-INTEGRITY (section 14.5)
     else if (type === STUN.MESSAGE_INTEGRITY || type === STUN.MESSAGE_INTEGRITY_SHA256) isSealed = true;
     else if (type === STUN.XOR_MAPPED_ADDRESS) stun.mapped = address(value, id);
@@ -784,12 +777,12 @@ export function decodeStun(data: Uint8Array): Stun | null {
     else if (type === STUN.RESPONSE_ORIGIN || type === STUN.SOURCE_ADDRESS) stun.origin ??= address(value);
     else if (type === STUN.OTHER_ADDRESS || type === STUN.CHANGED_ADDRESS) stun.other ??= address(value);
     else if (type === STUN_CHANGE_REQUEST) {
-      const flags = u32.get(reader(value, 0, 4));
+      const flags = u32.get(reader(value));
       cursor.bad = length !== 4;
       stun.changeIp = (flags & STUN_CHANGE_IP) !== 0;
       stun.changePort = (flags & STUN_CHANGE_PORT) !== 0;
     } else if (type === STUN_RESPONSE_PORT) {
-      stun.responsePort = u16.get(reader(value, 0, 2));
+      stun.responsePort = u16.get(reader(value));
       cursor.bad = length !== 4 || stun.responsePort === 0;
     } else if (type < STUN_OPTIONAL && !STUN_PASSED_OVER.includes(type)) stun.unknown.push(type);
   }
@@ -853,7 +846,7 @@ function stunAddress(endpoint: Endpoint, mask?: Uint8Array): Uint8Array {
 
 function stunEndpoint(value: Uint8Array, mask?: Uint8Array): Endpoint | "" {
   if (value.length !== [-1, 8, 20][value[1]!]) return ""; // of family 1, IPv4, or 2, IPv6
-  const port = u16.get(reader(masked(value.subarray(2, 4), mask), 0, 2));
+  const port = u16.get(reader(masked(value.subarray(2, 4), mask)));
   return port > 0 ? formatEndpoint(formatAddress(masked(value.subarray(4), mask)), port) : "";
 }
 
@@ -1135,7 +1128,7 @@ const mixHash = (state: SymmetricState, data: Uint8Array): SymmetricState => ({
 });
 
 /** What both know before the first message: prologue and static keys, and the token psk, which is MixKeyAndHash. */
-function begin({ psk, prologue }: NoiseOptions, initiator: Uint8Array, responder: Uint8Array): SymmetricState {
+function initialState({ psk, prologue }: NoiseOptions, initiator: Uint8Array, responder: Uint8Array): SymmetricState {
   const out = deriveKey(psk, { salt: NOISE_NAME, info: "", length: 96 });
   const state = { hash: NOISE_NAME, chain: out.slice(0, 32), key: out.slice(64) };
   return [prologue, initiator, responder, out.slice(32, 64)].reduce(mixHash, state);
@@ -1173,7 +1166,7 @@ export function initiate(options: NoiseOptions, payload: Uint8Array): Initiation
   const { own, peer, ephemeral } = options;
   const es = agree(ephemeral.secret, peer), ss = agree(own.secret, peer);
   if (!es || !ss) return null;
-  const first = mixTokens(begin(options, own.public, peer), ephemeral.public, es, ss);
+  const first = mixTokens(initialState(options, own.public, peer), ephemeral.public, es, ss);
   const sealed = encryptPayload(first, payload);
   return {
     message: concat(ephemeral.public, sealed),
@@ -1198,7 +1191,7 @@ export function respond(
   const theirs = message.slice(0, 32), sealed = message.slice(32);
   const es = agree(own.secret, theirs), ss = agree(own.secret, peer);
   if (!es || !ss) return null;
-  const first = mixTokens(begin(options, peer, own.public), theirs, es, ss);
+  const first = mixTokens(initialState(options, peer, own.public), theirs, es, ss);
   const payload = decryptPayload(first, sealed);
   return payload && {
     payload,

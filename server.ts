@@ -47,6 +47,7 @@ import {
   hostOf,
   type Introduced,
   isFresh,
+  isFromClient,
   isIPv6,
   isSeen,
   type KeyPair,
@@ -596,7 +597,7 @@ export function createServer(options: ServerOptions): Server {
       const header = controlHeader(datagram.data), session = header && sessions.get(header.id);
       if (!header || (session ? isSeen(session.window, header.counter) : !mayBeRead(datagram, now))) return [];
       const message = decode(datagram.data); // this, and the MAC, cost more than all that came before
-      if (!message || CONTROL[message.type].way === "S -> C") return []; // no answer to an answer: that would never end
+      if (!message || !isFromClient(message.type)) return []; // no answer to an answer: that would never end
       if (message.type === "LOGIN") return login(message, datagram, now);
       if (!session) return [challenge(datagram, message, false, now)];
       if (!verifies(datagram.data, session.keys.toServer) || !isFresh(session.window, message.counter)) return [];
