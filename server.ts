@@ -235,24 +235,23 @@ function isIdle(bucket: Bucket, { burst, perSecond }: Rate, now: number): boolea
   return now - bucket.at > burst / perSecond * 1000;
 }
 
+/** Where a session's client has shown that it receives: IPv4, IPv6 or both. */
+const endpointsOf = ({ home, other }: Session) => other ? [home.endpoint, other.endpoint] : [home.endpoint];
+
 /** Whether two sessions come from behind the same NAT: the same IPv4 address, or the same /64. */
 function sameSite(one: Session, other: Session): boolean {
-  const site = (address: Address | null) => {
-    const bytes = address && addressBytes(hostOf(address.endpoint))!;
-    return bytes ? hex(bytes.subarray(0, 8)) : null;
-  };
-  const sites = [site(one.home), site(one.other)].filter((known) => known !== null);
-  return sites.includes(site(other.home)!) || (other.other !== null && sites.includes(site(other.other)!));
+  const sitesOf = (session: Session) =>
+    endpointsOf(session).map((endpoint) => hex(addressBytes(hostOf(endpoint))!.subarray(0, 8)));
+  return sitesOf(one).some((site) => sitesOf(other).includes(site));
 }
 
 /** Where `viewer` may try to reach `subject`: what we have seen and, on the same site, the private addresses it named. */
 function candidatesFor(subject: Session, viewer: Session): Endpoint[] {
-  const seen = [subject.home.endpoint, ...subject.other ? [subject.other.endpoint] : []];
   const isThisHost = scopeOf(hostOf(subject.home.endpoint)) === "loopback"; // then nothing is nearer than that
   const local = sameSite(subject, viewer) && !isThisHost
     ? subject.local.filter((endpoint) => scopeOf(hostOf(endpoint)) === "private")
     : [];
-  return [...new Set([...local, ...seen])];
+  return [...new Set([...local, ...endpointsOf(subject)])];
 }
 
 const asUser = ({ name, nonce, key, home }: Session): User => ({ name, nonce, key, public: home.endpoint });
@@ -363,13 +362,8 @@ export function createServer(options: ServerOptions): Server {
     if (reason !== "replaced") {
       const held = reason === "vanished" && session.keepName;
       if (past.size >= MAX_REMEMBERED) {
-        let spare = past.keys().next().value!;
-        for (const [name, { heldUntil }] of past) { // the oldest, but of those that are held only if all are
-          if (heldUntil > now) continue;
-          spare = name;
-          break;
-        }
-        past.delete(spare);
+        const free = past.entries().find(([, { heldUntil }]) => heldUntil <= now); // the oldest; held only if all are
+        past.delete(free ? free[0] : past.keys().next().value!);
       }
       past.set(session.name, {
         key: session.key,
@@ -573,7 +567,7 @@ export function createServer(options: ServerOptions): Server {
       }
       case "KEEPALIVE": {
         const at: Address = { endpoint: datagram.from, socket: datagram.socket };
-        const isKnown = at.endpoint === session.home.endpoint || at.endpoint === session.other?.endpoint;
+        const isKnown = endpointsOf(session).includes(at.endpoint);
         const moved = !isKnown && isCookieOf(at.endpoint, message.cookie, now);
         session.rttMs = message.rttMs;
         session.nat = message.nat;
@@ -604,7 +598,7 @@ export function createServer(options: ServerOptions): Server {
       session.heardAt = now;
       if (!spend(session.datagrams, DATAGRAMS_PER_SESSION, { now })) return [];
       const effects = hear(session, message, datagram, now);
-      const isKnown = [session.home.endpoint, session.other?.endpoint].includes(datagram.from);
+      const isKnown = endpointsOf(session).includes(datagram.from);
       if (!isKnown && sessions.has(session.token)) effects.push(challenge(datagram, message, true, now));
       return effects;
     },
