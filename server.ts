@@ -99,12 +99,14 @@ const ANNOUNCE_UP_TO = 16;
 // What a stranger or a user can make grow or make us do. One address is a /24 or, of IPv6, a /48.
 const MAX_USERS = 100_000, MAX_PER_ADDRESS = 2_000, MAX_REMEMBERED = 10_000, MAX_ADDRESSES = 50_000;
 const LOGINS_PER_ADDRESS: Rate = { perSecond: 50, burst: 2_000 };
-/** Of all kinds: as many as its relayed bytes make, were they the smallest; whatever else is limited costs more than one. */
-const DATAGRAMS_PER_SESSION: Rate = { perSecond: 2_000, burst: 5_000 };
-const CALLS_PER_SESSION: Rate = { perSecond: 20, burst: 100 };
-const PAGES_PER_SESSION: Rate = { perSecond: 200, burst: 2_000 };
-const RELAYED_BYTES_PER_SESSION: Rate = { perSecond: 256 * 1024, burst: 512 * 1024 };
-const ERRORS_PER_SESSION: Rate = { perSecond: 10, burst: 20 };
+const PER_SESSION = {
+  /** Of all kinds: as many as its relayed bytes make, were they the smallest; whatever else is limited costs more than one. */
+  datagrams: { perSecond: 2_000, burst: 5_000 },
+  calls: { perSecond: 20, burst: 100 },
+  pages: { perSecond: 200, burst: 2_000 },
+  relayedBytes: { perSecond: 256 * 1024, burst: 512 * 1024 },
+  errors: { perSecond: 10, burst: 20 },
+} satisfies Record<string, Rate>;
 /** Strangers altogether, with a cookie and without: under a flood the rest is dropped unread, so that sessions are served. */
 const STRANGERS: Rate = { perSecond: 5_000, burst: 5_000 };
 const LOG_LINES: Rate = { perSecond: 20, burst: 200 };
@@ -180,11 +182,7 @@ interface Session {
   nat: NatClass;
   rttMs: number;
   heardAt: number;
-  datagrams: Bucket;
-  calls: Bucket;
-  pages: Bucket;
-  relayed: Bucket;
-  errors: Bucket;
+  buckets: Record<keyof typeof PER_SESSION, Bucket>;
 }
 
 // ---------------------------------------------------------------------------------------------------- directory
@@ -233,6 +231,11 @@ function prefixOf(endpoint: Endpoint): string {
 /** Whether a bucket has been left alone for so long that a new one would be the same. */
 function isIdle(bucket: Bucket, { burst, perSecond }: Rate, now: number): boolean {
   return now - bucket.at > burst / perSecond * 1000;
+}
+
+/** Whether a session may do so once more. */
+function allows({ buckets }: Session, what: keyof typeof PER_SESSION, cost: { cost?: number; now: number }): boolean {
+  return spend(buckets[what], PER_SESSION[what], cost);
 }
 
 /** Where a session's client has shown that it receives: IPv4, IPv6 or both. */
@@ -351,7 +354,7 @@ export function createServer(options: ServerOptions): Server {
   }
 
   function refuse(session: Session, reason: string, about: string, now: number): Effect<ServerEvent>[] {
-    if (!spend(session.errors, ERRORS_PER_SESSION, { now })) return [];
+    if (!allows(session, "errors", { now })) return [];
     return [tell(session, { type: "ERROR", reason, about, seconds: 0 })];
   }
 
@@ -451,11 +454,13 @@ export function createServer(options: ServerOptions): Server {
       nat: { mapping: "unknown", filtering: "unknown", allocation: "unknown" },
       rttMs: message.rttMs,
       heardAt: now,
-      datagrams: fullBucket(DATAGRAMS_PER_SESSION, now),
-      calls: fullBucket(CALLS_PER_SESSION, now),
-      pages: fullBucket(PAGES_PER_SESSION, now),
-      relayed: fullBucket(RELAYED_BYTES_PER_SESSION, now),
-      errors: fullBucket(ERRORS_PER_SESSION, now),
+      buckets: {
+        datagrams: fullBucket(PER_SESSION.datagrams, now),
+        calls: fullBucket(PER_SESSION.calls, now),
+        pages: fullBucket(PER_SESSION.pages, now),
+        relayedBytes: fullBucket(PER_SESSION.relayedBytes, now),
+        errors: fullBucket(PER_SESSION.errors, now),
+      },
     };
     sessions.set(token, session);
     directory.put(session);
@@ -514,7 +519,7 @@ export function createServer(options: ServerOptions): Server {
     while (pages.at(-1)!.length > 0 && pages.length < PAGES_PER_ANSWER) pages.push(page(entries));
     const more = Number(pages.at(-1)!.length > 0);
     if (!more && pages.length > 1) pages.pop();
-    if (!spend(session.pages, PAGES_PER_SESSION, { cost: pages.length, now })) return refuse(session, "busy", "", now);
+    if (!allows(session, "pages", { cost: pages.length, now })) return refuse(session, "busy", "", now);
     const total = directory.size(), last = pages.length - 1;
     return pages.map((users, page) =>
       tell(session, { type: "USERS", asked: asked.counter, page, last, more, total, users })
@@ -535,14 +540,12 @@ export function createServer(options: ServerOptions): Server {
     if (!target) return refuse(session, past.has(message.to) ? "offline" : "unknown", message.to, now);
     const cost = message.body.length;
     if (cost > MAX_RELAYED_BYTES) return refuse(session, "too-long", message.to, now);
-    if (!spend(session.relayed, RELAYED_BYTES_PER_SESSION, { cost, now })) {
-      return refuse(session, "busy", message.to, now);
-    }
+    if (!allows(session, "relayedBytes", { cost, now })) return refuse(session, "busy", message.to, now);
     const isCurrent = message.nonce === target.nonce; // else it is sealed for a login of old: nobody could open it
     if (isCurrent && !message.call) {
       return [tell(target, { type: "RELAYED", from: session.name, nonce: session.nonce, body: message.body })];
     }
-    if (!spend(session.calls, CALLS_PER_SESSION, { now })) return refuse(session, "busy", message.to, now);
+    if (!allows(session, "calls", { now })) return refuse(session, "busy", message.to, now);
     const body = isCurrent ? message.body : new Uint8Array(0);
     return [
       tell(target, { type: "P2PSOMEONEWANTTOCALLYOU", peer: introduction(session, target), body }),
@@ -562,7 +565,7 @@ export function createServer(options: ServerOptions): Server {
         return relay(session, message, now);
       case "PUNCHED": {
         const target = directory.find(message.peer);
-        if (!target || !spend(session.calls, CALLS_PER_SESSION, { now })) return [];
+        if (!target || !allows(session, "calls", { now })) return [];
         return [tell(target, { type: "PUNCHED", peer: session.name })];
       }
       case "KEEPALIVE": {
@@ -596,7 +599,7 @@ export function createServer(options: ServerOptions): Server {
       if (!session) return [challenge(datagram, message, false, now)];
       if (!verifies(datagram.data, session.keys.toServer) || !isFresh(session.window, message.counter)) return [];
       session.heardAt = now;
-      if (!spend(session.datagrams, DATAGRAMS_PER_SESSION, { now })) return [];
+      if (!allows(session, "datagrams", { now })) return [];
       const effects = hear(session, message, datagram, now);
       const isKnown = endpointsOf(session).includes(datagram.from);
       if (!isKnown && sessions.has(session.token)) effects.push(challenge(datagram, message, true, now));
