@@ -418,22 +418,16 @@ export function createServer(options: ServerOptions): Server {
       const proof = Buffer.from(passwordProof(shared, { password, id: message.id }));
       if (!timingSafeEqual(proof, Buffer.from(message.proof))) return deny("bad-password");
     }
-    const holder = directory.find(message.name), former = past.get(message.name);
-    const isHers = (key: Uint8Array | undefined) => key !== undefined && hex(key) === hex(message.key);
-    const again = holder && isHers(holder.key), nonce = publicNonce(message.id), at = { endpoint: from, socket };
-    if (again && holder.nonce === nonce) { // our WELCOME was lost; who has had it would not ask again from elsewhere
+    const holder = directory.find(message.name), former = past.get(message.name); // never both
+    const last = holder ?? former, isHers = last !== undefined && hex(last.key) === hex(message.key);
+    const nonce = publicNonce(message.id), at = { endpoint: from, socket };
+    if (holder && isHers && holder.nonce === nonce) { // our WELCOME was lost; who has had it would not ask from elsewhere
       const isElsewhere = from !== holder.home.endpoint && holder.window.highest < 0;
       return [...isElsewhere ? move(holder, at) : [], welcome(holder, message, at)];
     }
-    if (holder && !(again && message.counter > holder.clock)) {
-      return deny("name-taken", Math.ceil((holder.heardAt + SILENCE_MS - now) / 1000));
-    }
-    if (!holder && former && former.replayUntil > now && isHers(former.key) && message.counter <= former.clock) {
-      return deny("name-taken", Math.ceil((former.replayUntil - now) / 1000)); // perhaps a replay
-    }
-    if (!holder && former && former.heldUntil > now && !isHers(former.key)) {
-      return deny("name-taken", Math.ceil((former.heldUntil - now) / 1000));
-    }
+    const freeAt = holder ? holder.heardAt + SILENCE_MS : former?.[isHers ? "replayUntil" : "heldUntil"] ?? 0;
+    const isNewer = isHers && message.counter > last.clock; // else it may be a replay
+    if (!isNewer && (holder || freeAt > now)) return deny("name-taken", Math.ceil((freeAt - now) / 1000));
     if (!holder && (directory.size() >= maxUsers || address.users >= maxPerAddress)) return deny("full");
 
     const replaced = holder ? remove(holder, "replaced", now) : [];
