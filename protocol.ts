@@ -32,8 +32,8 @@ import {
   createPrivateKey,
   createPublicKey,
   diffieHellman,
-  generateKeyPairSync,
   hkdfSync,
+  randomBytes,
   scryptSync,
   timingSafeEqual,
 } from "node:crypto";
@@ -981,19 +981,15 @@ const SPKI = Uint8Array.from([48, 42, 48, 5, 6, 3, 43, 101, 110, 3, 33, 0]);
 const privateKey = (secret: Uint8Array) =>
   createPrivateKey({ key: concat(PKCS8, secret) as Buffer, format: "der", type: "pkcs8" });
 
-/** A fresh key pair from the operating system's randomness. */
-export function generateKeys(): KeyPair {
-  const { privateKey, publicKey } = generateKeyPairSync("x25519");
-  return {
-    secret: Uint8Array.from(privateKey.export({ format: "der", type: "pkcs8" }).subarray(-32)),
-    public: Uint8Array.from(publicKey.export({ format: "der", type: "spki" }).subarray(-32)),
-  };
-}
-
 /** The key pair of a 32-byte secret. */
 export function keysFrom(secret: Uint8Array): KeyPair {
   const spki = createPublicKey(privateKey(secret)).export({ format: "der", type: "spki" });
   return { secret, public: Uint8Array.from(spki.subarray(-32)) };
+}
+
+/** A fresh key pair from the operating system's randomness: any 32 bytes are a secret (RFC 7748, section 5). */
+export function generateKeys(): KeyPair {
+  return keysFrom(Uint8Array.from(randomBytes(32)));
 }
 
 /** X25519, or null for a key of low order and everything else that node:crypto would throw at. */
