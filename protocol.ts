@@ -1270,18 +1270,10 @@ export async function listen<Event>(machine: Machine<Event>, options: ListenOpti
   const unwanted = new Set<number>();
   let timer: ReturnType<typeof setTimeout> | undefined, dueAt = Infinity, open = true;
 
-  const bind = (socket: number, host: string, port: number): Promise<Udp> =>
-    openUdp(host, port, (data, from) => {
-      options.onDatagram?.("in", from, data);
-      perform(machine.receive({ socket, from, data }, clock()));
-    });
-
-  /** Further sockets are for punching through IPv4 NATs, and must be able to set a TTL. */
-  const bindNext = (socket: number): Promise<Udp> =>
-    openWithTtl("0.0.0.0", 0, (data, from) => {
-      options.onDatagram?.("in", from, data);
-      perform(machine.receive({ socket, from, data }, clock()));
-    });
+  const receiver = (socket: number): OnData => (data, from) => {
+    options.onDatagram?.("in", from, data);
+    perform(machine.receive({ socket, from, data }, clock()));
+  };
 
   function perform(effects: Effect<Event>[]): void {
     for (const effect of effects) {
@@ -1289,13 +1281,14 @@ export async function listen<Event>(machine: Machine<Event>, options: ListenOpti
       if (effect.kind === "event") options.onEvent(effect.event);
       else if (effect.kind === "send") {
         options.onDatagram?.("out", effect.to, effect.data);
-        sockets[effect.socket]?.send(effect.data, effect.to, effect.ttl);
+        const to = parseEndpoint(effect.to);
+        if (to) sockets[effect.socket]?.send(effect.data, to, effect.ttl);
       } else if (effect.kind === "close") {
         if (!sockets[effect.socket]) unwanted.add(effect.socket);
         sockets[effect.socket]?.close();
         delete sockets[effect.socket];
-      } else {
-        bindNext(effect.socket).then((udp) => {
+      } else { // for punching through IPv4 NATs, and with a TTL
+        openWithTtl("0.0.0.0", 0, receiver(effect.socket)).then((udp) => {
           if (!open || unwanted.delete(effect.socket)) return udp.close();
           sockets[effect.socket] = udp;
           perform(machine.opened(effect.socket, udp.port, clock()));
@@ -1322,7 +1315,7 @@ export async function listen<Event>(machine: Machine<Event>, options: ListenOpti
 
   try {
     for (const [socket, { host, port }] of options.sockets.entries()) {
-      sockets[socket] = await bind(socket, host, port).catch((error) => {
+      sockets[socket] = await openUdp(host, port, receiver(socket)).catch((error) => {
         throw Object.assign(error, { port });
       });
     }
@@ -1349,7 +1342,7 @@ const STALE_ERRORS = ["ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH"], STALE_RETR
 
 interface Udp {
   port: number;
-  send(data: Uint8Array, to: Endpoint, ttl?: number): void;
+  send(data: Uint8Array, to: { host: string; port: number }, ttl?: number): void;
   close(): void;
 }
 type OnData = (data: Uint8Array, from: Endpoint) => void;
@@ -1365,19 +1358,32 @@ const openUdp = (host: string, port: number, onData: OnData): Promise<Udp> =>
 const openWithTtl = (host: string, port: number, onData: OnData): Promise<Udp> =>
   "Deno" in globalThis ? openNode(host, port, onData) : openBun(host, port, onData);
 
+/** Sends one after the other, since sends that do not wait for each other overtake each other. */
+function inOrder<T>(send: (datagram: T) => Promise<unknown>): (datagram: T) => void {
+  const waiting: T[] = [];
+  let busy = false;
+  const sendAll = async () => {
+    busy = true;
+    for (let next; (next = waiting.shift());) await send(next).catch(() => {});
+    busy = false;
+  };
+  return (datagram) => {
+    if (waiting.length < MAX_SENDS_IN_FLIGHT) waiting.push(datagram);
+    if (!busy) sendAll();
+  };
+}
+
 function openNode(host: string, port: number, onData: OnData): Promise<Udp> {
   return new Promise((resolve, reject) => {
     const socket = createSocket("udp4");
-    const waiting: [Uint8Array, { host: string; port: number }, number][] = [];
-    let open = true, busy = false;
-    const next = () => {
-      const first = open ? waiting.shift() : undefined;
-      busy = first !== undefined;
-      if (!first) return;
-      const [data, to, ttl] = first;
-      socket.setTTL(ttl);
-      socket.send(data, to.port, to.host, next);
-    };
+    let open = true;
+    const send = inOrder(([data, to, ttl]: [Uint8Array, { host: string; port: number }, number]) =>
+      new Promise((sent) => {
+        if (!open) return sent(null);
+        socket.setTTL(ttl);
+        socket.send(data, to.port, to.host, sent);
+      })
+    );
     socket.on("error", reject);
     socket.on("message", (data, from) => {
       if (open && data.length <= MAX_READ_BYTES) guarded(onData, data, formatEndpoint(from.address, from.port));
@@ -1386,10 +1392,7 @@ function openNode(host: string, port: number, onData: OnData): Promise<Udp> {
       resolve({
         port: socket.address().port,
         send(data, to, ttl = DEFAULT_TTL) {
-          const target = parseEndpoint(to);
-          if (!target || isIPv6(to) || waiting.length >= MAX_SENDS_IN_FLIGHT) return;
-          waiting.push([data, target, ttl]);
-          if (!busy) next();
+          if (open && isIP(to.host) === 4) send([data, to, ttl]);
         },
         close() {
           if (open) socket.close();
@@ -1408,13 +1411,10 @@ async function openDeno(host: string, port: number, onData: OnData): Promise<Udp
     );
   }
   const socket = Deno.listenDatagram({ transport: "udp", hostname: host, port });
-  const waiting: [Uint8Array, Deno.NetAddr][] = [];
-  let open = true, busy = false;
-  const sendAll = async () => { // one after the other: sends that do not wait for each other overtake each other
-    busy = true;
-    for (let next; open && (next = waiting.shift());) await socket.send(...next).catch(() => 0);
-    busy = false;
-  };
+  let open = true;
+  const send = inOrder(async (datagram: [Uint8Array, Deno.NetAddr]) => {
+    if (open) await socket.send(...datagram);
+  });
   const receiveAll = async () => {
     const buffer = new Uint8Array(MAX_READ_BYTES + 1); // one more, so that what is too long shows
     while (open) {
@@ -1429,11 +1429,8 @@ async function openDeno(host: string, port: number, onData: OnData): Promise<Udp
   receiveAll();
   return {
     port: (socket.addr as Deno.NetAddr).port,
-    send(data, to) {
-      const target = parseEndpoint(to);
-      if (!open || !target || waiting.length >= MAX_SENDS_IN_FLIGHT) return;
-      waiting.push([data, { transport: "udp", hostname: target.host, port: target.port }]);
-      if (!busy) sendAll();
+    send(data, { host, port }) {
+      if (open) send([data, { transport: "udp", hostname: host, port }]);
     },
     close() {
       if (open) socket.close();
@@ -1480,11 +1477,10 @@ async function openBun(host: string, port: number, onData: OnData): Promise<Udp>
   return {
     port: socket.port,
     send(data, to, ttl) {
-      const target = parseEndpoint(to);
       if (ttl !== undefined && open) socket.setTTL(ttl);
-      for (let attempt = 0; open && target && attempt <= STALE_RETRIES; attempt++) {
+      for (let attempt = 0; open && attempt <= STALE_RETRIES; attempt++) {
         try {
-          socket.send(data, target.port, target.host);
+          socket.send(data, to.port, to.host);
           break;
         } catch (error) {
           if (!STALE_ERRORS.includes((error as { code?: string }).code ?? "")) break;
