@@ -60,6 +60,28 @@ export const MAX_PLANNED_PORTS = 64;
 /** Longest user name in bytes of UTF-8. */
 export const MAX_NAME_BYTES = 32;
 
+// ---------------------------------------------------------------------------------------------------- bytes
+
+const utf8 = new TextEncoder();
+const strictUtf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+const NO_BYTES = new Uint8Array(0);
+
+/** Lower-case hex digits of some bytes. */
+export function hex(data: Uint8Array): string {
+  return data.toHex();
+}
+
+/** One array of several. */
+export function concat(...parts: Uint8Array[]): Uint8Array {
+  const whole = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
+  let at = 0;
+  for (const part of parts) {
+    whole.set(part, at);
+    at += part.length;
+  }
+  return whole;
+}
+
 // ---------------------------------------------------------------------------------------------------- endpoints
 
 /** An IP address and a UDP port as text: `203.0.113.7:41000`, `[2001:db8::1]:41000`. */
@@ -154,10 +176,6 @@ export type Value<C> = C extends Codec<infer T> ? T : never;
 export type Shape = Record<string, Codec<unknown>>;
 /** The values of fields, by name. */
 export type Values<S extends Shape> = { [K in keyof S]: Value<S[K]> };
-
-const utf8 = new TextEncoder();
-const strictUtf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
-const NO_BYTES = new Uint8Array(0);
 
 function take(cursor: Cursor, length: number): Uint8Array {
   if (cursor.bad || length > cursor.end - cursor.at) {
@@ -627,28 +645,7 @@ export function openPeer(data: Uint8Array, key: Uint8Array): Peer | null {
   return inner && read(PEER_BY_CODE.get(data[1]!), reader(inner)) as Peer | null;
 }
 
-/** A datagram in words, for traces: its name, what it says and what of it can be read without a key. */
-export function explain(data: Uint8Array): string {
-  const stun = decodeStun(data);
-  if (stun) {
-    const { kind, changeIp, changePort, mapped } = stun;
-    const asked = [changeIp && "change-ip", changePort && "change-port", mapped && `mapped=${mapped}`];
-    return ["STUN Binding", kind, ...asked].filter(Boolean).join(" ");
-  }
-  const row = messageTable().find(({ code }) => isOurs(data) && code === data[1]);
-  if (!row) return `${data.length} bytes that are not ours`;
-  const shown = (value: unknown): string =>
-    value instanceof Uint8Array
-      ? value.length === 32 ? `key ${hex(value.subarray(0, 4))}..` : explain(value)
-      : Array.isArray(value)
-      ? `[${value.map(shown).join(", ")}]`
-      : typeof value === "object"
-      ? `{${Object.entries(value!).map(([name, field]) => `${name}: ${shown(field)}`).join(", ")}}`
-      : harmless(String(value));
-  const { type: _type, id: _id, counter: _counter, ...fields } = decode(data) ?? { type: "", id: "", counter: 0 };
-  const details = Object.entries(fields).map(([name, value]) => ` ${name}=${shown(value)}`).join("");
-  return `${row.name} (${row.what})${details}`;
-}
+// ---------------------------------------------------------------------------------------------------- text
 
 /**
  * Normalises a user name and checks it: 1 to 32 bytes of UTF-8, NFC, no blanks, nothing that cannot be seen.
@@ -665,22 +662,6 @@ export function userName(name: string): string | null {
 /** A text that others wrote, without what could move the cursor of a terminal. */
 export function harmless(text: string): string {
   return text.replace(/(?!\t)\p{Cc}/gu, "\ufffd");
-}
-
-/** Lower-case hex digits of some bytes. */
-export function hex(data: Uint8Array): string {
-  return data.toHex();
-}
-
-/** One array of several. */
-export function concat(...parts: Uint8Array[]): Uint8Array {
-  const whole = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
-  let at = 0;
-  for (const part of parts) {
-    whole.set(part, at);
-    at += part.length;
-  }
-  return whole;
 }
 
 // ---------------------------------------------------------------------------------------------------- STUN
@@ -747,6 +728,31 @@ export interface Stun {
   unknown: number[];
   /** Without the cookie: RFC 3489. */
   classic: boolean;
+}
+
+const words = (...values: number[]) => Uint8Array.from(values.flatMap((value) => [value >> 8, value & 255]));
+
+type Attribute = readonly [type: number, value: Uint8Array];
+function stunMessage(kind: Stun["kind"], transaction: string, attributes: Attribute[]): Uint8Array {
+  const body = concat(
+    ...attributes.flatMap(([type, value]) => [words(type, value.length), value, new Uint8Array(-value.length & 3)]),
+  );
+  return concat(words(STUN_KINDS[kind], body.length), Uint8Array.fromHex(transaction), body);
+}
+
+/** Port and address are masked with cookie and id, so that no NAT rewrites them in passing (RFC 8489, section 14.2). */
+const masked = (bytes: Uint8Array, mask: Uint8Array | undefined) => bytes.map((byte, i) => byte ^ (mask?.[i] ?? 0));
+
+function stunAddress(endpoint: Endpoint, mask?: Uint8Array): Uint8Array {
+  const { host, port } = parseEndpoint(endpoint)!;
+  const address = addressBytes(host)!;
+  return concat(words(address.length === 4 ? 1 : 2), masked(words(port), mask), masked(address, mask));
+}
+
+function stunEndpoint(value: Uint8Array, mask?: Uint8Array): Endpoint | "" {
+  if (value.length !== [-1, 8, 20][value[1]!]) return ""; // of family 1, IPv4, or 2, IPv6
+  const port = u16.get(reader(masked(value.subarray(2, 4), mask)));
+  return port > 0 ? formatEndpoint(formatAddress(masked(value.subarray(4), mask)), port) : "";
 }
 
 /** Decodes a STUN Binding message (RFC 8489, section 5), or null: also if it has a FINGERPRINT that is wrong. */
@@ -823,31 +829,6 @@ export function encodeStunResponse(
     ...origin ? [[classic ? STUN.SOURCE_ADDRESS : STUN.RESPONSE_ORIGIN, stunAddress(origin)] as Attribute] : [],
     ...other ? [[classic ? STUN.CHANGED_ADDRESS : STUN.OTHER_ADDRESS, stunAddress(other)] as Attribute] : [],
   ]);
-}
-
-const words = (...values: number[]) => Uint8Array.from(values.flatMap((value) => [value >> 8, value & 255]));
-
-type Attribute = readonly [type: number, value: Uint8Array];
-function stunMessage(kind: Stun["kind"], transaction: string, attributes: Attribute[]): Uint8Array {
-  const body = concat(
-    ...attributes.flatMap(([type, value]) => [words(type, value.length), value, new Uint8Array(-value.length & 3)]),
-  );
-  return concat(words(STUN_KINDS[kind], body.length), Uint8Array.fromHex(transaction), body);
-}
-
-/** Port and address are masked with cookie and id, so that no NAT rewrites them in passing (RFC 8489, section 14.2). */
-const masked = (bytes: Uint8Array, mask: Uint8Array | undefined) => bytes.map((byte, i) => byte ^ (mask?.[i] ?? 0));
-
-function stunAddress(endpoint: Endpoint, mask?: Uint8Array): Uint8Array {
-  const { host, port } = parseEndpoint(endpoint)!;
-  const address = addressBytes(host)!;
-  return concat(words(address.length === 4 ? 1 : 2), masked(words(port), mask), masked(address, mask));
-}
-
-function stunEndpoint(value: Uint8Array, mask?: Uint8Array): Endpoint | "" {
-  if (value.length !== [-1, 8, 20][value[1]!]) return ""; // of family 1, IPv4, or 2, IPv6
-  const port = u16.get(reader(masked(value.subarray(2, 4), mask)));
-  return port > 0 ? formatEndpoint(formatAddress(masked(value.subarray(4), mask)), port) : "";
 }
 
 // ---------------------------------------------------------------------------------------------------- MACs
@@ -1011,6 +992,8 @@ export function deriveKey(
   return new Uint8Array(hkdfSync("sha256", secret, options.salt, options.info, options.length));
 }
 
+const sha256 = (data: Uint8Array) => Uint8Array.from(createHash("sha256").update(data).digest());
+
 /** The MAC keys of a session, 16 bytes a direction, from the X25519 secret of its two ends and the server's token. */
 export function controlKeys(shared: Uint8Array, token: string): { toServer: Uint8Array; toClient: Uint8Array } {
   const both = deriveKey(shared, { salt: utf8.encode(token), info: "punch control", length: 32 });
@@ -1042,8 +1025,6 @@ export function safetyCode(one: Uint8Array, other: Uint8Array): string {
   const digest = BigInt("0x" + hex(sha256(concat(utf8.encode("punch verify"), first, second))));
   return (digest % 10n ** 40n).toString().padStart(40, "0").replace(/(\d{5})(?!$)/g, "$1 ");
 }
-
-const sha256 = (data: Uint8Array) => Uint8Array.from(createHash("sha256").update(data).digest());
 
 /** The 12-byte nonce of Noise's AESGCM: four zeros, then the counter (Noise revision 34, section 12.4). */
 function nonceOf(counter: number): Uint8Array {
@@ -1259,6 +1240,8 @@ export function clock(): number {
   return performance.timeOrigin + performance.now();
 }
 
+const LONGEST_TIMER_MS = 60_000;
+
 /**
  * Runs a machine on UDP sockets of Deno or Bun until closed: the only place with a socket or a timer.
  *
@@ -1328,7 +1311,6 @@ export async function listen<Event>(machine: Machine<Event>, options: ListenOpti
   return { ports, perform, close };
 }
 
-const LONGEST_TIMER_MS = 60_000;
 /** What a datagram without a wish of its own gets. */
 const DEFAULT_TTL = 64;
 /** Larger datagrams are dropped unread. Ours are smaller; a STUN request may be padded to a full Ethernet frame or more. */
@@ -1607,6 +1589,31 @@ async function typedUnseen(prompt: string): Promise<string> {
 export function stretch(words: string | undefined, label: "secret" | "password"): Uint8Array | undefined {
   if (words === undefined) return undefined;
   return Uint8Array.from(scryptSync(words.normalize("NFC"), `punch ${label}`, 32, { N: 2 ** 15, maxmem: 2 ** 26 }));
+}
+
+// ---------------------------------------------------------------------------------------------------- traces
+
+/** A datagram in words, for traces: its name, what it says and what of it can be read without a key. */
+export function explain(data: Uint8Array): string {
+  const stun = decodeStun(data);
+  if (stun) {
+    const { kind, changeIp, changePort, mapped } = stun;
+    const asked = [changeIp && "change-ip", changePort && "change-port", mapped && `mapped=${mapped}`];
+    return ["STUN Binding", kind, ...asked].filter(Boolean).join(" ");
+  }
+  const row = messageTable().find(({ code }) => isOurs(data) && code === data[1]);
+  if (!row) return `${data.length} bytes that are not ours`;
+  const shown = (value: unknown): string =>
+    value instanceof Uint8Array
+      ? value.length === 32 ? `key ${hex(value.subarray(0, 4))}..` : explain(value)
+      : Array.isArray(value)
+      ? `[${value.map(shown).join(", ")}]`
+      : typeof value === "object"
+      ? `{${Object.entries(value!).map(([name, field]) => `${name}: ${shown(field)}`).join(", ")}}`
+      : harmless(String(value));
+  const { type: _type, id: _id, counter: _counter, ...fields } = decode(data) ?? { type: "", id: "", counter: 0 };
+  const details = Object.entries(fields).map(([name, value]) => ` ${name}=${shown(value)}`).join("");
+  return `${row.name} (${row.what})${details}`;
 }
 
 /** Writes every datagram to stderr, in words, with the time since the last `restart`. */
