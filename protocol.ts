@@ -822,13 +822,14 @@ export function encodeStunResponse(
     ]);
   }
   const { mapped, origin, other } = answer;
-  return stunMessage("response", transaction, [
+  const attributes: Attribute[] = [
     classic
       ? [STUN.MAPPED_ADDRESS, stunAddress(mapped)]
       : [STUN.XOR_MAPPED_ADDRESS, stunAddress(mapped, Uint8Array.fromHex(transaction))],
-    ...origin ? [[classic ? STUN.SOURCE_ADDRESS : STUN.RESPONSE_ORIGIN, stunAddress(origin)] as Attribute] : [],
-    ...other ? [[classic ? STUN.CHANGED_ADDRESS : STUN.OTHER_ADDRESS, stunAddress(other)] as Attribute] : [],
-  ]);
+  ];
+  if (origin) attributes.push([classic ? STUN.SOURCE_ADDRESS : STUN.RESPONSE_ORIGIN, stunAddress(origin)]);
+  if (other) attributes.push([classic ? STUN.CHANGED_ADDRESS : STUN.OTHER_ADDRESS, stunAddress(other)]);
+  return stunMessage("response", transaction, attributes);
 }
 
 // ---------------------------------------------------------------------------------------------------- MACs

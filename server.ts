@@ -79,9 +79,9 @@ import {
 // ---------------------------------------------------------------------------------------------------- constants
 
 /** A client that has been silent for so long has vanished: three of its keepalives are lost. */
-export const SILENCE_MS = 60_000;
+const SILENCE_MS = 60_000;
 /** How much longer the key of a vanished client that asked for it holds its name. */
-export const NAME_HELD_MS = 300_000;
+const NAME_HELD_MS = 300_000;
 /** How long a name that was here is called "offline" rather than "unknown". */
 const REMEMBERED_MS = 3_600_000;
 /** A cookie is valid in its epoch and the next one. */
