@@ -832,7 +832,7 @@ export function encodeStunResponse(
   return stunMessage("response", transaction, attributes);
 }
 
-// ---------------------------------------------------------------------------------------------------- MACs
+// ---------------------------------------------------------------------------------------------------- MACs and counters
 
 /**
  * SipHash-2-4 (Aumasson and Bernstein, 2012): eight bytes that nobody can guess without the 16-byte key.
@@ -958,8 +958,8 @@ export interface KeyPair {
 }
 
 // The fixed beginnings of PKCS #8 and SubjectPublicKeyInfo for X25519 (RFC 8410).
-const PKCS8 = Uint8Array.from([48, 46, 2, 1, 0, 48, 5, 6, 3, 43, 101, 110, 4, 34, 4, 32]);
-const SPKI = Uint8Array.from([48, 42, 48, 5, 6, 3, 43, 101, 110, 3, 33, 0]);
+const PKCS8 = Uint8Array.fromHex("302e020100300506032b656e04220420");
+const SPKI = Uint8Array.fromHex("302a300506032b656e032100");
 const privateKey = (secret: Uint8Array) =>
   createPrivateKey({ key: concat(PKCS8, secret) as Buffer, format: "der", type: "pkcs8" });
 
@@ -1027,6 +1027,8 @@ export function safetyCode(one: Uint8Array, other: Uint8Array): string {
   return (digest % 10n ** 40n).toString().padStart(40, "0").replace(/(\d{5})(?!$)/g, "$1 ");
 }
 
+// ---------------------------------------------------------------------------------------------------- encryption
+
 /** The 12-byte nonce of Noise's AESGCM: four zeros, then the counter (Noise revision 34, section 12.4). */
 function nonceOf(counter: number): Uint8Array {
   const nonce = new Uint8Array(12);
@@ -1034,25 +1036,19 @@ function nonceOf(counter: number): Uint8Array {
   return nonce;
 }
 
-interface Sealed {
-  counter: number;
-  ad: Uint8Array;
-  text: Uint8Array;
-}
+type Sealed = { counter: number; ad: Uint8Array; text: Uint8Array };
 
 function encrypt(key: Uint8Array, { counter, ad, text }: Sealed): Uint8Array {
-  const cipher = createCipheriv("aes-256-gcm", key, nonceOf(counter));
-  cipher.setAAD(ad);
+  const cipher = createCipheriv("aes-256-gcm", key, nonceOf(counter)).setAAD(ad);
   return concat(cipher.update(text), cipher.final(), cipher.getAuthTag());
 }
 
 function decrypt(key: Uint8Array, { counter, ad, text }: Sealed): Uint8Array | null {
   if (text.length < TAG_BYTES) return null;
   try {
-    const cipher = createDecipheriv("aes-256-gcm", key, nonceOf(counter), { authTagLength: TAG_BYTES });
-    cipher.setAAD(ad);
-    cipher.setAuthTag(text.subarray(-TAG_BYTES));
-    return concat(cipher.update(text.subarray(0, -TAG_BYTES)), cipher.final());
+    const decipher = createDecipheriv("aes-256-gcm", key, nonceOf(counter), { authTagLength: TAG_BYTES });
+    decipher.setAAD(ad).setAuthTag(text.subarray(-TAG_BYTES));
+    return concat(decipher.update(text.subarray(0, -TAG_BYTES)), decipher.final());
   } catch {
     return null;
   }
