@@ -459,7 +459,7 @@ export function createServer(options: ServerOptions): Server {
     sessions.set(token, session);
     directory.put(session);
     past.delete(session.name);
-    addressOf(from, now).users++;
+    address.users++;
     if (sweepAt === Infinity) sweepAt = now + SWEEP_INTERVAL_MS;
     return [
       ...replaced,
@@ -470,7 +470,6 @@ export function createServer(options: ServerOptions): Server {
   }
 
   function welcome({ token, keys }: Session, { id, counter }: Control, at: Address): Effect<ServerEvent> {
-    const users = page(directory.after("", ""));
     const message = {
       type: "WELCOME",
       token,
@@ -478,7 +477,7 @@ export function createServer(options: ServerOptions): Server {
       secondPort: ports[SECOND_PORT]!,
       thirdPort: ports[THIRD_PORT]!,
       total: directory.size(),
-      users,
+      users: page(directory.after("", "")),
     } as const;
     const data = encode(message, { id, counter, key: keys.toClient });
     return { kind: "send", socket: at.socket, to: at.endpoint, data };
