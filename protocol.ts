@@ -530,16 +530,14 @@ const CONTROL_HEADER = record({ id, counter: u48 }), PEER_HEADER = record({ inde
 const CONTROL_HEADER_BYTES = 16, MAC_BYTES = 8, PEER_HEADER_BYTES = 12, TAG_BYTES = 16;
 const scratch = new Uint8Array(MAX_DATAGRAM_BYTES);
 
-/** Writes a message into `scratch`, and leaves room for its seal. */
-function write(
-  message: { type: string },
-  { putHeader, sealBytes }: { putHeader(cursor: Cursor): void; sealBytes: number } = { putHeader() {}, sealBytes: 0 },
-): Cursor {
+/** The place in `scratch` behind magic and code; at the end there is room for a seal. */
+const writer = (sealBytes = 0): Cursor => ({ bytes: scratch, at: 2, end: MAX_DATAGRAM_BYTES - sealBytes, bad: false });
+
+/** Writes magic and code, and the fields at the cursor. */
+function write(cursor: Cursor, message: { type: string }): Cursor {
   const { code, codec } = BY_TYPE.get(message.type)!;
-  const cursor: Cursor = { bytes: scratch, at: 2, end: MAX_DATAGRAM_BYTES - sealBytes, bad: false };
   scratch[0] = MAGIC;
   scratch[1] = code;
-  putHeader(cursor);
   codec.put(cursor, message);
   return cursor;
 }
@@ -571,7 +569,9 @@ export function encode(
   message: ControlBody,
   seal: { id: string; counter: number; key?: Uint8Array | undefined },
 ): Uint8Array {
-  const cursor = write(message, { putHeader: (cursor) => CONTROL_HEADER.put(cursor, seal), sealBytes: MAC_BYTES });
+  const cursor = writer(MAC_BYTES);
+  CONTROL_HEADER.put(cursor, seal);
+  write(cursor, message);
   if (isFromClient(message.type)) give(cursor, new Uint8Array(Math.max(0, MIN_CLIENT_BYTES - MAC_BYTES - cursor.at)));
   const data = scratch.slice(0, cursor.at + MAC_BYTES);
   data.set(seal.key ? sipHash(seal.key, data.subarray(0, -MAC_BYTES)) : new Uint8Array(MAC_BYTES), cursor.at);
@@ -605,7 +605,7 @@ export function verifies(data: Uint8Array, key: Uint8Array): boolean {
 
 /** Encodes one of the two messages of the handshake. */
 export function encodeHandshake(message: Handshake): Uint8Array {
-  return scratch.slice(0, write(message).at);
+  return scratch.slice(0, write(writer(), message).at);
 }
 
 /** Decodes one of the two messages of the handshake, or null. */
@@ -615,7 +615,7 @@ export function decodeHandshake(data: Uint8Array): Handshake | null {
 
 /** The bytes of a peer message as they travel inside the first message of a handshake: code, then fields. */
 export function encodeInner(message: Peer): Uint8Array {
-  return scratch.slice(1, write(message).at);
+  return scratch.slice(1, write(writer(), message).at);
 }
 
 /** Decodes what `encodeInner` made, or null. */
@@ -625,8 +625,10 @@ export function decodeInner(inner: Uint8Array): Peer | null {
 
 /** Seals a peer message for the session that the other side knows by `index`; `counter` must never repeat for a key. */
 export function sealPeer(message: Peer, seal: { index: number; counter: number; key: Uint8Array }): Uint8Array {
-  const { at } = write(message, { putHeader: (cursor) => PEER_HEADER.put(cursor, seal), sealBytes: TAG_BYTES });
-  const ad = scratch.subarray(0, PEER_HEADER_BYTES), text = scratch.subarray(PEER_HEADER_BYTES, at);
+  const cursor = writer(TAG_BYTES);
+  PEER_HEADER.put(cursor, seal);
+  write(cursor, message);
+  const ad = scratch.subarray(0, PEER_HEADER_BYTES), text = scratch.subarray(PEER_HEADER_BYTES, cursor.at);
   return concat(ad, encrypt(seal.key, { counter: seal.counter, ad, text }));
 }
 
