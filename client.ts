@@ -692,7 +692,8 @@ export function createClient(options: ClientOptions): Client {
   let sockets = 1, sprayedAt = -Infinity, punches: Bucket | null = null;
   /** When the server has last been restarted, as far as we can tell. */
   let forgottenAt = -Infinity;
-  let state: "new" | "in" | "out" | "closed" = "new"; // `out`: was in, is coming back
+  /** Logged out, or refused: nothing happens any more. */
+  let isClosed = false;
   /** Of the event that is being handled, in ms; and what it has led to so far. */
   let now = 0, effects: Effect<ClientEvent>[] = [];
 
@@ -793,10 +794,8 @@ export function createClient(options: ClientOptions): Client {
     };
     login = null;
     for (const user of message.users) learn(user);
-    if (state === "new") {
-      emit({ event: "login", name, server, public: message.public, local: local(), users: message.total });
-    } else if (state === "out") emit({ event: "reconnected", name, reason: "" });
-    state = "in";
+    if (before) emit({ event: "reconnected", name, reason: "" });
+    else emit({ event: "login", name, server, public: message.public, local: local(), users: message.total });
     discover();
     const other = servers.find((endpoint) => isIPv6(endpoint) !== isIPv6(server));
     if (other) keepalive(NO_ID, other);
@@ -817,15 +816,13 @@ export function createClient(options: ClientOptions): Client {
       "bad-password": "The server asks for its password: give it with --password-file",
       "full": "The server is full: try again later",
     };
-    if (state === "new") state = "closed";
-    const fatal = state === "closed" ? { fatal: true as const } : {};
+    isClosed = !session;
+    const fatal = isClosed ? { fatal: true as const } : {};
     emit({ event: "error", code: message.reason, message: texts[message.reason] ?? "The server refuses us", ...fatal });
-    if (state === "closed") login = null;
   }
 
   function reconnect(reason: string, delay = 0): void {
-    if (state === "in") emit({ event: "reconnecting", name, reason });
-    if (state !== "closed") state = "out";
+    if (!login) emit({ event: "reconnecting", name, reason });
     beginLogin(delay);
   }
 
@@ -847,7 +844,6 @@ export function createClient(options: ClientOptions): Client {
       spread(onRelay() ? RELAY_KEEPALIVE_MS : isTalking() ? WARM_KEEPALIVE_MS : KEEPALIVE_MS);
     if (login) { // it was there all the time
       login = null;
-      state = "in";
       emit({ event: "reconnected", name, reason: "" });
     }
     if (isNews && isLatest) {
@@ -868,14 +864,13 @@ export function createClient(options: ClientOptions): Client {
 
   function wakeLink(): void {
     if (login && now >= loginWakeAt()) {
-      if (state === "new" && !options.patient && now - login.since >= FIRST_LOGIN_MS) {
+      if (!session && !options.patient && now - login.since >= FIRST_LOGIN_MS) {
         const message = `No answer from the server at ${servers.join(" or ")}: is it running, and is UDP let through?`;
         emit({ event: "error", code: "unreachable", message, fatal: true });
-        state = "closed";
-        login = null;
+        isClosed = true;
         return;
       }
-      if (state === "new" && options.patient && login.tries === 5) {
+      if (!session && options.patient && login.tries === 5) {
         emit({ event: "error", code: "unreachable", message: `No answer yet from ${servers.join(" or ")}, trying on` });
       }
       login.challenges = 0;
@@ -895,7 +890,7 @@ export function createClient(options: ClientOptions): Client {
 
   const linkWakeAt = () => login ? loginWakeAt() : session ? session.keepaliveAt : Infinity;
   const loginWakeAt = () =>
-    state === "new" && !options.patient ? Math.min(login!.nextAt, login!.since + FIRST_LOGIN_MS) : login!.nextAt;
+    !session && !options.patient ? Math.min(login!.nextAt, login!.since + FIRST_LOGIN_MS) : login!.nextAt;
 
   function learn(user: User): void {
     known.delete(user.name);
@@ -2257,7 +2252,7 @@ export function createClient(options: ClientOptions): Client {
     let at = Math.min(linkWakeAt(), session ? listings[0]?.dueAt ?? Infinity : Infinity);
     for (const { dueAt } of queries.values()) at = Math.min(at, dueAt);
     for (const conversation of conversations.values()) at = Math.min(at, conversationWakeAt(conversation));
-    return state === "closed" ? Infinity : at;
+    return isClosed ? Infinity : at;
   };
 
   function carryOut(command: Command): void {
@@ -2299,8 +2294,8 @@ export function createClient(options: ClientOptions): Client {
         return discovery ? void waitingForNat.push(reportNat) : reportNat();
       case "exit":
         if (session) tell({ type: "LOGOUT" });
-        if (state !== "closed") emit({ event: "logout", name, reason: "exit" });
-        state = "closed";
+        emit({ event: "logout", name, reason: "exit" });
+        isClosed = true;
     }
   }
 
@@ -2308,7 +2303,7 @@ export function createClient(options: ClientOptions): Client {
   function step(at: number, work: () => void): Effect<ClientEvent>[] {
     now = at;
     effects = [];
-    if (state === "closed") return effects;
+    if (isClosed) return effects;
     if (now - wakeAt() > JUMP_MS) { for (const conversation of conversations.values()) conversation.progressAt = now; }
     work();
     return effects;
