@@ -410,7 +410,6 @@ interface Incoming {
   came: Map<number, PathKind>;
   /** The parts so far of the message that comes next. */
   message: Uint8Array[];
-  messageBytes: number;
 }
 
 /** All that is between us and one other user. */
@@ -447,7 +446,7 @@ interface Conversation {
   /** How often we have asked for an introduction, and when to ask again for one that has not come. */
   rounds: number;
   askAt: number;
-  punching: { from: number; step: number; reported: boolean } | null;
+  punching: { from: number; step: number } | null;
   /** While there is only the relay: how often we have tried anew, and when we do again. */
   retries: number;
   retryAt: number;
@@ -1264,7 +1263,7 @@ export function createClient(options: ClientOptions): Client {
 
   function startPunching(c: Conversation): void {
     if (!direct || isMirror(c)) return;
-    c.punching = { from: now + c.peer!.punchAfterMs, step: 0, reported: false };
+    c.punching = { from: now + c.peer!.punchAfterMs, step: 0 };
     c.retryAt = Infinity;
     wakePunching(c);
     const isPermissive = ["EIF", "ADF"].includes(isSymmetric(nat) ? c.peer!.nat.filtering : nat.filtering);
@@ -1289,8 +1288,7 @@ export function createClient(options: ClientOptions): Client {
         if (path) probe(c, path);
       }
       if (now >= c.punching.from + FRESH_SOCKETS_AFTER_MS && !c.attempt && !best) startAttempt(c, 1);
-      if (!c.punching.reported && session) tell({ type: "PUNCHED", peer: c.name });
-      c.punching.reported = true;
+      if (c.punching.step === 0 && session) tell({ type: "PUNCHED", peer: c.name });
       if (++c.punching.step < PUNCH_AT_MS.length && wanted.length > 0) continue;
       c.punching = null;
       if (!c.best) retryLater(c);
@@ -1354,8 +1352,7 @@ export function createClient(options: ClientOptions): Client {
     const path = origin && direct ? pathTo(c, origin) : null;
     if (origin && !path) return;
     if (!transmit(c, { type: "P2PECHO", probe: id }, [path])) return open(c); // one of us has logged in anew
-    if (!path) return;
-    if (path.state === "trying") probe(c, path); // it passed inwards, now ours will pass outwards
+    if (path?.state === "trying") probe(c, path); // it passed inwards, now ours will pass outwards
   }
 
   function onEcho(c: Conversation, id: number, origin: Origin): void {
@@ -1374,7 +1371,6 @@ export function createClient(options: ClientOptions): Client {
   function answered(c: Conversation, path: Path): void {
     path.waitingSince = Infinity;
     path.answeredAt = now;
-    path.fastProbes = 0;
     const { best } = c;
     const better = !best || best.state !== "good" || (path.kind === "lan" && best.kind !== "lan") ||
       (path.kind === best.kind && path.rtt.srtt! < best.rtt.srtt! * QUICKER_FACTOR - QUICKER_MS) ||
@@ -1387,10 +1383,10 @@ export function createClient(options: ClientOptions): Client {
   function use(c: Conversation, path: Path | null): void {
     const age = c.best?.state === "suspect" ? now - c.best.bornAt : 0;
     if (age > RENEWED_MS) c.lifetimes = [...c.lifetimes.slice(-1), age];
-    if (c.best && c.best !== path) c.best.state = "trying";
+    if (c.best) c.best.state = "trying";
     c.best = path;
-    if (path && c.attempt?.spray) sprayedAt = -Infinity; // it is over
     if (path) {
+      if (c.attempt?.spray) sprayedAt = -Infinity; // it is over
       path.state = "good";
       c.retryAt = c.askAt = Infinity;
       c.retries = c.rounds = 0;
@@ -1791,7 +1787,7 @@ export function createClient(options: ClientOptions): Client {
       ? Math.min(
         attempt.endAt,
         attempt.volleyAt,
-        attempt.plan ? attempt.tellAt : Infinity,
+        attempt.tellAt,
         attempt.spray && attempt.spray.next < SPRAY_PORTS && !isSettled(c) ? attempt.spray.at : Infinity,
       )
       : Infinity;
@@ -1985,7 +1981,7 @@ export function createClient(options: ClientOptions): Client {
 
   function openStream(c: Conversation, stream: string): void {
     if (c.incoming?.stream === stream) return;
-    c.incoming = { stream, next: 0, parts: new Map(), came: new Map(), message: [], messageBytes: 0 };
+    c.incoming = { stream, next: 0, parts: new Map(), came: new Map(), message: [] };
   }
 
   function onPart(
@@ -2009,7 +2005,6 @@ export function createClient(options: ClientOptions): Client {
 
   function skipTo(incoming: Incoming, base: number): void {
     incoming.message = [];
-    incoming.messageBytes = 0;
     incoming.next = base;
     for (const seq of incoming.parts.keys()) if (seq < base) incoming.parts.delete(seq);
     for (const seq of incoming.came.keys()) if (seq < base - WINDOW_MAX) incoming.came.delete(seq);
@@ -2020,9 +2015,10 @@ export function createClient(options: ClientOptions): Client {
       incoming.parts.delete(incoming.next);
       incoming.came.delete(incoming.next - WINDOW_MAX);
       incoming.message.push(found.part);
-      incoming.messageBytes += found.part.length;
-      if (found.left > 0 && incoming.messageBytes <= MAX_MESSAGE_BYTES) continue;
-      if (found.left === 0 && incoming.messageBytes <= MAX_MESSAGE_BYTES) {
+      // All parts but the last are full, see `onPart`.
+      const isTooLong = (incoming.message.length - 1) * MAX_PART_BYTES + found.part.length > MAX_MESSAGE_BYTES;
+      if (found.left > 0 && !isTooLong) continue;
+      if (!isTooLong) {
         emit({
           event: "message",
           from: c.name,
@@ -2032,7 +2028,6 @@ export function createClient(options: ClientOptions): Client {
         });
       }
       incoming.message = [];
-      incoming.messageBytes = 0;
     }
   }
 
