@@ -999,7 +999,7 @@ export function createClient(options: ClientOptions): Client {
     if (!c.opening?.handshake) return;
     byIndex.delete(c.opening.handshake.index);
     c.opening = { tries: 0, dueAt: 0, handshake: null };
-    for (const part of c.parts) if (part.dueAt === Infinity && !part.came) part.dueAt = 0;
+    for (const part of c.parts.filter(isInHandshake)) part.dueAt = 0;
   }
 
   /** Opens a session with the peer, for what waits to be sent. */
@@ -1109,7 +1109,7 @@ export function createClient(options: ClientOptions): Client {
       c.opening = null;
       newSecure(c, { index: handshake.index, theirs: message.from, keys: finished.keys, stream, second: null });
       openStream(c, stream);
-      for (const part of c.parts) if (part.dueAt === Infinity && !part.came) part.dueAt = now + timeout(c.relayRtt, 1);
+      for (const part of c.parts.filter(isInHandshake)) part.dueAt = now + timeout(c.relayRtt, 1);
     }
     onSealed(message.sealed, origin);
     if (entry) settle(entry.conversation);
@@ -1421,7 +1421,7 @@ export function createClient(options: ClientOptions): Client {
     path.fastProbes = 0;
     path.probeAt = now;
     if (session && !login && !session.asked) keepalive(); // re-opens the way to the server, should the NAT have forgotten
-    for (const part of c.parts) if (part.tries > 0 && !part.came) sendPart(c, part);
+    for (const part of c.parts.filter(isInFlight)) sendPart(c, part);
   }
 
   function wakePath(c: Conversation, path: Path): void {
@@ -1885,6 +1885,14 @@ export function createClient(options: ClientOptions): Client {
     part.dueAt = dueAt;
   }
 
+  const isInFlight = ({ tries, came }: Part) => tries > 0 && came === null;
+  const isInHandshake = ({ dueAt, came }: Part) => dueAt === Infinity && came === null;
+
+  /** The peer does not have any more what it has acknowledged: sent again. */
+  function takeBack(parts: Part[], dueAt = now): void {
+    for (const part of parts) if (part.came) Object.assign(part, { came: null, dueAt });
+  }
+
   function sendPart(c: Conversation, part: Part): void {
     const again = part.tries > 0;
     const over = again && c.best ? [c.best, null] : routes(c);
@@ -1904,7 +1912,7 @@ export function createClient(options: ClientOptions): Client {
     if (!sealing(c) || c.secure!.sent > REKEY_AFTER) open(c);
     if (!sealing(c)) return;
     const base = oldest(c)?.seq ?? 0;
-    let inFlight = c.parts.filter(({ tries, came }) => tries > 0 && came === null).length, late = false;
+    let inFlight = c.parts.filter(isInFlight).length, late = false;
     for (const part of c.parts) {
       if (part.tries === 0) {
         if (inFlight >= c.window || part.seq >= base + WINDOW_MAX) break;
@@ -1923,27 +1931,24 @@ export function createClient(options: ClientOptions): Client {
     c.parts.length > 0 || c.ping !== null || (c.ackDue && c.opening!.tries < MAX_ROUNDS);
 
   /** The peer can be reached again: no need to wait out a time-out that has grown meanwhile. */
-  function resendLate(c: Conversation): void {
-    const before = now - (c.relayRtt.srtt ?? RTO_FIRST_MS);
+  function resendLate(c: Conversation, sentBefore = now - (c.relayRtt.srtt ?? RTO_FIRST_MS)): void {
     for (const part of c.parts) {
-      if (part.sentAt < before && part.dueAt !== Infinity) part.dueAt = Math.min(part.dueAt, now);
+      if (part.sentAt < sentBefore && part.dueAt !== Infinity) part.dueAt = Math.min(part.dueAt, now);
     }
     pump(c);
   }
 
   function resendAll(c: Conversation): void {
-    for (const part of c.parts) if (part.dueAt !== Infinity) part.dueAt = Math.min(part.dueAt, now);
     if (!sealing(c) && c.opening) sendOpening(c);
     else if (!sealing(c)) open(c);
-    pump(c);
+    resendLate(c, Infinity);
   }
 
   function onAck(c: Conversation, ack: Peer & { type: "P2PMESSAGEACK" }, origin: Origin): void {
     const path = origin && c.paths.get(`${origin.socket} ${origin.from}`);
     if (path && path.state !== "trying") answered(c, path);
-    const news = c.parts.filter(({ seq, tries, came }) =>
-      tries > 0 && came === null && (seq < ack.next || stateOf(ack.states, seq - ack.from) !== null)
-    );
+    const news = c.parts.filter(isInFlight)
+      .filter(({ seq }) => seq < ack.next || stateOf(ack.states, seq - ack.from) !== null);
     if (news.length > 0) {
       c.progressAt = now;
       c.lastError = null;
@@ -1957,8 +1962,8 @@ export function createClient(options: ClientOptions): Client {
       part.came = stateOf(ack.states, seq - ack.from) ?? over?.kind ?? "relay";
       part.dueAt = Infinity;
     }
-    for (const part of c.parts) {
-      if (part.tries > 0 && part.came === null && part.sentAt < newest) part.dueAt = Math.min(part.dueAt, now);
+    for (const part of c.parts.filter(isInFlight)) {
+      if (part.sentAt < newest) part.dueAt = Math.min(part.dueAt, now);
     }
     // What has not been shown yet is kept, even if it is there: the parts of a message that is not whole, and what is
     // behind a gap. A new run of the peer needs it, and so does the peer itself, with a new base, if the gap is given up.
@@ -1971,12 +1976,8 @@ export function createClient(options: ClientOptions): Client {
     // it, and then all that it does not name any more.
     const [head] = c.parts;
     if (!head?.came || head.seq < ack.next) return;
-    for (const part of c.parts) {
-      const isThere = part !== head && stateOf(ack.states, part.seq - ack.from) !== null;
-      if (part.came && !isThere) {
-        Object.assign(part, { came: null, dueAt: now + timeout(c.best?.rtt ?? c.relayRtt, 1) });
-      }
-    }
+    const isThere = (part: Part) => part !== head && stateOf(ack.states, part.seq - ack.from) !== null;
+    takeBack(c.parts.filter((part) => !isThere(part)), now + timeout(c.best?.rtt ?? c.relayRtt, 1));
   }
 
   function openStream(c: Conversation, stream: string): void {
@@ -2042,10 +2043,8 @@ export function createClient(options: ClientOptions): Client {
 
   function fail(c: Conversation, message: Message, reason: Reason): void {
     c.parts = c.parts.filter((part) => part.message !== message);
-    if (c.parts[0]?.came) {
-      Object.assign(c.parts[0], { came: null, dueAt: now });
-      c.progressAt = now;
-    }
+    if (c.parts[0]?.came) c.progressAt = now;
+    takeBack(c.parts.slice(0, 1));
     const ms = tenths(now - message.startedAt);
     emit({ event: "sent", to: c.name, id: message.id, ok: false, ms, path: c.best?.kind ?? "relay", reason });
   }
