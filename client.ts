@@ -958,6 +958,12 @@ export function createClient(options: ClientOptions): Client {
     return conversation;
   }
 
+  /** As the user has typed the name; null if it is none. */
+  function conversationTo(typed: string): Conversation | null {
+    const peerName = userName(typed);
+    return peerName === null ? null : conversationWith(peerName);
+  }
+
   const isWarm = (c: Conversation) => now - c.talkedAt < WARM_MS;
   const isMirror = (c: Conversation) => c.name === name;
 
@@ -1078,17 +1084,9 @@ export function createClient(options: ClientOptions): Client {
    * A session that the peer began replaces a working one only when the peer has used it: its first message may have
    * been long on the way, and the peer have forgotten it.
    */
-  function newSecure(
-    c: Conversation,
-    made: Pick<Secure, "index" | "theirs" | "keys" | "stream" | "second">,
-  ): Secure {
-    const secure: Secure = {
-      ...made,
-      window: replayWindow(),
-      sent: 0,
-      peerNonce: c.peer!.nonce,
-      peerKey: hex(c.peer!.key),
-    };
+  function newSecure(c: Conversation, made: Pick<Secure, "index" | "theirs" | "keys" | "stream" | "second">): Secure {
+    const { nonce: peerNonce, key } = c.peer!;
+    const secure: Secure = { ...made, window: replayWindow(), sent: 0, peerNonce, peerKey: hex(key) };
     const works = sealing(c) && !c.secure!.second;
     c.sessions.unshift(secure);
     for (const { index } of c.sessions.splice(MAX_SESSIONS)) byIndex.delete(index);
@@ -1134,15 +1132,8 @@ export function createClient(options: ClientOptions): Client {
   function sealed(c: Conversation, frame: Peer, secure = sealing(c)): Uint8Array | null {
     if (!secure) return null;
     const data = sealPeer(frame, { index: secure.theirs, counter: secure.sent++, key: secure.keys.send });
-    return secure.second
-      ? encodeHandshake({
-        type: "P2PSECOND",
-        to: secure.theirs,
-        from: secure.index,
-        noise: secure.second,
-        sealed: data,
-      })
-      : data;
+    const { theirs: to, index: from, second: noise } = secure;
+    return noise ? encodeHandshake({ type: "P2PSECOND", to, from, noise, sealed: data }) : data;
   }
 
   function onSealed(data: Uint8Array, origin: Origin): void {
@@ -1159,10 +1150,7 @@ export function createClient(options: ClientOptions): Client {
     settle(conversation);
   }
 
-  function onFrame(
-    c: Conversation,
-    { frame, origin, stream }: { frame: Peer; origin: Origin; stream: string },
-  ): void {
+  function onFrame(c: Conversation, { frame, origin, stream }: { frame: Peer; origin: Origin; stream: string }): void {
     if (frame.type === "P2PMESSAGE") onPart(c, frame, { origin, stream });
     else if (frame.type === "P2PMESSAGEACK") onAck(c, frame, origin);
     else if (frame.type === "P2PTRASH") onPunch(c, frame.probe, origin);
@@ -1216,11 +1204,15 @@ export function createClient(options: ClientOptions): Client {
   const routes = (c: Conversation): (Path | null)[] =>
     !c.best ? [null] : c.best.state === "suspect" ? [c.best, null] : [c.best];
 
+  /** Looks for a path as if for the first time. */
+  function beginAnew(c: Conversation): void {
+    c.calledAt = now;
+    c.rounds = c.retries = 0;
+  }
+
   /** Something has changed: ask for a new introduction, and be quick with retries again. */
   function callAgain(c: Conversation): void {
-    c.rounds = 0;
-    c.retries = 0;
-    c.calledAt = now;
+    beginAnew(c);
     askForIntroduction(c);
   }
 
@@ -1323,11 +1315,7 @@ export function createClient(options: ClientOptions): Client {
     return path;
   }
 
-  function newProbe(
-    c: Conversation,
-    path: Path | null,
-    kind: "punch" | "ping" | "swept" = "punch",
-  ): number {
+  function newProbe(c: Conversation, path: Path | null, kind: "punch" | "ping" | "swept" = "punch"): number {
     const id = randomNumber(32);
     if (c.probes.size >= MAX_PROBES) c.probes.delete(c.probes.keys().next().value!);
     c.probes.set(id, { path, at: now, kind });
@@ -1577,13 +1565,7 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function reportNat(): void {
-    emit({
-      event: "nat",
-      ...nat,
-      public: session?.public ?? "",
-      hairpin,
-      udp: session !== null,
-    });
+    emit({ event: "nat", ...nat, public: session?.public ?? "", hairpin, udp: session !== null });
   }
 
   // -- harder NATs: attempts with more sockets, predicted ports and sprays
@@ -1806,57 +1788,22 @@ export function createClient(options: ClientOptions): Client {
   // -- messages: split, sent, acknowledged, put together again
 
   function enqueue(to: string, text: string): void {
-    const bytes = utf8.encode(text);
-    const peerName = userName(to);
-    const c = peerName === null ? null : conversationWith(peerName);
-    const reason = bytes.length === 0
-      ? "empty"
-      : bytes.length > MAX_MESSAGE_BYTES
-      ? "too-long"
-      : !c
-      ? "unknown"
-      : c.untrusted
-      ? "untrusted"
-      : null;
-    if (reason || !c) {
-      emit({
-        event: "sent",
-        to,
-        id: `${hex(random(4))}-0`,
-        ok: false,
-        ms: 0,
-        path: "relay",
-        reason: reason ?? "unknown",
-      });
-      return;
-    }
+    const bytes = utf8.encode(text), c = conversationTo(to);
+    const refuse = (reason: Reason) =>
+      emit({ event: "sent", to, id: `${hex(random(4))}-0`, ok: false, ms: 0, path: "relay", reason });
+    if (bytes.length === 0) return refuse("empty");
+    if (bytes.length > MAX_MESSAGE_BYTES) return refuse("too-long");
+    if (!c) return refuse("unknown");
+    if (c.untrusted) return refuse("untrusted");
     if (c.parts.length === 0) c.progressAt = now;
-    const isNew = !c.best && !c.punching && (c.retryAt === Infinity || !sealing(c));
-    if (isNew) {
-      c.calledAt = now;
-      c.rounds = 0;
-      c.retries = 0;
-    }
+    if (!c.best && !c.punching && (c.retryAt === Infinity || !sealing(c))) beginAnew(c);
     touch(c);
     const count = Math.ceil(bytes.length / MAX_PART_BYTES);
-    const message: Message = {
-      id: `${c.stream.slice(0, 8)}-${c.nextSeq + count - 1}`,
-      startedAt: now,
-    };
+    const message: Message = { id: `${c.stream.slice(0, 8)}-${c.nextSeq + count - 1}`, startedAt: now };
     for (let i = 0; i < count; i++) {
-      const part = bytes.slice(i * MAX_PART_BYTES, (i + 1) * MAX_PART_BYTES);
-      const left = count - 1 - i;
-      c.parts.push({
-        seq: c.nextSeq++,
-        left,
-        bytes: part,
-        message,
-        tries: 0,
-        sentAt: 0,
-        dueAt: 0,
-        over: null,
-        came: null,
-      });
+      const part = bytes.subarray(i * MAX_PART_BYTES, (i + 1) * MAX_PART_BYTES), left = count - 1 - i;
+      const unsent = { tries: 0, sentAt: 0, dueAt: 0, over: null, came: null };
+      c.parts.push({ seq: c.nextSeq++, left, bytes: part, message, ...unsent });
     }
     pump(c);
   }
@@ -2249,6 +2196,8 @@ export function createClient(options: ClientOptions): Client {
     return isClosed ? Infinity : at;
   };
 
+  const nobody = (peer: string) => emit({ event: "error", code: "unknown", message: `There is no "${peer}" here` });
+
   function carryOut(command: Command): void {
     switch (command.command) {
       case "send":
@@ -2266,20 +2215,18 @@ export function createClient(options: ClientOptions): Client {
         return emit({ event: "error", code: "unknown", message });
       }
       case "ping": {
-        const peerName = userName(command.peer), c = peerName === null ? null : conversationWith(peerName);
-        if (!c) return emit({ event: "error", code: "unknown", message: `There is no "${command.peer}" here` });
+        const c = conversationTo(command.peer);
+        if (!c) return nobody(command.peer);
         c.ping = { since: now, left: command.count, lost: 0, nextAt: now, waiting: null };
         touch(c);
         return wakePing(c);
       }
       case "verify":
-        if (userName(command.peer) === null) {
-          return emit({ event: "error", code: "unknown", message: `There is no "${command.peer}" here` });
-        }
+        if (userName(command.peer) === null) return nobody(command.peer);
         return list(command.peer, (users) => {
           const c = conversations.get(command.peer);
           const key = c?.peer?.key ?? users.find(({ name }) => name === command.peer)?.key; // the one in use comes first
-          if (!key) return emit({ event: "error", code: "unknown", message: `There is no "${command.peer}" here` });
+          if (!key) return nobody(command.peer);
           verified.set(command.peer, hex(key));
           if (c) c.untrusted = false;
           emit({ event: "verify", peer: command.peer, code: safetyCode(keys.public, key) });
@@ -2692,23 +2639,16 @@ async function main(): Promise<void> {
   /** Does it, and waits for what comes of it. */
   const outcome = (command: Command) =>
     new Promise<void>((resolve) => {
+      const { command: verb } = command;
+      const wanted = verb === "send" ? "sent" : verb === "getu" ? "users" : verb; // the others are called alike
       let left = command.command === "ping" ? command.count : 1;
       onEvent = (event) => {
-        const wanted = {
-          send: "sent",
-          getu: "users",
-          ping: "ping",
-          nat: "nat",
-          verify: "verify",
-          path: "path",
-          exit: "logout",
-        };
-        if (event.event === wanted[command.command]) --left;
-        const hasFailed = event.event === "error" && !event.notice && command.command !== "send";
+        if (event.event === wanted) --left;
+        const hasFailed = event.event === "error" && !event.notice && verb !== "send";
         if (left <= 0 || hasFailed) resolve();
       };
       perform(command);
-      if (command.command === "path") resolve();
+      if (verb === "path") resolve();
     });
 
   await new Promise<void>((resolve) => {
