@@ -494,6 +494,7 @@ interface Facts {
 interface Attempt {
   number: number;
   startedAt: number;
+  endAt: number;
   /** Whom it takes for symmetric, and whether our ports cannot be foretold. */
   symmetric: boolean;
   peerSymmetric: boolean;
@@ -504,13 +505,12 @@ interface Attempt {
   sockets: { socket: number; port: number }[];
   plan: (Peer & { type: "P2PPLAN" }) | null;
   theirs: (Peer & { type: "P2PPLAN" }) | null;
-  /** When our plan is told (again), the next volley leaves, and the attempt has failed. */
+  /** When our plan is told (again), and the next volley leaves. */
   tellAt: number;
   volley: number;
   volleyAt: number;
   /** The next of a sequence of ports without repeats; the first ones are those of the peer's block. */
   spray: { next: number; at: number; first: number; stride: number; block: number[] } | null;
-  endAt: number;
 }
 
 /** Where a datagram came from; null: over the relay. */
@@ -1599,9 +1599,14 @@ export function createClient(options: ClientOptions): Client {
     if (isHopeless || (number > MAX_ATTEMPT && number !== RENEWAL) || isMirror(c)) return;
     const count = random ? SPRAY_SOCKETS : symmetric ? (peerSymmetric ? GUESSES : FEW) : peerSymmetric ? 0 : 1;
     if (openSockets.size + count > MAX_SOCKETS) return;
-    const attempt: Attempt = {
+    const attempt: Attempt = c.attempt = {
       number,
       startedAt: now,
+      endAt: now + (random || peerRandom ? SPRAY_ATTEMPT_MS : ATTEMPT_MS),
+      symmetric,
+      peerSymmetric,
+      random,
+      careful: random && c.retries === 0,
       sockets: [],
       plan: null,
       theirs,
@@ -1609,13 +1614,7 @@ export function createClient(options: ClientOptions): Client {
       volley: 0,
       volleyAt: Infinity,
       spray: null,
-      symmetric,
-      peerSymmetric,
-      random,
-      careful: random && c.retries === 0,
-      endAt: now + (random || peerRandom ? SPRAY_ATTEMPT_MS : ATTEMPT_MS),
     };
-    c.attempt = attempt;
     aim(c);
     if (count === 0) plan(c, attempt);
     let left = count;
@@ -1674,11 +1673,14 @@ export function createClient(options: ClientOptions): Client {
     wakeAttempt(c);
   }
 
+  /** We alone are symmetric: our packets open our NAT to one port of the peer, which finds out where. */
+  const isOpener = (attempt: Attempt) => attempt.symmetric && !attempt.peerSymmetric;
+
   /** Whether both sides know where to send; if so, now. */
   function aim(c: Conversation): void {
     const attempt = c.attempt!;
     const isReady = attempt.plan !== null || (!attempt.symmetric && attempt.peerSymmetric);
-    const knowsWhere = attempt.theirs !== null || (attempt.symmetric && !attempt.peerSymmetric);
+    const knowsWhere = attempt.theirs !== null || isOpener(attempt);
     if (isReady && knowsWhere && attempt.volleyAt === Infinity && attempt.volley === 0) attempt.volleyAt = now;
   }
 
@@ -1689,7 +1691,7 @@ export function createClient(options: ClientOptions): Client {
     const attempt = c.attempt!, target = publicOf(c);
     if (!target || isSettled(c)) return;
     const host = hostOf(target), ports = attempt.theirs?.ports ?? [];
-    const both = attempt.symmetric && attempt.peerSymmetric, opens = attempt.symmetric && !both;
+    const both = attempt.symmetric && attempt.peerSymmetric, opens = isOpener(attempt);
     if (attempt.theirs?.spray && !attempt.symmetric) {
       if (attempt.spray || now - sprayedAt < SPRAY_INTERVAL_MS) return; // one at a time, on this host
       sprayedAt = now;
@@ -1745,15 +1747,11 @@ export function createClient(options: ClientOptions): Client {
     }
     while (now >= attempt.volleyAt) {
       volley(c);
-      const opens = attempt.symmetric && !attempt.peerSymmetric;
-      const times = !opens ? VOLLEYS_MS : attempt.random ? SPRAY_VOLLEYS_MS : OPENER_VOLLEYS_MS;
-      const wait = (times[attempt.volley + 1] ?? Infinity) - times[attempt.volley]!;
+      const times = !isOpener(attempt) ? VOLLEYS_MS : attempt.random ? SPRAY_VOLLEYS_MS : OPENER_VOLLEYS_MS;
+      attempt.volleyAt += (times[attempt.volley + 1] ?? Infinity) - times[attempt.volley]!;
       attempt.volley++;
-      attempt.volleyAt += wait;
     }
-    while (attempt.spray && now >= attempt.spray.at && attempt.spray.next < SPRAY_PORTS && !isSettled(c)) {
-      spray(c);
-    }
+    while (now >= burstAt(c)) spray(c);
     if (now < attempt.endAt) return;
     const again = !c.best && attempt.number < RENEWAL && !isRandom(nat) && !isRandom(c.peer!.nat);
     if (again) startAttempt(c, attempt.number + 1);
@@ -1764,15 +1762,12 @@ export function createClient(options: ClientOptions): Client {
   /** Nothing is left for an attempt to do. */
   const isSettled = (c: Conversation) => c.best?.state === "good" && !isRenewing(c);
 
+  /** When the next burst of a spray leaves. */
+  const burstAt = (c: Conversation, spray = c.attempt?.spray) =>
+    spray && spray.next < SPRAY_PORTS && !isSettled(c) ? spray.at : Infinity;
+
   const attemptWakeAt = (c: Conversation, { attempt } = c) =>
-    attempt
-      ? Math.min(
-        attempt.endAt,
-        attempt.volleyAt,
-        attempt.tellAt,
-        attempt.spray && attempt.spray.next < SPRAY_PORTS && !isSettled(c) ? attempt.spray.at : Infinity,
-      )
-      : Infinity;
+    attempt ? Math.min(attempt.endAt, attempt.volleyAt, attempt.tellAt, burstAt(c)) : Infinity;
 
   /** Closes the sockets that nothing came through. */
   function endAttempt(c: Conversation): void {
@@ -2139,27 +2134,26 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function conversationWakeAt(c: Conversation): number {
-    let at = Math.min(
-      session ? c.opening?.dueAt ?? Infinity : Infinity,
+    const at = Math.min(
       c.punching ? c.punching.from + PUNCH_AT_MS[c.punching.step]! : Infinity,
-      session ? c.askAt : Infinity,
       c.retryAt,
       c.renewAt,
       c.ping?.nextAt ?? Infinity,
       attemptWakeAt(c),
-      c.best ? c.best.probeAt : Infinity,
+      c.best?.probeAt ?? Infinity,
       c.best?.state === "good" ? c.best.waitingSince + patience(c.best) : Infinity,
+      giveUpAt(c),
     );
-    if (c.parts.length > 0) at = Math.min(at, giveUpAt(c));
     if (!session) return at;
-    if (sealing(c)) { for (const { tries, dueAt } of c.parts) if (tries > 0) at = Math.min(at, dueAt); }
-    return at;
+    const sent = sealing(c) ? c.parts.filter(({ tries }) => tries > 0) : [];
+    return Math.min(at, c.askAt, c.opening?.dueAt ?? Infinity, ...sent.map(({ dueAt }) => dueAt));
   }
 
-  const giveUpAt = (c: Conversation) => Math.max(c.parts[0]!.message.startedAt, c.progressAt) + GIVE_UP_MS;
+  const giveUpAt = ({ parts: [first], progressAt }: Conversation) =>
+    first ? Math.max(first.message.startedAt, progressAt) + GIVE_UP_MS : Infinity;
 
   function wakeConversation(c: Conversation): void {
-    while (c.parts.length > 0 && now >= giveUpAt(c)) {
+    while (now >= giveUpAt(c)) {
       fail(c, c.parts[0]!.message, c.untrusted ? "untrusted" : c.lastError ?? "timeout");
     }
     if (c.opening && session && now >= c.opening.dueAt) {
