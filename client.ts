@@ -451,8 +451,7 @@ interface Conversation {
   retries: number;
   retryAt: number;
   attempt: Attempt | null;
-  /** By socket and endpoint. */
-  paths: Map<string, Path>;
+  paths: Path[];
   /** The one in use; null: the relay. */
   best: Path | null;
   /** How long the last two paths lived, and when to move to another before this one dies too. */
@@ -944,7 +943,7 @@ export function createClient(options: ClientOptions): Client {
       attempt: null,
       retries: 0,
       retryAt: Infinity,
-      paths: new Map(),
+      paths: [],
       best: null,
       lifetimes: [],
       renewAt: Infinity,
@@ -1287,18 +1286,17 @@ export function createClient(options: ClientOptions): Client {
     }
   }
 
+  const pathOver = (c: Conversation, origin: Origin) =>
+    c.paths.find(({ socket, endpoint }) => socket === origin?.socket && endpoint === origin.from) ?? null;
+
   /** The path to an endpoint; null if the peer has no business there. */
   function pathTo(c: Conversation, origin: Origin & object): Path | null {
-    const id = `${origin.socket} ${origin.from}`;
-    const found = c.paths.get(id);
+    const found = pathOver(c, origin);
     if (found) return found;
     const host = hostOf(origin.from);
     // Only where the server has seen the peer: nobody can have us send to a third party.
     if (!c.peer?.candidates.some((candidate) => hostOf(candidate) === host)) return null;
-    if (c.paths.size >= MAX_PATHS) {
-      const [spare] = [...c.paths].find(([, path]) => path.state === "trying") ?? [];
-      if (spare !== undefined) c.paths.delete(spare);
-    }
+    if (c.paths.length >= MAX_PATHS) c.paths.splice(c.paths.findIndex(({ state }) => state === "trying"), 1);
     const path: Path = {
       endpoint: origin.from,
       socket: origin.socket,
@@ -1311,7 +1309,7 @@ export function createClient(options: ClientOptions): Client {
       probeAt: Infinity,
       fastProbes: 0,
     };
-    c.paths.set(id, path);
+    c.paths.push(path);
     return path;
   }
 
@@ -1423,7 +1421,7 @@ export function createClient(options: ClientOptions): Client {
       if (++path.fastProbes === FAST_PROBES_BEFORE_CALL) askForIntroduction(c);
       path.probeAt = now + (path.fastProbes < FAST_PROBES ? FAST_PROBE_MS : patience(path));
     } else {
-      c.paths.delete(`${path.socket} ${path.endpoint}`);
+      c.paths = c.paths.filter(({ socket, endpoint }) => socket !== path.socket || endpoint !== path.endpoint);
       if (path.socket !== 0) closeSocket(path.socket);
       use(c, null);
       callAgain(c);
@@ -1771,12 +1769,9 @@ export function createClient(options: ClientOptions): Client {
 
   /** Closes the sockets that nothing came through. */
   function endAttempt(c: Conversation): void {
-    for (const { socket } of c.attempt!.sockets) if (socket !== c.best?.socket) closeSocket(socket);
-    for (const [id, path] of c.paths) {
-      if (path.socket === 0 || path.socket === c.best?.socket) continue;
-      if (!c.attempt!.sockets.some(({ socket }) => socket === path.socket)) closeSocket(path.socket);
-      c.paths.delete(id);
-    }
+    const isKept = ({ socket }: { socket: number }) => socket === 0 || socket === c.best?.socket;
+    for (const one of [...c.attempt!.sockets, ...c.paths]) if (!isKept(one)) closeSocket(one.socket);
+    c.paths = c.paths.filter(isKept);
     c.attempt = null;
   }
 
@@ -1887,7 +1882,7 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function onAck(c: Conversation, ack: Peer & { type: "P2PMESSAGEACK" }, origin: Origin): void {
-    const path = origin && c.paths.get(`${origin.socket} ${origin.from}`);
+    const path = pathOver(c, origin);
     if (path && path.state !== "trying") answered(c, path);
     const news = c.parts.filter(isInFlight)
       .filter(({ seq }) => seq < ack.next || stateOf(ack.states, seq - ack.from) !== null);
@@ -1900,7 +1895,7 @@ export function createClient(options: ClientOptions): Client {
     const newest = Math.max(...news.map(({ sentAt }) => sentAt)) - margin;
     for (const part of news) {
       const { seq, tries, sentAt, over } = part;
-      if (tries === 1 && over === (path ?? null)) sample(over?.rtt ?? c.relayRtt, now - sentAt); // Karn's algorithm
+      if (tries === 1 && over === path) sample(over?.rtt ?? c.relayRtt, now - sentAt); // Karn's algorithm
       part.came = stateOf(ack.states, seq - ack.from) ?? over?.kind ?? "relay";
       part.dueAt = Infinity;
     }
@@ -1977,7 +1972,7 @@ export function createClient(options: ClientOptions): Client {
   function acknowledge(c: Conversation, origin: Origin, secure = sealing(c)): void {
     const { next, came } = c.incoming!;
     const from = Math.max(0, next - WINDOW_MAX);
-    const path = origin && c.paths.get(`${origin.socket} ${origin.from}`);
+    const path = pathOver(c, origin);
     const frame: Peer = { type: "P2PMESSAGEACK", next, from, states: packStates(came, from) };
     c.ackDue = !transmit(c, frame, path?.state === "good" ? [path] : routes(c), { secure });
     if (c.ackDue) open(c);
@@ -2110,7 +2105,7 @@ export function createClient(options: ClientOptions): Client {
       case "PUNCHED": { // the word of the six-step flow: the peer's hole is open now, so this one will pass
         const c = conversations.get(message.peer);
         if (!c?.punching || c.best) return;
-        for (const path of c.paths.values()) if (path.state === "trying") probe(c, path);
+        for (const path of c.paths) if (path.state === "trying") probe(c, path);
         return;
       }
       case "ERROR":
