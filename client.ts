@@ -465,10 +465,15 @@ interface Conversation {
   ping: { since: number; left: number; lost: number; nextAt: number; waiting: number | null } | null;
 }
 
-/** A STUN question of ours. */
-interface Query {
+/** What we ask a STUN server: how it sees one of our sockets, maybe answered from its other address or port. */
+interface Question {
   socket: number;
   to: Endpoint;
+  changeIp?: boolean;
+  changePort?: boolean;
+}
+
+interface Query extends Question {
   data: Uint8Array;
   tries: number;
   dueAt: number;
@@ -536,6 +541,8 @@ const NO_BYTES = new Uint8Array(0);
 const utf8 = new TextEncoder();
 const fromUtf8 = new TextDecoder("utf-8", { ignoreBOM: true });
 const KINDS: (PathKind | null)[] = [null, "relay", "direct", "lan"];
+
+const tenths = (ms: number) => Math.round(ms * 10) / 10;
 
 const newEstimator = (): Estimator => ({ srtt: null, rttvar: 0 });
 
@@ -839,26 +846,24 @@ export function createClient(options: ClientOptions): Client {
     if (isLatest) sample(serverRtt, now - session!.asked!.at);
     session!.asked = null;
     session!.keepaliveAt = now +
-      spread(onRelay() ? RELAY_KEEPALIVE_MS : isTalking() ? WARM_KEEPALIVE_MS : KEEPALIVE_MS);
+      spread(onRelay() ? RELAY_KEEPALIVE_MS : warm().length > 0 ? WARM_KEEPALIVE_MS : KEEPALIVE_MS);
     if (login) { // it was there all the time
       login = null;
       emit({ event: "reconnected", name, reason: "" });
     }
     if (isNews && isLatest) {
       isNews = false;
-      for (const c of conversations.values()) if (!c.best && isWarm(c)) askForIntroduction(c);
+      for (const c of warm()) if (!c.best) askForIntroduction(c);
     }
     if (message.public !== session!.public) {
       session!.public = message.public;
       discover();
-      for (const conversation of conversations.values()) {
-        if (isWarm(conversation)) callAgain(conversation);
-      }
+      for (const conversation of warm()) callAgain(conversation);
     }
   }
 
-  const isTalking = () => [...conversations.values()].some(isWarm);
-  const onRelay = () => [...conversations.values()].some((c) => !c.best && isWarm(c));
+  const warm = () => [...conversations.values()].filter(isWarm);
+  const onRelay = () => warm().some(({ best }) => !best);
 
   function wakeLink(): void {
     if (login && now >= loginWakeAt()) {
@@ -1446,14 +1451,10 @@ export function createClient(options: ClientOptions): Client {
   }
 
   /** Asks a STUN server how it sees one of our sockets; null after some tries: nothing came back. */
-  function ask(
-    question: { socket: number; to: Endpoint; changeIp?: boolean; changePort?: boolean },
-    done: (answer: Stun | null) => void,
-  ): void {
-    const { socket, to, changeIp = false, changePort = false } = question;
+  function ask(question: Question, done: (answer: Stun | null) => void): void {
     const transaction = STUN_COOKIE + hex(random(12));
-    const data = encodeStunRequest({ transaction, changeIp, changePort });
-    queries.set(transaction, { socket, to, data, tries: 0, dueAt: now, done });
+    const data = encodeStunRequest({ ...question, transaction });
+    queries.set(transaction, { ...question, data, tries: 0, dueAt: now, done });
     wakeQueries();
   }
 
@@ -1505,15 +1506,14 @@ export function createClient(options: ClientOptions): Client {
       for (const { socket } of facts.samples) closeSocket(socket);
       discovery = null;
       if (mine.again) discover();
-      if (discovery) return;
-      for (const tell of waitingForNat.splice(0)) tell();
+      if (!discovery) { for (const tell of waitingForNat.splice(0)) tell(); }
     };
-    const askFor = (question: Parameters<typeof ask>[0], note: (answer: Stun | null) => void, isNeeded = false) =>
+    const askFor = (question: Question, note: (answer: Stun | null) => void, isNeeded = false) =>
       ask(question, (answer) => {
         note(answer);
         settle(isNeeded);
       });
-    const find = (question: Parameters<typeof ask>[0], note: (answer: Stun | null) => void) => {
+    const find = (question: Question, note: (answer: Stun | null) => void) => {
       awaited++;
       askFor(question, note);
     };
@@ -2276,8 +2276,6 @@ export function createClient(options: ClientOptions): Client {
   };
 }
 
-const tenths = (ms: number) => Math.round(ms * 10) / 10;
-
 // ---------------------------------------------------------------------------------------------------- command line
 
 const HELP = `Commands, one a line:
@@ -2429,9 +2427,10 @@ function inWords(event: ClientEvent): { text: string; answer: boolean } {
 }
 
 /** What one's NAT means for reaching others. */
-function natInWords({ mapping, filtering, allocation, hairpin, ...nat }: NatEvent): string {
+function natInWords(nat: NatEvent): string {
+  const { mapping, filtering, allocation, hairpin } = nat;
   if (!nat.udp) return "UDP does not reach the server: it is blocked here, or the server is not running";
-  const kind = mapping === "APDM" || mapping === "ADM"
+  const kind = isSymmetric(nat)
     ? `symmetric (${mapping}): each destination sees another port, ${ALLOCATION_WORDS[allocation]}`
     : mapping === "EIM"
     ? "every destination sees the same port (EIM)"
@@ -2442,7 +2441,7 @@ function natInWords({ mapping, filtering, allocation, hairpin, ...nat }: NatEven
     EIF: "Anybody can write to you (EIF)",
     unknown: "A port you have not written to can write to you (EIF or ADF)",
   }[filtering];
-  const outlook = mapping !== "APDM" && mapping !== "ADM"
+  const outlook = !isSymmetric(nat)
     ? "direct to everybody but those behind blocked UDP; to random symmetric NATs within seconds"
     : allocation === "random" || allocation === "block"
     ? "direct to everybody whose NAT is not symmetric, within seconds; over the server to the others"
@@ -2476,8 +2475,7 @@ const FAILURES: Record<Reason, string> = {
 /** A line as a command; a text says what is wrong with it, null that there is nothing to do. */
 export function parseCommand(line: string): Command | { command: "sleep"; seconds: number } | "help" | Error | null {
   const [, verb = "", rest = ""] = /^\s*(\S*)\s?(.*)$/s.exec(line)!;
-  const words = rest.trim().split(/\s+/).filter((word) => word !== "");
-  const [peer] = words;
+  const [peer, times = 3] = rest.match(/\S+/g) ?? [];
   switch (verb) {
     case "":
       return null;
@@ -2490,7 +2488,7 @@ export function parseCommand(line: string): Command | { command: "sleep"; second
     case "path":
       return { command: "path", peer: peer ?? null };
     case "ping": {
-      const count = Number(words[1] ?? 3);
+      const count = Number(times);
       if (peer && Number.isInteger(count) && count > 0 && count <= 1000) return { command: "ping", peer, count };
       return new UsageError("Usage: ping NAME [COUNT], COUNT of 1 to 1000");
     }
@@ -2499,11 +2497,10 @@ export function parseCommand(line: string): Command | { command: "sleep"; second
     case "sleep":
       return Number(peer) >= 0 ? { command: "sleep", seconds: Number(peer) } : new UsageError("Usage: sleep SECONDS");
     case "nat":
-      return { command: "nat" };
     case "exit":
-      return { command: "exit" };
+      return { command: verb };
     case "help":
-      return "help";
+      return verb;
     default:
       return new UsageError(`Unknown command "${verb}": try help`);
   }
