@@ -1884,8 +1884,8 @@ export function createClient(options: ClientOptions): Client {
   function onAck(c: Conversation, ack: Peer & { type: "P2PMESSAGEACK" }, origin: Origin): void {
     const path = pathOver(c, origin);
     if (path && path.state !== "trying") answered(c, path);
-    const news = c.parts.filter(isInFlight)
-      .filter(({ seq }) => seq < ack.next || stateOf(ack.states, seq - ack.from) !== null);
+    const cameOf = ({ seq }: Part) => stateOf(ack.states, seq - ack.from);
+    const news = c.parts.filter((part) => isInFlight(part) && (part.seq < ack.next || cameOf(part) !== null));
     if (news.length > 0) {
       c.progressAt = now;
       c.lastError = null;
@@ -1894,9 +1894,9 @@ export function createClient(options: ClientOptions): Client {
     const margin = REORDERING * ((path ? path.rtt : c.relayRtt).srtt ?? RTO_FIRST_MS);
     const newest = Math.max(...news.map(({ sentAt }) => sentAt)) - margin;
     for (const part of news) {
-      const { seq, tries, sentAt, over } = part;
+      const { tries, sentAt, over } = part;
       if (tries === 1 && over === path) sample(over?.rtt ?? c.relayRtt, now - sentAt); // Karn's algorithm
-      part.came = stateOf(ack.states, seq - ack.from) ?? over?.kind ?? "relay";
+      part.came = cameOf(part) ?? over?.kind ?? "relay";
       part.dueAt = Infinity;
     }
     for (const part of c.parts.filter(isInFlight)) {
@@ -1913,8 +1913,8 @@ export function createClient(options: ClientOptions): Client {
     // it, and then all that it does not name any more.
     const [head] = c.parts;
     if (!head?.came || head.seq < ack.next) return;
-    const isThere = (part: Part) => part !== head && stateOf(ack.states, part.seq - ack.from) !== null;
-    takeBack(c.parts.filter((part) => !isThere(part)), now + timeout(c.best?.rtt ?? c.relayRtt, 1));
+    const gone = c.parts.filter((part) => part === head || cameOf(part) === null);
+    takeBack(gone, now + timeout(c.best?.rtt ?? c.relayRtt, 1));
   }
 
   function openStream(c: Conversation, stream: string): void {
