@@ -697,7 +697,7 @@ export function createClient(options: ClientOptions): Client {
   let sockets = 1, sprayedAt = -Infinity, punches: Bucket | null = null;
   /** When the server has last been restarted, as far as we can tell. */
   let forgottenAt = -Infinity;
-  /** Logged out, or refused: nothing happens any more. */
+  /** Logged out, refused, or no server found: nothing happens any more. */
   let isClosed = false;
   /** Of the event that is being handled, in ms; and what it has led to so far. */
   let now = 0, effects: Effect<ClientEvent>[] = [];
