@@ -410,7 +410,6 @@ interface Incoming {
   came: Map<number, PathKind>;
   /** The parts so far of the message that comes next. */
   message: Uint8Array[];
-  messageBytes: number;
 }
 
 /** All that is between us and one other user. */
@@ -447,13 +446,12 @@ interface Conversation {
   /** How often we have asked for an introduction, and when to ask again for one that has not come. */
   rounds: number;
   askAt: number;
-  punching: { from: number; step: number; reported: boolean } | null;
+  punching: { from: number; step: number } | null;
   /** While there is only the relay: how often we have tried anew, and when we do again. */
   retries: number;
   retryAt: number;
   attempt: Attempt | null;
-  /** By socket and endpoint. */
-  paths: Map<string, Path>;
+  paths: Path[];
   /** The one in use; null: the relay. */
   best: Path | null;
   /** How long the last two paths lived, and when to move to another before this one dies too. */
@@ -467,10 +465,15 @@ interface Conversation {
   ping: { since: number; left: number; lost: number; nextAt: number; waiting: number | null } | null;
 }
 
-/** A STUN question of ours. */
-interface Query {
+/** What we ask a STUN server: how it sees one of our sockets, maybe answered from its other address or port. */
+interface Question {
   socket: number;
   to: Endpoint;
+  changeIp?: boolean;
+  changePort?: boolean;
+}
+
+interface Query extends Question {
   data: Uint8Array;
   tries: number;
   dueAt: number;
@@ -495,6 +498,7 @@ interface Facts {
 interface Attempt {
   number: number;
   startedAt: number;
+  endAt: number;
   /** Whom it takes for symmetric, and whether our ports cannot be foretold. */
   symmetric: boolean;
   peerSymmetric: boolean;
@@ -505,13 +509,12 @@ interface Attempt {
   sockets: { socket: number; port: number }[];
   plan: (Peer & { type: "P2PPLAN" }) | null;
   theirs: (Peer & { type: "P2PPLAN" }) | null;
-  /** When our plan is told (again), the next volley leaves, and the attempt has failed. */
+  /** When our plan is told (again), and the next volley leaves. */
   tellAt: number;
   volley: number;
   volleyAt: number;
   /** The next of a sequence of ports without repeats; the first ones are those of the peer's block. */
   spray: { next: number; at: number; first: number; stride: number; block: number[] } | null;
-  endAt: number;
 }
 
 /** Where a datagram came from; null: over the relay. */
@@ -538,6 +541,8 @@ const NO_BYTES = new Uint8Array(0);
 const utf8 = new TextEncoder();
 const fromUtf8 = new TextDecoder("utf-8", { ignoreBOM: true });
 const KINDS: (PathKind | null)[] = [null, "relay", "direct", "lan"];
+
+const tenths = (ms: number) => Math.round(ms * 10) / 10;
 
 const newEstimator = (): Estimator => ({ srtt: null, rttvar: 0 });
 
@@ -692,7 +697,8 @@ export function createClient(options: ClientOptions): Client {
   let sockets = 1, sprayedAt = -Infinity, punches: Bucket | null = null;
   /** When the server has last been restarted, as far as we can tell. */
   let forgottenAt = -Infinity;
-  let state: "new" | "in" | "out" | "closed" = "new"; // `out`: was in, is coming back
+  /** Logged out, refused, or no server found: nothing happens any more. */
+  let isClosed = false;
   /** Of the event that is being handled, in ms; and what it has led to so far. */
   let now = 0, effects: Effect<ClientEvent>[] = [];
 
@@ -793,10 +799,8 @@ export function createClient(options: ClientOptions): Client {
     };
     login = null;
     for (const user of message.users) learn(user);
-    if (state === "new") {
-      emit({ event: "login", name, server, public: message.public, local: local(), users: message.total });
-    } else if (state === "out") emit({ event: "reconnected", name, reason: "" });
-    state = "in";
+    if (before) emit({ event: "reconnected", name, reason: "" });
+    else emit({ event: "login", name, server, public: message.public, local: local(), users: message.total });
     discover();
     const other = servers.find((endpoint) => isIPv6(endpoint) !== isIPv6(server));
     if (other) keepalive(NO_ID, other);
@@ -817,15 +821,13 @@ export function createClient(options: ClientOptions): Client {
       "bad-password": "The server asks for its password: give it with --password-file",
       "full": "The server is full: try again later",
     };
-    if (state === "new") state = "closed";
-    const fatal = state === "closed" ? { fatal: true as const } : {};
+    isClosed = !session;
+    const fatal = isClosed ? { fatal: true as const } : {};
     emit({ event: "error", code: message.reason, message: texts[message.reason] ?? "The server refuses us", ...fatal });
-    if (state === "closed") login = null;
   }
 
   function reconnect(reason: string, delay = 0): void {
-    if (state === "in") emit({ event: "reconnecting", name, reason });
-    if (state !== "closed") state = "out";
+    if (!login) emit({ event: "reconnecting", name, reason });
     beginLogin(delay);
   }
 
@@ -844,38 +846,34 @@ export function createClient(options: ClientOptions): Client {
     if (isLatest) sample(serverRtt, now - session!.asked!.at);
     session!.asked = null;
     session!.keepaliveAt = now +
-      spread(onRelay() ? RELAY_KEEPALIVE_MS : isTalking() ? WARM_KEEPALIVE_MS : KEEPALIVE_MS);
+      spread(onRelay() ? RELAY_KEEPALIVE_MS : warm().length > 0 ? WARM_KEEPALIVE_MS : KEEPALIVE_MS);
     if (login) { // it was there all the time
       login = null;
-      state = "in";
       emit({ event: "reconnected", name, reason: "" });
     }
     if (isNews && isLatest) {
       isNews = false;
-      for (const c of conversations.values()) if (!c.best && isWarm(c)) askForIntroduction(c);
+      for (const c of warm()) if (!c.best) askForIntroduction(c);
     }
     if (message.public !== session!.public) {
       session!.public = message.public;
       discover();
-      for (const conversation of conversations.values()) {
-        if (isWarm(conversation)) callAgain(conversation);
-      }
+      for (const conversation of warm()) callAgain(conversation);
     }
   }
 
-  const isTalking = () => [...conversations.values()].some(isWarm);
-  const onRelay = () => [...conversations.values()].some((c) => !c.best && isWarm(c));
+  const warm = () => [...conversations.values()].filter(isWarm);
+  const onRelay = () => warm().some(({ best }) => !best);
 
   function wakeLink(): void {
     if (login && now >= loginWakeAt()) {
-      if (state === "new" && !options.patient && now - login.since >= FIRST_LOGIN_MS) {
+      if (!session && !options.patient && now - login.since >= FIRST_LOGIN_MS) {
         const message = `No answer from the server at ${servers.join(" or ")}: is it running, and is UDP let through?`;
         emit({ event: "error", code: "unreachable", message, fatal: true });
-        state = "closed";
-        login = null;
+        isClosed = true;
         return;
       }
-      if (state === "new" && options.patient && login.tries === 5) {
+      if (!session && options.patient && login.tries === 5) {
         emit({ event: "error", code: "unreachable", message: `No answer yet from ${servers.join(" or ")}, trying on` });
       }
       login.challenges = 0;
@@ -895,7 +893,7 @@ export function createClient(options: ClientOptions): Client {
 
   const linkWakeAt = () => login ? loginWakeAt() : session ? session.keepaliveAt : Infinity;
   const loginWakeAt = () =>
-    state === "new" && !options.patient ? Math.min(login!.nextAt, login!.since + FIRST_LOGIN_MS) : login!.nextAt;
+    !session && !options.patient ? Math.min(login!.nextAt, login!.since + FIRST_LOGIN_MS) : login!.nextAt;
 
   function learn(user: User): void {
     known.delete(user.name);
@@ -950,7 +948,7 @@ export function createClient(options: ClientOptions): Client {
       attempt: null,
       retries: 0,
       retryAt: Infinity,
-      paths: new Map(),
+      paths: [],
       best: null,
       lifetimes: [],
       renewAt: Infinity,
@@ -962,6 +960,12 @@ export function createClient(options: ClientOptions): Client {
     conversation.untrusted = !isTrusted(conversation);
     conversations.set(peerName, conversation);
     return conversation;
+  }
+
+  /** As the user has typed the name; null if it is none. */
+  function conversationTo(typed: string): Conversation | null {
+    const peerName = userName(typed);
+    return peerName === null ? null : conversationWith(peerName);
   }
 
   const isWarm = (c: Conversation) => now - c.talkedAt < WARM_MS;
@@ -1005,7 +1009,7 @@ export function createClient(options: ClientOptions): Client {
     if (!c.opening?.handshake) return;
     byIndex.delete(c.opening.handshake.index);
     c.opening = { tries: 0, dueAt: 0, handshake: null };
-    for (const part of c.parts) if (part.dueAt === Infinity && !part.came) part.dueAt = 0;
+    for (const part of c.parts.filter(isInHandshake)) part.dueAt = 0;
   }
 
   /** Opens a session with the peer, for what waits to be sent. */
@@ -1084,17 +1088,9 @@ export function createClient(options: ClientOptions): Client {
    * A session that the peer began replaces a working one only when the peer has used it: its first message may have
    * been long on the way, and the peer have forgotten it.
    */
-  function newSecure(
-    c: Conversation,
-    made: Pick<Secure, "index" | "theirs" | "keys" | "stream" | "second">,
-  ): Secure {
-    const secure: Secure = {
-      ...made,
-      window: replayWindow(),
-      sent: 0,
-      peerNonce: c.peer!.nonce,
-      peerKey: hex(c.peer!.key),
-    };
+  function newSecure(c: Conversation, made: Pick<Secure, "index" | "theirs" | "keys" | "stream" | "second">): Secure {
+    const { nonce: peerNonce, key } = c.peer!;
+    const secure: Secure = { ...made, window: replayWindow(), sent: 0, peerNonce, peerKey: hex(key) };
     const works = sealing(c) && !c.secure!.second;
     c.sessions.unshift(secure);
     for (const { index } of c.sessions.splice(MAX_SESSIONS)) byIndex.delete(index);
@@ -1115,7 +1111,7 @@ export function createClient(options: ClientOptions): Client {
       c.opening = null;
       newSecure(c, { index: handshake.index, theirs: message.from, keys: finished.keys, stream, second: null });
       openStream(c, stream);
-      for (const part of c.parts) if (part.dueAt === Infinity && !part.came) part.dueAt = now + timeout(c.relayRtt, 1);
+      for (const part of c.parts.filter(isInHandshake)) part.dueAt = now + timeout(c.relayRtt, 1);
     }
     onSealed(message.sealed, origin);
     if (entry) settle(entry.conversation);
@@ -1140,15 +1136,8 @@ export function createClient(options: ClientOptions): Client {
   function sealed(c: Conversation, frame: Peer, secure = sealing(c)): Uint8Array | null {
     if (!secure) return null;
     const data = sealPeer(frame, { index: secure.theirs, counter: secure.sent++, key: secure.keys.send });
-    return secure.second
-      ? encodeHandshake({
-        type: "P2PSECOND",
-        to: secure.theirs,
-        from: secure.index,
-        noise: secure.second,
-        sealed: data,
-      })
-      : data;
+    const { theirs: to, index: from, second: noise } = secure;
+    return noise ? encodeHandshake({ type: "P2PSECOND", to, from, noise, sealed: data }) : data;
   }
 
   function onSealed(data: Uint8Array, origin: Origin): void {
@@ -1165,10 +1154,7 @@ export function createClient(options: ClientOptions): Client {
     settle(conversation);
   }
 
-  function onFrame(
-    c: Conversation,
-    { frame, origin, stream }: { frame: Peer; origin: Origin; stream: string },
-  ): void {
+  function onFrame(c: Conversation, { frame, origin, stream }: { frame: Peer; origin: Origin; stream: string }): void {
     if (frame.type === "P2PMESSAGE") onPart(c, frame, { origin, stream });
     else if (frame.type === "P2PMESSAGEACK") onAck(c, frame, origin);
     else if (frame.type === "P2PTRASH") onPunch(c, frame.probe, origin);
@@ -1222,11 +1208,15 @@ export function createClient(options: ClientOptions): Client {
   const routes = (c: Conversation): (Path | null)[] =>
     !c.best ? [null] : c.best.state === "suspect" ? [c.best, null] : [c.best];
 
+  /** Looks for a path as if for the first time. */
+  function beginAnew(c: Conversation): void {
+    c.calledAt = now;
+    c.rounds = c.retries = 0;
+  }
+
   /** Something has changed: ask for a new introduction, and be quick with retries again. */
   function callAgain(c: Conversation): void {
-    c.rounds = 0;
-    c.retries = 0;
-    c.calledAt = now;
+    beginAnew(c);
     askForIntroduction(c);
   }
 
@@ -1269,7 +1259,7 @@ export function createClient(options: ClientOptions): Client {
 
   function startPunching(c: Conversation): void {
     if (!direct || isMirror(c)) return;
-    c.punching = { from: now + c.peer!.punchAfterMs, step: 0, reported: false };
+    c.punching = { from: now + c.peer!.punchAfterMs, step: 0 };
     c.retryAt = Infinity;
     wakePunching(c);
     const isPermissive = ["EIF", "ADF"].includes(isSymmetric(nat) ? c.peer!.nat.filtering : nat.filtering);
@@ -1294,26 +1284,24 @@ export function createClient(options: ClientOptions): Client {
         if (path) probe(c, path);
       }
       if (now >= c.punching.from + FRESH_SOCKETS_AFTER_MS && !c.attempt && !best) startAttempt(c, 1);
-      if (!c.punching.reported && session) tell({ type: "PUNCHED", peer: c.name });
-      c.punching.reported = true;
+      if (c.punching.step === 0 && session) tell({ type: "PUNCHED", peer: c.name });
       if (++c.punching.step < PUNCH_AT_MS.length && wanted.length > 0) continue;
       c.punching = null;
       if (!c.best) retryLater(c);
     }
   }
 
+  const pathOver = (c: Conversation, origin: Origin) =>
+    c.paths.find(({ socket, endpoint }) => socket === origin?.socket && endpoint === origin.from) ?? null;
+
   /** The path to an endpoint; null if the peer has no business there. */
   function pathTo(c: Conversation, origin: Origin & object): Path | null {
-    const id = `${origin.socket} ${origin.from}`;
-    const found = c.paths.get(id);
+    const found = pathOver(c, origin);
     if (found) return found;
     const host = hostOf(origin.from);
     // Only where the server has seen the peer: nobody can have us send to a third party.
     if (!c.peer?.candidates.some((candidate) => hostOf(candidate) === host)) return null;
-    if (c.paths.size >= MAX_PATHS) {
-      const [spare] = [...c.paths].find(([, path]) => path.state === "trying") ?? [];
-      if (spare !== undefined) c.paths.delete(spare);
-    }
+    if (c.paths.length >= MAX_PATHS) c.paths.splice(c.paths.findIndex(({ state }) => state === "trying"), 1);
     const path: Path = {
       endpoint: origin.from,
       socket: origin.socket,
@@ -1326,15 +1314,11 @@ export function createClient(options: ClientOptions): Client {
       probeAt: Infinity,
       fastProbes: 0,
     };
-    c.paths.set(id, path);
+    c.paths.push(path);
     return path;
   }
 
-  function newProbe(
-    c: Conversation,
-    path: Path | null,
-    kind: "punch" | "ping" | "swept" = "punch",
-  ): number {
+  function newProbe(c: Conversation, path: Path | null, kind: "punch" | "ping" | "swept" = "punch"): number {
     const id = randomNumber(32);
     if (c.probes.size >= MAX_PROBES) c.probes.delete(c.probes.keys().next().value!);
     c.probes.set(id, { path, at: now, kind });
@@ -1359,8 +1343,7 @@ export function createClient(options: ClientOptions): Client {
     const path = origin && direct ? pathTo(c, origin) : null;
     if (origin && !path) return;
     if (!transmit(c, { type: "P2PECHO", probe: id }, [path])) return open(c); // one of us has logged in anew
-    if (!path) return;
-    if (path.state === "trying") probe(c, path); // it passed inwards, now ours will pass outwards
+    if (path?.state === "trying") probe(c, path); // it passed inwards, now ours will pass outwards
   }
 
   function onEcho(c: Conversation, id: number, origin: Origin): void {
@@ -1379,7 +1362,6 @@ export function createClient(options: ClientOptions): Client {
   function answered(c: Conversation, path: Path): void {
     path.waitingSince = Infinity;
     path.answeredAt = now;
-    path.fastProbes = 0;
     const { best } = c;
     const better = !best || best.state !== "good" || (path.kind === "lan" && best.kind !== "lan") ||
       (path.kind === best.kind && path.rtt.srtt! < best.rtt.srtt! * QUICKER_FACTOR - QUICKER_MS) ||
@@ -1392,10 +1374,10 @@ export function createClient(options: ClientOptions): Client {
   function use(c: Conversation, path: Path | null): void {
     const age = c.best?.state === "suspect" ? now - c.best.bornAt : 0;
     if (age > RENEWED_MS) c.lifetimes = [...c.lifetimes.slice(-1), age];
-    if (c.best && c.best !== path) c.best.state = "trying";
+    if (c.best) c.best.state = "trying";
     c.best = path;
-    if (path && c.attempt?.spray) sprayedAt = -Infinity; // it is over
     if (path) {
+      if (c.attempt?.spray) sprayedAt = -Infinity; // it is over
       path.state = "good";
       c.retryAt = c.askAt = Infinity;
       c.retries = c.rounds = 0;
@@ -1430,7 +1412,7 @@ export function createClient(options: ClientOptions): Client {
     path.fastProbes = 0;
     path.probeAt = now;
     if (session && !login && !session.asked) keepalive(); // re-opens the way to the server, should the NAT have forgotten
-    for (const part of c.parts) if (part.tries > 0 && !part.came) sendPart(c, part);
+    for (const part of c.parts.filter(isInFlight)) sendPart(c, part);
   }
 
   function wakePath(c: Conversation, path: Path): void {
@@ -1444,7 +1426,7 @@ export function createClient(options: ClientOptions): Client {
       if (++path.fastProbes === FAST_PROBES_BEFORE_CALL) askForIntroduction(c);
       path.probeAt = now + (path.fastProbes < FAST_PROBES ? FAST_PROBE_MS : patience(path));
     } else {
-      c.paths.delete(`${path.socket} ${path.endpoint}`);
+      c.paths = c.paths.filter(({ socket, endpoint }) => socket !== path.socket || endpoint !== path.endpoint);
       if (path.socket !== 0) closeSocket(path.socket);
       use(c, null);
       callAgain(c);
@@ -1469,14 +1451,10 @@ export function createClient(options: ClientOptions): Client {
   }
 
   /** Asks a STUN server how it sees one of our sockets; null after some tries: nothing came back. */
-  function ask(
-    question: { socket: number; to: Endpoint; changeIp?: boolean; changePort?: boolean },
-    done: (answer: Stun | null) => void,
-  ): void {
-    const { socket, to, changeIp = false, changePort = false } = question;
+  function ask(question: Question, done: (answer: Stun | null) => void): void {
     const transaction = STUN_COOKIE + hex(random(12));
-    const data = encodeStunRequest({ transaction, changeIp, changePort });
-    queries.set(transaction, { socket, to, data, tries: 0, dueAt: now, done });
+    const data = encodeStunRequest({ ...question, transaction });
+    queries.set(transaction, { ...question, data, tries: 0, dueAt: now, done });
     wakeQueries();
   }
 
@@ -1528,15 +1506,14 @@ export function createClient(options: ClientOptions): Client {
       for (const { socket } of facts.samples) closeSocket(socket);
       discovery = null;
       if (mine.again) discover();
-      if (discovery) return;
-      for (const tell of waitingForNat.splice(0)) tell();
+      if (!discovery) { for (const tell of waitingForNat.splice(0)) tell(); }
     };
-    const askFor = (question: Parameters<typeof ask>[0], note: (answer: Stun | null) => void, isNeeded = false) =>
+    const askFor = (question: Question, note: (answer: Stun | null) => void, isNeeded = false) =>
       ask(question, (answer) => {
         note(answer);
         settle(isNeeded);
       });
-    const find = (question: Parameters<typeof ask>[0], note: (answer: Stun | null) => void) => {
+    const find = (question: Question, note: (answer: Stun | null) => void) => {
       awaited++;
       askFor(question, note);
     };
@@ -1586,13 +1563,7 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function reportNat(): void {
-    emit({
-      event: "nat",
-      ...nat,
-      public: session?.public ?? "",
-      hairpin,
-      udp: session !== null,
-    });
+    emit({ event: "nat", ...nat, public: session?.public ?? "", hairpin, udp: session !== null });
   }
 
   // -- harder NATs: attempts with more sockets, predicted ports and sprays
@@ -1626,9 +1597,14 @@ export function createClient(options: ClientOptions): Client {
     if (isHopeless || (number > MAX_ATTEMPT && number !== RENEWAL) || isMirror(c)) return;
     const count = random ? SPRAY_SOCKETS : symmetric ? (peerSymmetric ? GUESSES : FEW) : peerSymmetric ? 0 : 1;
     if (openSockets.size + count > MAX_SOCKETS) return;
-    const attempt: Attempt = {
+    const attempt: Attempt = c.attempt = {
       number,
       startedAt: now,
+      endAt: now + (random || peerRandom ? SPRAY_ATTEMPT_MS : ATTEMPT_MS),
+      symmetric,
+      peerSymmetric,
+      random,
+      careful: random && c.retries === 0,
       sockets: [],
       plan: null,
       theirs,
@@ -1636,13 +1612,7 @@ export function createClient(options: ClientOptions): Client {
       volley: 0,
       volleyAt: Infinity,
       spray: null,
-      symmetric,
-      peerSymmetric,
-      random,
-      careful: random && c.retries === 0,
-      endAt: now + (random || peerRandom ? SPRAY_ATTEMPT_MS : ATTEMPT_MS),
     };
-    c.attempt = attempt;
     aim(c);
     if (count === 0) plan(c, attempt);
     let left = count;
@@ -1701,11 +1671,14 @@ export function createClient(options: ClientOptions): Client {
     wakeAttempt(c);
   }
 
+  /** We alone are symmetric: our packets open our NAT to one port of the peer, which finds out where. */
+  const isOpener = (attempt: Attempt) => attempt.symmetric && !attempt.peerSymmetric;
+
   /** Whether both sides know where to send; if so, now. */
   function aim(c: Conversation): void {
     const attempt = c.attempt!;
     const isReady = attempt.plan !== null || (!attempt.symmetric && attempt.peerSymmetric);
-    const knowsWhere = attempt.theirs !== null || (attempt.symmetric && !attempt.peerSymmetric);
+    const knowsWhere = attempt.theirs !== null || isOpener(attempt);
     if (isReady && knowsWhere && attempt.volleyAt === Infinity && attempt.volley === 0) attempt.volleyAt = now;
   }
 
@@ -1716,7 +1689,7 @@ export function createClient(options: ClientOptions): Client {
     const attempt = c.attempt!, target = publicOf(c);
     if (!target || isSettled(c)) return;
     const host = hostOf(target), ports = attempt.theirs?.ports ?? [];
-    const both = attempt.symmetric && attempt.peerSymmetric, opens = attempt.symmetric && !both;
+    const both = attempt.symmetric && attempt.peerSymmetric, opens = isOpener(attempt);
     if (attempt.theirs?.spray && !attempt.symmetric) {
       if (attempt.spray || now - sprayedAt < SPRAY_INTERVAL_MS) return; // one at a time, on this host
       sprayedAt = now;
@@ -1772,15 +1745,11 @@ export function createClient(options: ClientOptions): Client {
     }
     while (now >= attempt.volleyAt) {
       volley(c);
-      const opens = attempt.symmetric && !attempt.peerSymmetric;
-      const times = !opens ? VOLLEYS_MS : attempt.random ? SPRAY_VOLLEYS_MS : OPENER_VOLLEYS_MS;
-      const wait = (times[attempt.volley + 1] ?? Infinity) - times[attempt.volley]!;
+      const times = !isOpener(attempt) ? VOLLEYS_MS : attempt.random ? SPRAY_VOLLEYS_MS : OPENER_VOLLEYS_MS;
+      attempt.volleyAt += (times[attempt.volley + 1] ?? Infinity) - times[attempt.volley]!;
       attempt.volley++;
-      attempt.volleyAt += wait;
     }
-    while (attempt.spray && now >= attempt.spray.at && attempt.spray.next < SPRAY_PORTS && !isSettled(c)) {
-      spray(c);
-    }
+    while (now >= burstAt(c)) spray(c);
     if (now < attempt.endAt) return;
     const again = !c.best && attempt.number < RENEWAL && !isRandom(nat) && !isRandom(c.peer!.nat);
     if (again) startAttempt(c, attempt.number + 1);
@@ -1791,81 +1760,40 @@ export function createClient(options: ClientOptions): Client {
   /** Nothing is left for an attempt to do. */
   const isSettled = (c: Conversation) => c.best?.state === "good" && !isRenewing(c);
 
+  /** When the next burst of a spray leaves. */
+  const burstAt = (c: Conversation, spray = c.attempt?.spray) =>
+    spray && spray.next < SPRAY_PORTS && !isSettled(c) ? spray.at : Infinity;
+
   const attemptWakeAt = (c: Conversation, { attempt } = c) =>
-    attempt
-      ? Math.min(
-        attempt.endAt,
-        attempt.volleyAt,
-        attempt.plan ? attempt.tellAt : Infinity,
-        attempt.spray && attempt.spray.next < SPRAY_PORTS && !isSettled(c) ? attempt.spray.at : Infinity,
-      )
-      : Infinity;
+    attempt ? Math.min(attempt.endAt, attempt.volleyAt, attempt.tellAt, burstAt(c)) : Infinity;
 
   /** Closes the sockets that nothing came through. */
   function endAttempt(c: Conversation): void {
-    for (const { socket } of c.attempt!.sockets) if (socket !== c.best?.socket) closeSocket(socket);
-    for (const [id, path] of c.paths) {
-      if (path.socket === 0 || path.socket === c.best?.socket) continue;
-      if (!c.attempt!.sockets.some(({ socket }) => socket === path.socket)) closeSocket(path.socket);
-      c.paths.delete(id);
-    }
+    const isKept = ({ socket }: { socket: number }) => socket === 0 || socket === c.best?.socket;
+    for (const one of [...c.attempt!.sockets, ...c.paths]) if (!isKept(one)) closeSocket(one.socket);
+    c.paths = c.paths.filter(isKept);
     c.attempt = null;
   }
 
   // -- messages: split, sent, acknowledged, put together again
 
   function enqueue(to: string, text: string): void {
-    const bytes = utf8.encode(text);
-    const peerName = userName(to);
-    const c = peerName === null ? null : conversationWith(peerName);
-    const reason = bytes.length === 0
-      ? "empty"
-      : bytes.length > MAX_MESSAGE_BYTES
-      ? "too-long"
-      : !c
-      ? "unknown"
-      : c.untrusted
-      ? "untrusted"
-      : null;
-    if (reason || !c) {
-      emit({
-        event: "sent",
-        to,
-        id: `${hex(random(4))}-0`,
-        ok: false,
-        ms: 0,
-        path: "relay",
-        reason: reason ?? "unknown",
-      });
-      return;
-    }
+    const bytes = utf8.encode(text), c = conversationTo(to);
+    const refuse = (reason: Reason) =>
+      emit({ event: "sent", to, id: `${hex(random(4))}-0`, ok: false, ms: 0, path: "relay", reason });
+    if (bytes.length === 0) return refuse("empty");
+    if (bytes.length > MAX_MESSAGE_BYTES) return refuse("too-long");
+    if (!c) return refuse("unknown");
+    if (c.untrusted) return refuse("untrusted");
     if (c.parts.length === 0) c.progressAt = now;
-    const isNew = !c.best && !c.punching && (c.retryAt === Infinity || !sealing(c));
-    if (isNew) {
-      c.calledAt = now;
-      c.rounds = 0;
-      c.retries = 0;
-    }
+    if (!c.best && !c.punching && (c.retryAt === Infinity || !sealing(c))) beginAnew(c);
     touch(c);
     const count = Math.ceil(bytes.length / MAX_PART_BYTES);
-    const message: Message = {
-      id: `${c.stream.slice(0, 8)}-${c.nextSeq + count - 1}`,
-      startedAt: now,
-    };
+    const message: Message = { id: `${c.stream.slice(0, 8)}-${c.nextSeq + count - 1}`, startedAt: now };
     for (let i = 0; i < count; i++) {
-      const part = bytes.slice(i * MAX_PART_BYTES, (i + 1) * MAX_PART_BYTES);
-      const left = count - 1 - i;
-      c.parts.push({
-        seq: c.nextSeq++,
-        left,
-        bytes: part,
-        message,
-        tries: 0,
-        sentAt: 0,
-        dueAt: 0,
-        over: null,
-        came: null,
-      });
+      const part = bytes.subarray(i * MAX_PART_BYTES, (i + 1) * MAX_PART_BYTES), left = count - 1 - i;
+      const unsent = { tries: 0, sentAt: 0, dueAt: 0, over: null, came: null };
+      c.parts.push({ seq: c.nextSeq++, left, bytes: part, message, ...unsent });
     }
     pump(c);
   }
@@ -1894,6 +1822,14 @@ export function createClient(options: ClientOptions): Client {
     part.dueAt = dueAt;
   }
 
+  const isInFlight = ({ tries, came }: Part) => tries > 0 && came === null;
+  const isInHandshake = ({ dueAt, came }: Part) => dueAt === Infinity && came === null;
+
+  /** The peer does not have any more what it has acknowledged: sent again. */
+  function takeBack(parts: Part[], dueAt = now): void {
+    for (const part of parts) if (part.came) Object.assign(part, { came: null, dueAt });
+  }
+
   function sendPart(c: Conversation, part: Part): void {
     const again = part.tries > 0;
     const over = again && c.best ? [c.best, null] : routes(c);
@@ -1913,7 +1849,7 @@ export function createClient(options: ClientOptions): Client {
     if (!sealing(c) || c.secure!.sent > REKEY_AFTER) open(c);
     if (!sealing(c)) return;
     const base = oldest(c)?.seq ?? 0;
-    let inFlight = c.parts.filter(({ tries, came }) => tries > 0 && came === null).length, late = false;
+    let inFlight = c.parts.filter(isInFlight).length, late = false;
     for (const part of c.parts) {
       if (part.tries === 0) {
         if (inFlight >= c.window || part.seq >= base + WINDOW_MAX) break;
@@ -1932,27 +1868,24 @@ export function createClient(options: ClientOptions): Client {
     c.parts.length > 0 || c.ping !== null || (c.ackDue && c.opening!.tries < MAX_ROUNDS);
 
   /** The peer can be reached again: no need to wait out a time-out that has grown meanwhile. */
-  function resendLate(c: Conversation): void {
-    const before = now - (c.relayRtt.srtt ?? RTO_FIRST_MS);
+  function resendLate(c: Conversation, sentBefore = now - (c.relayRtt.srtt ?? RTO_FIRST_MS)): void {
     for (const part of c.parts) {
-      if (part.sentAt < before && part.dueAt !== Infinity) part.dueAt = Math.min(part.dueAt, now);
+      if (part.sentAt < sentBefore && part.dueAt !== Infinity) part.dueAt = Math.min(part.dueAt, now);
     }
     pump(c);
   }
 
   function resendAll(c: Conversation): void {
-    for (const part of c.parts) if (part.dueAt !== Infinity) part.dueAt = Math.min(part.dueAt, now);
     if (!sealing(c) && c.opening) sendOpening(c);
     else if (!sealing(c)) open(c);
-    pump(c);
+    resendLate(c, Infinity);
   }
 
   function onAck(c: Conversation, ack: Peer & { type: "P2PMESSAGEACK" }, origin: Origin): void {
-    const path = origin && c.paths.get(`${origin.socket} ${origin.from}`);
+    const path = pathOver(c, origin);
     if (path && path.state !== "trying") answered(c, path);
-    const news = c.parts.filter(({ seq, tries, came }) =>
-      tries > 0 && came === null && (seq < ack.next || stateOf(ack.states, seq - ack.from) !== null)
-    );
+    const cameOf = ({ seq }: Part) => stateOf(ack.states, seq - ack.from);
+    const news = c.parts.filter((part) => isInFlight(part) && (part.seq < ack.next || cameOf(part) !== null));
     if (news.length > 0) {
       c.progressAt = now;
       c.lastError = null;
@@ -1961,13 +1894,13 @@ export function createClient(options: ClientOptions): Client {
     const margin = REORDERING * ((path ? path.rtt : c.relayRtt).srtt ?? RTO_FIRST_MS);
     const newest = Math.max(...news.map(({ sentAt }) => sentAt)) - margin;
     for (const part of news) {
-      const { seq, tries, sentAt, over } = part;
-      if (tries === 1 && over === (path ?? null)) sample(over?.rtt ?? c.relayRtt, now - sentAt); // Karn's algorithm
-      part.came = stateOf(ack.states, seq - ack.from) ?? over?.kind ?? "relay";
+      const { tries, sentAt, over } = part;
+      if (tries === 1 && over === path) sample(over?.rtt ?? c.relayRtt, now - sentAt); // Karn's algorithm
+      part.came = cameOf(part) ?? over?.kind ?? "relay";
       part.dueAt = Infinity;
     }
-    for (const part of c.parts) {
-      if (part.tries > 0 && part.came === null && part.sentAt < newest) part.dueAt = Math.min(part.dueAt, now);
+    for (const part of c.parts.filter(isInFlight)) {
+      if (part.sentAt < newest) part.dueAt = Math.min(part.dueAt, now);
     }
     // What has not been shown yet is kept, even if it is there: the parts of a message that is not whole, and what is
     // behind a gap. A new run of the peer needs it, and so does the peer itself, with a new base, if the gap is given up.
@@ -1980,17 +1913,13 @@ export function createClient(options: ClientOptions): Client {
     // it, and then all that it does not name any more.
     const [head] = c.parts;
     if (!head?.came || head.seq < ack.next) return;
-    for (const part of c.parts) {
-      const isThere = part !== head && stateOf(ack.states, part.seq - ack.from) !== null;
-      if (part.came && !isThere) {
-        Object.assign(part, { came: null, dueAt: now + timeout(c.best?.rtt ?? c.relayRtt, 1) });
-      }
-    }
+    const gone = c.parts.filter((part) => part === head || cameOf(part) === null);
+    takeBack(gone, now + timeout(c.best?.rtt ?? c.relayRtt, 1));
   }
 
   function openStream(c: Conversation, stream: string): void {
     if (c.incoming?.stream === stream) return;
-    c.incoming = { stream, next: 0, parts: new Map(), came: new Map(), message: [], messageBytes: 0 };
+    c.incoming = { stream, next: 0, parts: new Map(), came: new Map(), message: [] };
   }
 
   function onPart(
@@ -2014,7 +1943,6 @@ export function createClient(options: ClientOptions): Client {
 
   function skipTo(incoming: Incoming, base: number): void {
     incoming.message = [];
-    incoming.messageBytes = 0;
     incoming.next = base;
     for (const seq of incoming.parts.keys()) if (seq < base) incoming.parts.delete(seq);
     for (const seq of incoming.came.keys()) if (seq < base - WINDOW_MAX) incoming.came.delete(seq);
@@ -2025,9 +1953,10 @@ export function createClient(options: ClientOptions): Client {
       incoming.parts.delete(incoming.next);
       incoming.came.delete(incoming.next - WINDOW_MAX);
       incoming.message.push(found.part);
-      incoming.messageBytes += found.part.length;
-      if (found.left > 0 && incoming.messageBytes <= MAX_MESSAGE_BYTES) continue;
-      if (found.left === 0 && incoming.messageBytes <= MAX_MESSAGE_BYTES) {
+      // All parts but the last are full, see `onPart`.
+      const isTooLong = (incoming.message.length - 1) * MAX_PART_BYTES + found.part.length > MAX_MESSAGE_BYTES;
+      if (found.left > 0 && !isTooLong) continue;
+      if (!isTooLong) {
         emit({
           event: "message",
           from: c.name,
@@ -2037,14 +1966,13 @@ export function createClient(options: ClientOptions): Client {
         });
       }
       incoming.message = [];
-      incoming.messageBytes = 0;
     }
   }
 
   function acknowledge(c: Conversation, origin: Origin, secure = sealing(c)): void {
     const { next, came } = c.incoming!;
     const from = Math.max(0, next - WINDOW_MAX);
-    const path = origin && c.paths.get(`${origin.socket} ${origin.from}`);
+    const path = pathOver(c, origin);
     const frame: Peer = { type: "P2PMESSAGEACK", next, from, states: packStates(came, from) };
     c.ackDue = !transmit(c, frame, path?.state === "good" ? [path] : routes(c), { secure });
     if (c.ackDue) open(c);
@@ -2052,10 +1980,8 @@ export function createClient(options: ClientOptions): Client {
 
   function fail(c: Conversation, message: Message, reason: Reason): void {
     c.parts = c.parts.filter((part) => part.message !== message);
-    if (c.parts[0]?.came) {
-      Object.assign(c.parts[0], { came: null, dueAt: now });
-      c.progressAt = now;
-    }
+    if (c.parts[0]?.came) c.progressAt = now;
+    takeBack(c.parts.slice(0, 1));
     const ms = tenths(now - message.startedAt);
     emit({ event: "sent", to: c.name, id: message.id, ok: false, ms, path: c.best?.kind ?? "relay", reason });
   }
@@ -2179,7 +2105,7 @@ export function createClient(options: ClientOptions): Client {
       case "PUNCHED": { // the word of the six-step flow: the peer's hole is open now, so this one will pass
         const c = conversations.get(message.peer);
         if (!c?.punching || c.best) return;
-        for (const path of c.paths.values()) if (path.state === "trying") probe(c, path);
+        for (const path of c.paths) if (path.state === "trying") probe(c, path);
         return;
       }
       case "ERROR":
@@ -2203,27 +2129,26 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function conversationWakeAt(c: Conversation): number {
-    let at = Math.min(
-      session ? c.opening?.dueAt ?? Infinity : Infinity,
+    const at = Math.min(
       c.punching ? c.punching.from + PUNCH_AT_MS[c.punching.step]! : Infinity,
-      session ? c.askAt : Infinity,
       c.retryAt,
       c.renewAt,
       c.ping?.nextAt ?? Infinity,
       attemptWakeAt(c),
-      c.best ? c.best.probeAt : Infinity,
+      c.best?.probeAt ?? Infinity,
       c.best?.state === "good" ? c.best.waitingSince + patience(c.best) : Infinity,
+      giveUpAt(c),
     );
-    if (c.parts.length > 0) at = Math.min(at, giveUpAt(c));
     if (!session) return at;
-    if (sealing(c)) { for (const { tries, dueAt } of c.parts) if (tries > 0) at = Math.min(at, dueAt); }
-    return at;
+    const sent = sealing(c) ? c.parts.filter(({ tries }) => tries > 0) : [];
+    return Math.min(at, c.askAt, c.opening?.dueAt ?? Infinity, ...sent.map(({ dueAt }) => dueAt));
   }
 
-  const giveUpAt = (c: Conversation) => Math.max(c.parts[0]!.message.startedAt, c.progressAt) + GIVE_UP_MS;
+  const giveUpAt = ({ parts: [first], progressAt }: Conversation) =>
+    first ? Math.max(first.message.startedAt, progressAt) + GIVE_UP_MS : Infinity;
 
   function wakeConversation(c: Conversation): void {
-    while (c.parts.length > 0 && now >= giveUpAt(c)) {
+    while (now >= giveUpAt(c)) {
       fail(c, c.parts[0]!.message, c.untrusted ? "untrusted" : c.lastError ?? "timeout");
     }
     if (c.opening && session && now >= c.opening.dueAt) {
@@ -2257,8 +2182,10 @@ export function createClient(options: ClientOptions): Client {
     let at = Math.min(linkWakeAt(), session ? listings[0]?.dueAt ?? Infinity : Infinity);
     for (const { dueAt } of queries.values()) at = Math.min(at, dueAt);
     for (const conversation of conversations.values()) at = Math.min(at, conversationWakeAt(conversation));
-    return state === "closed" ? Infinity : at;
+    return isClosed ? Infinity : at;
   };
+
+  const nobody = (peer: string) => emit({ event: "error", code: "unknown", message: `There is no "${peer}" here` });
 
   function carryOut(command: Command): void {
     switch (command.command) {
@@ -2277,20 +2204,18 @@ export function createClient(options: ClientOptions): Client {
         return emit({ event: "error", code: "unknown", message });
       }
       case "ping": {
-        const peerName = userName(command.peer), c = peerName === null ? null : conversationWith(peerName);
-        if (!c) return emit({ event: "error", code: "unknown", message: `There is no "${command.peer}" here` });
+        const c = conversationTo(command.peer);
+        if (!c) return nobody(command.peer);
         c.ping = { since: now, left: command.count, lost: 0, nextAt: now, waiting: null };
         touch(c);
         return wakePing(c);
       }
       case "verify":
-        if (userName(command.peer) === null) {
-          return emit({ event: "error", code: "unknown", message: `There is no "${command.peer}" here` });
-        }
+        if (userName(command.peer) === null) return nobody(command.peer);
         return list(command.peer, (users) => {
           const c = conversations.get(command.peer);
           const key = c?.peer?.key ?? users.find(({ name }) => name === command.peer)?.key; // the one in use comes first
-          if (!key) return emit({ event: "error", code: "unknown", message: `There is no "${command.peer}" here` });
+          if (!key) return nobody(command.peer);
           verified.set(command.peer, hex(key));
           if (c) c.untrusted = false;
           emit({ event: "verify", peer: command.peer, code: safetyCode(keys.public, key) });
@@ -2299,8 +2224,8 @@ export function createClient(options: ClientOptions): Client {
         return discovery ? void waitingForNat.push(reportNat) : reportNat();
       case "exit":
         if (session) tell({ type: "LOGOUT" });
-        if (state !== "closed") emit({ event: "logout", name, reason: "exit" });
-        state = "closed";
+        emit({ event: "logout", name, reason: "exit" });
+        isClosed = true;
     }
   }
 
@@ -2308,7 +2233,7 @@ export function createClient(options: ClientOptions): Client {
   function step(at: number, work: () => void): Effect<ClientEvent>[] {
     now = at;
     effects = [];
-    if (state === "closed") return effects;
+    if (isClosed) return effects;
     if (now - wakeAt() > JUMP_MS) { for (const conversation of conversations.values()) conversation.progressAt = now; }
     work();
     return effects;
@@ -2350,8 +2275,6 @@ export function createClient(options: ClientOptions): Client {
       }),
   };
 }
-
-const tenths = (ms: number) => Math.round(ms * 10) / 10;
 
 // ---------------------------------------------------------------------------------------------------- command line
 
@@ -2504,9 +2427,10 @@ function inWords(event: ClientEvent): { text: string; answer: boolean } {
 }
 
 /** What one's NAT means for reaching others. */
-function natInWords({ mapping, filtering, allocation, hairpin, ...nat }: NatEvent): string {
+function natInWords(nat: NatEvent): string {
+  const { mapping, filtering, allocation, hairpin } = nat;
   if (!nat.udp) return "UDP does not reach the server: it is blocked here, or the server is not running";
-  const kind = mapping === "APDM" || mapping === "ADM"
+  const kind = isSymmetric(nat)
     ? `symmetric (${mapping}): each destination sees another port, ${ALLOCATION_WORDS[allocation]}`
     : mapping === "EIM"
     ? "every destination sees the same port (EIM)"
@@ -2517,7 +2441,7 @@ function natInWords({ mapping, filtering, allocation, hairpin, ...nat }: NatEven
     EIF: "Anybody can write to you (EIF)",
     unknown: "A port you have not written to can write to you (EIF or ADF)",
   }[filtering];
-  const outlook = mapping !== "APDM" && mapping !== "ADM"
+  const outlook = !isSymmetric(nat)
     ? "direct to everybody but those behind blocked UDP; to random symmetric NATs within seconds"
     : allocation === "random" || allocation === "block"
     ? "direct to everybody whose NAT is not symmetric, within seconds; over the server to the others"
@@ -2551,8 +2475,7 @@ const FAILURES: Record<Reason, string> = {
 /** A line as a command; a text says what is wrong with it, null that there is nothing to do. */
 export function parseCommand(line: string): Command | { command: "sleep"; seconds: number } | "help" | Error | null {
   const [, verb = "", rest = ""] = /^\s*(\S*)\s?(.*)$/s.exec(line)!;
-  const words = rest.trim().split(/\s+/).filter((word) => word !== "");
-  const [peer] = words;
+  const [peer, times = 3] = rest.match(/\S+/g) ?? [];
   switch (verb) {
     case "":
       return null;
@@ -2565,7 +2488,7 @@ export function parseCommand(line: string): Command | { command: "sleep"; second
     case "path":
       return { command: "path", peer: peer ?? null };
     case "ping": {
-      const count = Number(words[1] ?? 3);
+      const count = Number(times);
       if (peer && Number.isInteger(count) && count > 0 && count <= 1000) return { command: "ping", peer, count };
       return new UsageError("Usage: ping NAME [COUNT], COUNT of 1 to 1000");
     }
@@ -2574,11 +2497,10 @@ export function parseCommand(line: string): Command | { command: "sleep"; second
     case "sleep":
       return Number(peer) >= 0 ? { command: "sleep", seconds: Number(peer) } : new UsageError("Usage: sleep SECONDS");
     case "nat":
-      return { command: "nat" };
     case "exit":
-      return { command: "exit" };
+      return { command: verb };
     case "help":
-      return "help";
+      return verb;
     default:
       return new UsageError(`Unknown command "${verb}": try help`);
   }
@@ -2703,23 +2625,16 @@ async function main(): Promise<void> {
   /** Does it, and waits for what comes of it. */
   const outcome = (command: Command) =>
     new Promise<void>((resolve) => {
+      const { command: verb } = command;
+      const wanted = verb === "send" ? "sent" : verb === "getu" ? "users" : verb; // the others are called alike
       let left = command.command === "ping" ? command.count : 1;
       onEvent = (event) => {
-        const wanted = {
-          send: "sent",
-          getu: "users",
-          ping: "ping",
-          nat: "nat",
-          verify: "verify",
-          path: "path",
-          exit: "logout",
-        };
-        if (event.event === wanted[command.command]) --left;
-        const hasFailed = event.event === "error" && !event.notice && command.command !== "send";
+        if (event.event === wanted) --left;
+        const hasFailed = event.event === "error" && !event.notice && verb !== "send";
         if (left <= 0 || hasFailed) resolve();
       };
       perform(command);
-      if (command.command === "path") resolve();
+      if (verb === "path") resolve();
     });
 
   await new Promise<void>((resolve) => {
