@@ -103,6 +103,9 @@ const PER_SESSION = {
   /** Of all kinds: as many as its relayed bytes make, were they the smallest; whatever else is limited costs more than one. */
   datagrams: { perSecond: 2_000, burst: 5_000 },
   calls: { perSecond: 20, burst: 100 },
+  /** What others' calls make a client say must not cost it its own calls. */
+  punches: { perSecond: 100, burst: 200 },
+  moves: { perSecond: 1, burst: 10 },
   pages: { perSecond: 200, burst: 2_000 },
   relayedBytes: { perSecond: 256 * 1024, burst: 512 * 1024 },
   errors: { perSecond: 10, burst: 20 },
@@ -274,6 +277,8 @@ export function createServer(options: ServerOptions): Server {
     string,
     Record<"clock" | "heldUntil" | "replayUntil" | "forgetAt", number> & Pick<User, "key">
   >();
+  /** Logins whose cookie is still good: when it will not be. */
+  const accepted = new Map<string, number>();
   /** Of each address that has returned a cookie: how many users, and its bucket of logins. */
   const addresses = new Map<string, { users: number; logins: Bucket }>();
   /** Of each address that has lately sent STUN requests, or whose name somebody has put on his. */
@@ -379,15 +384,23 @@ export function createServer(options: ServerOptions): Server {
     return [{ kind: "event", event: { event: "logout", name: session.name, reason } }];
   }
 
-  function move(session: Session, to: Address): Effect<ServerEvent>[] {
+  /** The client receives there now; nothing happens if that address is full, or if it moves all the time. */
+  function move(session: Session, to: Address, now: number): Effect<ServerEvent>[] {
+    if (!allows(session, "moves", { now })) return [];
     if (isIPv6(to.endpoint) !== isIPv6(session.home.endpoint)) {
       session.other = to;
       return [];
     }
+    if (prefixOf(to.endpoint) !== prefixOf(session.home.endpoint) && !hasRoom(to.endpoint)) return [];
     addresses.get(prefixOf(session.home.endpoint))!.users--;
     session.home = to;
-    addressOf(to.endpoint, session.heardAt).users++;
+    addressOf(to.endpoint, now).users++;
     return [{ kind: "event", event: { event: "moved", name: session.name, public: to.endpoint } }];
+  }
+
+  function hasRoom(endpoint: Endpoint): boolean {
+    const address = addresses.get(prefixOf(endpoint));
+    return address ? address.users < maxPerAddress : addresses.size < MAX_ADDRESSES;
   }
 
   function addressOf(endpoint: Endpoint, now: number) {
@@ -423,12 +436,14 @@ export function createServer(options: ServerOptions): Server {
     const nonce = publicNonce(message.id), at = { endpoint: from, socket };
     if (holder && isHers && holder.nonce === nonce) { // our WELCOME was lost; who has had it would not ask from elsewhere
       const isElsewhere = from !== holder.home.endpoint && holder.window.highest < 0;
-      return [...isElsewhere ? move(holder, at) : [], welcome(holder, message, at)];
+      return [...isElsewhere ? move(holder, at, now) : [], welcome(holder, message, at)];
     }
     const freeAt = holder ? holder.heardAt + SILENCE_MS : former?.[isHers ? "replayUntil" : "heldUntil"] ?? 0;
     const isNewer = isHers && message.counter > last.clock; // else it may be a replay
-    if (!isNewer && (holder || freeAt > now)) return deny("name-taken", Math.ceil((freeAt - now) / 1000));
-    if (!holder && (directory.size() >= maxUsers || address.users >= maxPerAddress)) return deny("full");
+    const seconds = Math.max(0, Math.ceil((freeAt - now) / 1000));
+    if (!isNewer && (holder || freeAt > now)) return deny("name-taken", seconds);
+    if (accepted.has(message.id)) return deny("name-taken"); // a replay, after others have had the name
+    if (!holder && (directory.size() >= maxUsers || !hasRoom(from))) return deny("full");
 
     const replaced = holder ? remove(holder, "replaced", now) : [];
     const token = hex(random(8));
@@ -451,6 +466,8 @@ export function createServer(options: ServerOptions): Server {
       buckets: {
         datagrams: fullBucket(PER_SESSION.datagrams, now),
         calls: fullBucket(PER_SESSION.calls, now),
+        punches: fullBucket(PER_SESSION.punches, now),
+        moves: fullBucket(PER_SESSION.moves, now),
         pages: fullBucket(PER_SESSION.pages, now),
         relayedBytes: fullBucket(PER_SESSION.relayedBytes, now),
         errors: fullBucket(PER_SESSION.errors, now),
@@ -459,6 +476,8 @@ export function createServer(options: ServerOptions): Server {
     sessions.set(token, session);
     directory.put(session);
     past.delete(session.name);
+    if (accepted.size >= MAX_USERS) accepted.delete(accepted.keys().next().value!);
+    accepted.set(message.id, now + 2 * COOKIE_EPOCH_MS);
     address.users++;
     if (sweepAt === Infinity) sweepAt = now + SWEEP_INTERVAL_MS;
     return [
@@ -558,7 +577,7 @@ export function createServer(options: ServerOptions): Server {
         return relay(session, message, now);
       case "PUNCHED": {
         const target = directory.find(message.peer);
-        if (!target || !allows(session, "calls", { now })) return [];
+        if (!target || !allows(session, "punches", { now })) return [];
         return [tell(target, { type: "PUNCHED", peer: session.name })];
       }
       case "KEEPALIVE": {
@@ -568,8 +587,8 @@ export function createServer(options: ServerOptions): Server {
         session.rttMs = message.rttMs;
         session.nat = message.nat;
         session.local = message.local;
-        const events = moved ? move(session, at) : [];
-        if (!isKnown && !moved) return [];
+        const events = moved ? move(session, at, now) : [];
+        if (!endpointsOf(session).includes(at.endpoint)) return events;
         return [...events, tell(session, { type: "ALIVE", asked: message.counter, public: at.endpoint }, at)];
       }
       default:
@@ -584,7 +603,8 @@ export function createServer(options: ServerOptions): Server {
     },
     receive(datagram, now) {
       if (datagram.data[0]! < 4) return answerStun(datagram, now);
-      const header = controlHeader(datagram.data), session = header && sessions.get(header.id);
+      const header = controlHeader(datagram.data), isLogin = datagram.data[1] === CONTROL.LOGIN.code;
+      const session = header && !isLogin ? sessions.get(header.id) : undefined;
       if (!header || (session ? isSeen(session.window, header.counter) : !mayBeRead(datagram, now))) return [];
       const message = decode(datagram.data); // this, and the MAC, cost more than all that came before
       if (!message || !isFromClient(message.type)) return []; // no answer to an answer: that would never end
@@ -605,10 +625,12 @@ export function createServer(options: ServerOptions): Server {
       for (const [prefix, { users, logins }] of addresses) {
         if (users === 0 && isIdle(logins, LOGINS_PER_ADDRESS, now)) addresses.delete(prefix);
       }
+      for (const [id, forgetAt] of accepted) if (forgetAt <= now) accepted.delete(id);
       for (const [prefix, bucket] of stunned) if (isIdle(bucket, STUN_PER_ADDRESS, now)) stunned.delete(prefix);
       const vanished = [...directory.all()].filter(({ heardAt }) => now - heardAt >= SILENCE_MS);
       const effects = vanished.flatMap((session) => remove(session, "vanished", now));
-      if (sessions.size + past.size + addresses.size + stunned.size === 0) sweepAt = Infinity;
+      const isEmpty = [sessions, past, accepted, addresses, stunned].every(({ size }) => size === 0);
+      if (isEmpty) sweepAt = Infinity;
       return effects;
     },
     wakeAt: () => sweepAt,

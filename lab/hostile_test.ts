@@ -1730,6 +1730,38 @@ test("limit: users at a time, and users at a time of one address", () => {
   assert.equal(come("six", "[2001:db8:1:2::1]:1"), null);
 });
 
+test("limit: users at a time of one address, who have logged in elsewhere and moved; and moves of one of them", () => {
+  const { server, come, now } = office({ maxPerAddress: 2 });
+  const move = (user: NonNullable<ReturnType<typeof come>>, to: Endpoint, at: number) => {
+    const [challenge] = sends(user.say(user.seal(like("KEEPALIVE", { cookie: NO_ID, local: [] })), at, to))
+      .filter((effect) => effect.to === to);
+    const { cookie } = decode(challenge!.data) as Control & { type: "COOKIE" };
+    return types(user.say(user.seal(like("KEEPALIVE", { cookie, local: [] })), at, to)).includes("ALIVE");
+  };
+  const users = [1, 2, 3].map((i) => come(`user-${i}`, `100.64.${i}.1:1`)!);
+  assert.deepEqual(users.map((user, i) => move(user, `100.64.9.${i}:1`, now)), [true, true, false]);
+  assert.equal(come("late", "100.64.9.9:1"), null);
+  const moves = (at: number) =>
+    Array.from({ length: 40 }, (_, i) => move(users[2]!, `100.65.${i}.1:${at % 1_000 + 1}`, at)).filter(Boolean).length;
+  assert.equal(moves(now + 60_000), 10);
+  assert.equal(moves(now + 61_001), 1);
+  server.wake(now + 62_000);
+});
+
+test("a LOGIN is not taken a second time, even if others have had the name meanwhile", () => {
+  const { server, tools, come, now } = office();
+  const from = "100.64.1.1:1", alice = hand("alice", tools, { keepName: 1 });
+  const say = (data: Uint8Array, at: number) => server.receive({ socket: 0, from, data }, at);
+  const [cookie] = sends(say(alice.hello(), now));
+  const login = alice.answer(cookie!.data)!.slice();
+  for (const { data } of sends(say(login, now))) alice.answer(data);
+  say(alice.seal(like("LOGOUT", {})), now + 1_000);
+  const other = come("alice", "100.64.7.7:1", now + 2_000)!;
+  other.say(other.seal(like("LOGOUT", {})), now + 3_000);
+  assert.equal(reasonOf(say(login, now + 4_000)), "name-taken");
+  assert.ok(enter(server, hand("alice", tools), { from: "100.64.8.8:1", now: now + 5_000 })); // nobody holds it
+});
+
 test(
   "limit: logins of one address, 2,000 at once and 50 a second, wrong ones too; no other address suffers",
   LONG,
@@ -1766,6 +1798,9 @@ test("limit: strangers altogether, 5,000 at once and 5,000 a second; with and wi
   for (const data of [hello, wrong]) assert.equal(answered(data, 6_000, later), 5_000);
   assert.deepEqual(types(user.say(user.seal(alive), later)), ["ALIVE"]);
   assert.equal(answered(user.seal(alive).with(2, 0xff), 100, later), 0); // nobody's token
+  const borrowed = hello.slice();
+  borrowed.set(user.seal(alive).subarray(2, 10), 2); // a user's token: no way around the limit
+  assert.equal(answered(borrowed, 100, later), 0);
   for (const data of [hello, wrong]) assert.equal(answered(data, 6_000, later + 1_000), 5_000);
   assert.ok(come("newcomer", "100.64.9.1:1", later + 2_000));
 });
