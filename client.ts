@@ -60,6 +60,7 @@ import {
   type Introduced,
   isFresh,
   isIPv6,
+  jsonLine,
   type KeyPair,
   keysFrom,
   listen,
@@ -2197,7 +2198,8 @@ export function createClient(options: ClientOptions): Client {
           emit({ event: "users", users: users.map(({ name, public: endpoint }) => ({ name, public: endpoint })) });
         });
       case "path": {
-        const found = [...conversations.values()].filter((c) => !command.peer || c.name === command.peer);
+        const peer = command.peer && userName(command.peer);
+        const found = [...conversations.values()].filter((c) => !command.peer || c.name === peer);
         for (const c of found) tellPath(c);
         if (found.length > 0 || !command.peer) return;
         const message = `No conversation with "${command.peer}" yet: send something first`;
@@ -2210,16 +2212,18 @@ export function createClient(options: ClientOptions): Client {
         touch(c);
         return wakePing(c);
       }
-      case "verify":
-        if (userName(command.peer) === null) return nobody(command.peer);
-        return list(command.peer, (users) => {
-          const c = conversations.get(command.peer);
-          const key = c?.peer?.key ?? users.find(({ name }) => name === command.peer)?.key; // the one in use comes first
-          if (!key) return nobody(command.peer);
-          verified.set(command.peer, hex(key));
+      case "verify": {
+        const peer = userName(command.peer);
+        if (peer === null) return nobody(command.peer);
+        return list(peer, (users) => {
+          const c = conversations.get(peer);
+          const key = c?.peer?.key ?? users.find(({ name }) => name === peer)?.key; // the one in use comes first
+          if (!key) return nobody(peer);
+          verified.set(peer, hex(key));
           if (c) c.untrusted = false;
-          emit({ event: "verify", peer: command.peer, code: safetyCode(keys.public, key) });
+          emit({ event: "verify", peer, code: safetyCode(keys.public, key) });
         });
+      }
       case "nat":
         return discovery ? void waitingForNat.push(reportNat) : reportNat();
       case "exit":
@@ -2584,7 +2588,7 @@ async function main(): Promise<void> {
   let failed = false, ended = false, isIn = false, isListed = false;
   let onEvent: (event: ClientEvent) => void = () => {};
   const say = (event: ClientEvent) => {
-    if (args.json) console.log(JSON.stringify(event));
+    if (args.json) console.log(jsonLine(event));
     else show(inWords(event));
     if (isIn && !isListed && (event.event === "users" || (event.event === "error" && event.code === "unreachable"))) {
       isListed = true; // the list at login is nobody's answer

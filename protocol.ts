@@ -247,6 +247,15 @@ const text: Codec<string> = {
     }
   },
 };
+/** A name as the server may show it: what is none could pass for a line of somebody else, or move the cursor. */
+const peerName: Codec<string> = {
+  put: text.put,
+  get(cursor) {
+    const name = text.get(cursor);
+    cursor.bad ||= userName(name) !== name;
+    return name;
+  },
+};
 const endpoint: Codec<Endpoint> = {
   put(cursor, value) {
     const { host, port } = parseEndpoint(value)!;
@@ -332,7 +341,7 @@ export interface User {
   /** As the server sees it. */
   public: Endpoint;
 }
-const user: Codec<User> = record({ name: text, nonce: id, key, public: endpoint });
+const user: Codec<User> = record({ name: peerName, nonce: id, key, public: endpoint });
 
 /** A peer as the server introduces it. */
 export interface Introduced {
@@ -350,7 +359,7 @@ export interface Introduced {
   punchAfterMs: number;
 }
 const introduced: Codec<Introduced> = record({
-  name: text,
+  name: peerName,
   nonce: id,
   key,
   candidates: list(endpoint, 2 * MAX_CANDIDATES),
@@ -659,6 +668,12 @@ export function userName(name: string): string | null {
   return length < 1 || length > MAX_NAME_BYTES || /[\s\p{C}\p{Z}\p{Default_Ignorable_Code_Point}\u2800]/u.test(normal)
     ? null
     : normal;
+}
+
+/** An event as a line of JSON, in which no control character of a peer's text is left for a terminal to obey. */
+export function jsonLine(event: unknown): string {
+  const escape = (letter: string) => `\\u${letter.charCodeAt(0).toString(16).padStart(4, "0")}`;
+  return JSON.stringify(event).replace(/[\x7f-\x9f\u2028\u2029]/g, escape);
 }
 
 /** A text that others wrote, without what could move the cursor of a terminal. */

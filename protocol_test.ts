@@ -37,6 +37,7 @@ import {
   initiate,
   isFresh,
   isIPv6,
+  jsonLine,
   keysFrom,
   listen,
   type Machine,
@@ -400,6 +401,23 @@ Deno.test("encode() and encodeHandshake() fill 1,200 bytes, and throw a RangeErr
   }
   const local = Array<string>(255).fill(V4);
   assertThrows(() => encode({ type: "KEEPALIVE", cookie: NONCE, rttMs: 0, nat: NAT, local }, SEAL), RangeError);
+});
+
+Deno.test("decode() takes no name from a server that could not be one, since it is shown as it is", () => {
+  const user = { nonce: NONCE, key: KEY, public: V4 };
+  const listed = (name: string) =>
+    decode(encode({ type: "USERS", asked: 1, page: 0, last: 0, more: 0, total: 1, users: [{ ...user, name }] }, SEAL));
+  assert(listed("jos\u00e9"));
+  for (const name of ["", "a b", "a\nb: hi", "\x1b[2J", "\u202eb", "jose\u0301", "x".repeat(33)]) {
+    assert(!listed(name), name);
+  }
+});
+
+Deno.test("jsonLine() is JSON with no control character in it", () => {
+  const text = "\x00\x1b[2J\x7f\x9b31m\x9d\u2028\u2029\r\n é 👍";
+  const line = jsonLine({ text });
+  assert(!/[\p{Cc}\u2028\u2029]/u.test(line), line);
+  assertEquals(JSON.parse(line), { text });
 });
 
 Deno.test("encode() makes nothing of a client smaller than MIN_CLIENT_BYTES, and COOKIE no larger", () => {

@@ -50,6 +50,7 @@ import {
   isFromClient,
   isIPv6,
   isSeen,
+  jsonLine,
   type KeyPair,
   listen,
   loginKey,
@@ -692,7 +693,7 @@ async function main(): Promise<void> {
   const lines = fullBucket(LOG_LINES, clock());
   const say = (event: ServerEvent) => {
     if (event.event !== "listening" && !spend(lines, LOG_LINES, { now: clock() })) return;
-    if (args.json) console.log(JSON.stringify(event));
+    if (args.json) console.log(jsonLine(event));
     else if (!args.quiet) console.error(inWords(event));
   };
   const server = createServer({
