@@ -214,6 +214,10 @@ const INTRODUCTIONS_PER_PEER: Rate = { perSecond: 5, burst: 20 };
 const ATTEMPTS_PER_PEER: Rate = { perSecond: 0.2, burst: 6 }, MAX_SOCKETS = 600;
 /** Datagrams to where nothing has come back from yet, whoever named the place. */
 const PUNCHES: Rate = { perSecond: 300, burst: 1_500 };
+/** The same for one peer, sprays and sweeps aside: these have a limit of their own, and go to one host alone. */
+const PUNCHES_PER_PEER: Rate = { perSecond: 30, burst: 300 };
+/** Of peers who do not know what they must know. */
+const WARNINGS: Rate = { perSecond: 0.2, burst: 10 };
 const MAX_EPHEMERALS = 4_096;
 const MAX_SESSIONS = 4;
 
@@ -420,6 +424,8 @@ interface Conversation {
   peer: Introduced | null;
   /** It has another key than the one that was verified, or does not know our secret. */
   untrusted: boolean;
+  /** The login of it that the user has been warned of. */
+  warnedOf: string | null;
   /** Sessions that the peer may still use, newest first, and the one that we use. */
   sessions: Secure[];
   secure: Secure | null;
@@ -427,6 +433,7 @@ interface Conversation {
   /** What it may have us do. */
   handshakes: Bucket;
   attempts: Bucket;
+  punches: Bucket;
   introductions: Bucket;
 
   // Messages. `stream` is ours for this conversation, and numbers our parts, of which `parts` are not done yet.
@@ -695,7 +702,8 @@ export function createClient(options: ClientOptions): Client {
   /** Sockets that are being opened; who wants them. */
   const opening = new Map<number, (port: number) => void>();
   const openSockets = new Set<number>();
-  let sockets = 1, sprayedAt = -Infinity, punches: Bucket | null = null;
+  let sockets = 1, sprayedAt = -Infinity;
+  const punches = fullBucket(PUNCHES, 0), warnings = fullBucket(WARNINGS, 0);
   /** When the server has last been restarted, as far as we can tell. */
   let forgottenAt = -Infinity;
   /** Logged out, refused, or no server found: nothing happens any more. */
@@ -928,11 +936,13 @@ export function createClient(options: ClientOptions): Client {
       name: peerName || name,
       peer: user ? { ...user, candidates: [], nat: UNKNOWN_NAT, punchAfterMs: 0 } : null,
       untrusted: false,
+      warnedOf: null,
       sessions: [],
       secure: null,
       opening: null,
       handshakes: fullBucket(HANDSHAKES_PER_PEER, now),
       attempts: fullBucket(ATTEMPTS_PER_PEER, now),
+      punches: fullBucket(PUNCHES_PER_PEER, now),
       introductions: fullBucket(INTRODUCTIONS_PER_PEER, now),
       stream: hex(random(8)),
       nextSeq: 0,
@@ -975,7 +985,7 @@ export function createClient(options: ClientOptions): Client {
   function forget(c: Conversation): void {
     dropHandshake(c);
     if (c.attempt) endAttempt(c);
-    if (c.best && c.best.socket !== 0) closeSocket(c.best.socket);
+    dropPaths(c, () => false);
     for (const { index } of c.sessions) byIndex.delete(index);
   }
 
@@ -1127,8 +1137,9 @@ export function createClient(options: ClientOptions): Client {
 
   /** Somebody who passes for the peer does not know what it must know. */
   function distrust(c: Conversation): void {
-    if (c.untrusted) return;
     c.untrusted = true;
+    if (c.warnedOf === c.peer!.nonce || !spend(warnings, WARNINGS, { now })) return;
+    c.warnedOf = c.peer!.nonce;
     const message =
       `"${c.name}" tries to talk to us but holds other keys or another secret: compare your --secret-file`;
     emit({ event: "error", code: "untrusted", message, notice: true });
@@ -1249,7 +1260,7 @@ export function createClient(options: ClientOptions): Client {
     c.askAt = Infinity;
     if (body.length > 0) onPeerDatagram(body, null, c);
     // Sealed for a session that we have not, or no longer; or a call for punches, which we cannot seal any more.
-    if ((body.length > 0 || c.secure) && !sealing(c)) {
+    if ((body.length > 0 || c.secure) && !sealing(c) && !c.untrusted) {
       c.ackDue = true; // the peer takes the new session when we have used it, see `newSecure`
       open(c);
     }
@@ -1302,7 +1313,10 @@ export function createClient(options: ClientOptions): Client {
     const host = hostOf(origin.from);
     // Only where the server has seen the peer: nobody can have us send to a third party.
     if (!c.peer?.candidates.some((candidate) => hostOf(candidate) === host)) return null;
-    if (c.paths.length >= MAX_PATHS) c.paths.splice(c.paths.findIndex(({ state }) => state === "trying"), 1);
+    if (c.paths.length >= MAX_PATHS) {
+      const spare = c.paths.find(({ state }) => state === "trying");
+      dropPaths(c, (path) => path !== spare);
+    }
     const path: Path = {
       endpoint: origin.from,
       socket: origin.socket,
@@ -1319,6 +1333,14 @@ export function createClient(options: ClientOptions): Client {
     return path;
   }
 
+  /** Forgets the other paths, and closes those of their sockets that nothing else needs. */
+  function dropPaths(c: Conversation, isKept: (path: Path) => boolean): void {
+    const gone = c.paths.filter((path) => !isKept(path));
+    c.paths = c.paths.filter(isKept);
+    const needed = [...c.paths, ...c.attempt?.sockets ?? []].map(({ socket }) => socket);
+    for (const { socket } of gone) if (socket !== 0 && !needed.includes(socket)) closeSocket(socket);
+  }
+
   function newProbe(c: Conversation, path: Path | null, kind: "punch" | "ping" | "swept" = "punch"): number {
     const id = randomNumber(32);
     if (c.probes.size >= MAX_PROBES) c.probes.delete(c.probes.keys().next().value!);
@@ -1332,17 +1354,20 @@ export function createClient(options: ClientOptions): Client {
 
   /** Punches on a path; one in use waits for the echo, even if there is no session any more to seal the punch with. */
   function probe(c: Conversation, path: Path): void {
-    if (path.state === "trying" && !mayPunch()) return;
+    if (path.state === "trying" && !mayTry(c)) return;
     const data = punch(c, newProbe(c, path));
     if (data) send(path.socket, path.endpoint, data);
     if (path.state !== "trying") path.waitingSince = Math.min(path.waitingSince, now);
   }
 
-  const mayPunch = () => spend(punches ??= fullBucket(PUNCHES, now), PUNCHES, { now });
+  const mayPunch = () => spend(punches, PUNCHES, { now });
+  /** On a path that is no more than an address which the peer, or the server, has named. */
+  const mayTry = (c: Conversation) => spend(c.punches, PUNCHES_PER_PEER, { now }) && mayPunch();
 
   function onPunch(c: Conversation, id: number, origin: Origin): void {
     const path = origin && direct ? pathTo(c, origin) : null;
     if (origin && !path) return;
+    if (path?.state === "trying" && !mayTry(c)) return;
     if (!transmit(c, { type: "P2PECHO", probe: id }, [path])) return open(c); // one of us has logged in anew
     if (path?.state === "trying") probe(c, path); // it passed inwards, now ours will pass outwards
   }
@@ -1719,10 +1744,11 @@ export function createClient(options: ClientOptions): Client {
     c: Conversation,
     probe: number,
     { socket, to, ttl }: { socket: number; to: Endpoint; ttl?: number | undefined },
-  ): void {
-    if (!mayPunch()) return;
+  ): boolean {
+    if (!mayPunch()) return false;
     const data = punch(c, probe);
     if (data) send(socket, to, data, ttl);
+    return true;
   }
 
   /** A burst of the spray: ports that have not been tried, those of the peer's block first. */
@@ -1730,12 +1756,13 @@ export function createClient(options: ClientOptions): Client {
     const spray = c.attempt!.spray!, host = hostOf(publicOf(c)!);
     const [low = 0, high = -1] = spray.block, span = Math.max(0, high - low + 1);
     const sweep = newProbe(c, null, "swept");
+    const isFirstHalf = spray.next < SPRAY_PORTS / 2;
     for (let sent = 0; sent < SPRAY_BURST; sent++, spray.next++) {
       const i = spray.next;
       const port = i < span ? low + i : LOWEST_PORT + (spray.first + i * spray.stride) % PORTS;
-      sweepTo(c, sweep, { socket: 0, to: formatEndpoint(host, port) });
+      if (!sweepTo(c, sweep, { socket: 0, to: formatEndpoint(host, port) })) break;
     }
-    spray.at += spray.next === SPRAY_PORTS / 2 ? SPRAY_PAUSE_MS : SPRAY_BURST_MS;
+    spray.at += isFirstHalf && spray.next >= SPRAY_PORTS / 2 ? SPRAY_PAUSE_MS : SPRAY_BURST_MS;
   }
 
   function wakeAttempt(c: Conversation): void {

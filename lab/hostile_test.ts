@@ -2024,6 +2024,40 @@ test("limit: names that were here, the last 10,000 for an hour", LONG, () => {
   assert.equal(status("user-10000", full + 3_602_000), "unknown");
 });
 
+test("sixty who call four times a second each keep nobody from writing to others, or others to him", LONG, () => {
+  const bodies: Record<string, (bytes: (length: number) => Uint8Array) => Uint8Array> = {
+    nothing: () => NO_BYTES,
+    "a first message": (bytes) => encodeHandshake({ type: "P2PFIRST", from: 1, probe: 0, noise: bytes(65) }),
+    "something sealed": (bytes) => concat(Uint8Array.of(MAGIC, 100), bytes(60)),
+  };
+  for (const [what, bodyOf] of Object.entries(bodies)) {
+    const world = createWorld({ seed: 11 }), tools = dice(`calls ${what}`);
+    const [bob, carol, dora] = ["bob", "carol", "dora"].map((name) => join(world, name, { nat: "EIM+APDF random" }));
+    login(world, bob!, carol!, dora!);
+    world.net.run(3_000);
+    const crowd = rogueCrowd(world, numbered(60, "m"), bob!);
+    const flood = (ms: number) => {
+      for (let t = 0, i = 0; t < ms; t += 4, i++) {
+        const each = crowd[i % 60]!, { nonce } = each.users.get("bob")!;
+        each.say(like("P2PTRANS", { to: "bob", nonce, call: 1, body: bodyOf(tools.bytes) }));
+        world.net.run(4);
+      }
+    };
+    flood(2_000);
+    bob!.send("carol", "to carol");
+    flood(5_000);
+    dora!.send("bob", "to bob");
+    flood(5_000);
+    for (const player of [bob!, dora!]) {
+      const { ok, ms } = player.events("sent")[0]!;
+      assert.ok(ok && ms < 1_000, `${player.name} among calls with ${what}: ${ok}, ${ms} ms`);
+      assert.equal(player.path(), "direct");
+    }
+    const notices = bob!.events("error").length;
+    assert.ok(notices <= 20, `${notices} notices of calls with ${what}`);
+  }
+});
+
 // ---------------------------------------------------------------------------------------------------- many
 
 test(
