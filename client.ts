@@ -31,6 +31,7 @@ import {
   concat,
   type Control,
   type ControlBody,
+  controlHeader,
   controlKeys,
   createTrace,
   type Datagram,
@@ -1069,7 +1070,7 @@ export function createClient(options: ClientOptions): Client {
   }
 
   function onFirst(c: Conversation, message: Handshake & { type: "P2PFIRST" }): void {
-    const ephemeral = hex(message.noise.subarray(0, 32));
+    const ephemeral = ephemeralOf(message);
     if (!c.peer || !session || !isTrusted(c) || !spend(c.handshakes, HANDSHAKES_PER_PEER, { now })) return;
     const response = respond({
       own: keys,
@@ -2109,7 +2110,6 @@ export function createClient(options: ClientOptions): Client {
   // -- events in, effects out
 
   function onControl(message: Control, { from, data }: Datagram): void {
-    if (!servers.includes(from)) return;
     if (message.type === "COOKIE") return onCookie(message, from);
     if (message.type === "WELCOME") return onWelcome(message, data);
     if (message.type === "ERROR" && message.id === login?.id) return onRefusal(message, data);
@@ -2143,12 +2143,14 @@ export function createClient(options: ClientOptions): Client {
     }
   }
 
+  const ephemeralOf = ({ noise }: Handshake & { type: "P2PFIRST" }) => hex(noise.subarray(0, 32));
+
   /** What a peer sent; `caller` is who the server says it is, if it came over the relay. */
   function onPeerDatagram(data: Uint8Array, origin: Origin, caller?: Conversation): void {
     const handshake = decodeHandshake(data);
     if (!handshake) return onSealed(data, origin);
     if (handshake.type === "P2PSECOND") return onSecond(handshake, origin);
-    const copy = ephemerals.get(hex(handshake.noise.subarray(0, 32)));
+    const copy = ephemerals.get(ephemeralOf(handshake));
     if (!copy) return caller && onFirst(caller, handshake);
     const { conversation, secure } = copy;
     if (!secure?.second) return; // the peer has our answer
@@ -2168,7 +2170,7 @@ export function createClient(options: ClientOptions): Client {
       giveUpAt(c),
     );
     if (!session) return at;
-    const sent = sealing(c) ? c.parts.filter(({ tries }) => tries > 0) : [];
+    const sent = c.parts.length > 0 && sealing(c) ? c.parts.filter(({ tries }) => tries > 0) : [];
     return Math.min(at, c.askAt, c.opening?.dueAt ?? Infinity, ...sent.map(({ dueAt }) => dueAt));
   }
 
@@ -2206,12 +2208,16 @@ export function createClient(options: ClientOptions): Client {
     wakePing(c);
   }
 
-  const wakeAt = () => {
+  const nextDueAt = () => {
     let at = Math.min(linkWakeAt(), session ? listings[0]?.dueAt ?? Infinity : Infinity);
     for (const { dueAt } of queries.values()) at = Math.min(at, dueAt);
     for (const conversation of conversations.values()) at = Math.min(at, conversationWakeAt(conversation));
     return isClosed ? Infinity : at;
   };
+
+  /** Reckoned once for each event: with a thousand conversations that is not little. */
+  let dueAt: number | null = null;
+  const wakeAt = () => dueAt ??= nextDueAt();
 
   const nobody = (peer: string) => emit({ event: "error", code: "unknown", message: `There is no "${peer}" here` });
 
@@ -2260,12 +2266,22 @@ export function createClient(options: ClientOptions): Client {
     }
   }
 
+  /** Whether nobody whom we know can have sent that: then it costs no more than this look, however many we know. */
+  function isNobodys({ data, from }: Datagram): boolean {
+    if (data[0]! < 4) return queries.size === 0;
+    if (controlHeader(data)) return !servers.includes(from);
+    const handshake = decodeHandshake(data);
+    if (!handshake) return !byIndex.has(peerHeader(data)?.index ?? -1);
+    return handshake.type === "P2PSECOND" ? !byIndex.has(handshake.to) : !ephemerals.has(ephemeralOf(handshake));
+  }
+
   /** Handles an event that happened `at` some time; `work` says how. */
   function step(at: number, work: () => void): Effect<ClientEvent>[] {
     now = at;
     effects = [];
     if (isClosed) return effects;
     if (now - wakeAt() > JUMP_MS) { for (const conversation of conversations.values()) conversation.progressAt = now; }
+    dueAt = null;
     work();
     return effects;
   }
@@ -2283,7 +2299,7 @@ export function createClient(options: ClientOptions): Client {
         wakeLink();
       }),
     receive: (datagram, at) =>
-      step(at, () => {
+      isNobodys(datagram) ? [] : step(at, () => {
         if (datagram.data[0]! < 4) return onStun(datagram.data);
         const control = decode(datagram.data);
         if (control) onControl(control, datagram);

@@ -32,6 +32,7 @@ import {
   encodeInner,
   type Endpoint,
   formatEndpoint,
+  type Handshake,
   hex,
   hostOf,
   initiate,
@@ -1373,7 +1374,7 @@ function feed({ client, process }: Player, world: World, from: Endpoint, data: U
 
 /** How many sockets a client asks for from now on. */
 function countSockets({ client }: Player) {
-  const count = { opened: 0, most: 0 }, open = new Set<number>();
+  const open = new Set<number>(), count = { opened: 0, most: 0, open };
   const watch = <E>(effects: Effect<E>[]): Effect<E>[] => {
     for (const effect of effects) {
       if (effect.kind === "close") open.delete(effect.socket);
@@ -2057,6 +2058,114 @@ test("sixty who call four times a second each keep nobody from writing to others
     assert.ok(notices <= 20, `${notices} notices of calls with ${what}`);
   }
 });
+
+test("a stranger's datagram costs a client as little as before when it knows 300 people", LONG, () => {
+  const world = createWorld({ seed: 9 });
+  const alice = join(world, "alice");
+  login(world, alice);
+  for (const each of rogueCrowd(world, numbered(300, "m"), alice)) each.open("alice", part(0, "hi"));
+  world.net.run(3_000);
+  const { client } = alice, now = world.net.now(), data = new Uint8Array(20).fill(9);
+  const millisecondsFor = (count: number) => {
+    const begun = performance.now();
+    for (let i = 0; i < count; i++) {
+      client.receive({ socket: 0, from: "198.18.0.1:53", data }, now);
+      client.wakeAt();
+    }
+    return performance.now() - begun;
+  };
+  millisecondsFor(1_000);
+  const ms = millisecondsFor(10_000);
+  assert.ok(ms < 40, `${ms} ms for 10,000`);
+});
+
+test("copies of a first message in the name of other ports draw fewer bytes from a client than they bring", () => {
+  const world = createWorld({ seed: 3 });
+  const alice = join(world, "alice", { nat: "EIM+APDF random" });
+  login(world, alice);
+  const seen = observe(world), [mallory] = rogueCrowd(world, ["mallory"], alice) as [Rogue];
+  mallory.open("alice", { type: "P2PTRASH", probe: 1 });
+  world.net.run(20_000);
+  const calls = seen.filter(({ from }) => from === mallory.at).map(({ data }) => decode(data));
+  const call = calls.findLast((message) => message?.type === "P2PTRANS" && message.body.length > 0);
+  const { noise } = decodeHandshake((call as Control & { type: "P2PTRANS" }).body) as Handshake & { type: "P2PFIRST" };
+  const data = encodeHandshake({ type: "P2PFIRST", from: 0, probe: 0, noise: noise.subarray(0, 32) });
+  let answers = 0, bytes = 0;
+  for (let i = 0; i < 20_000; i++) {
+    const from = `${hostOf(mallory.at)}:${1_024 + i}`;
+    for (const answer of sends(alice.client.receive({ socket: 0, from, data }, world.net.now()))) {
+      answers++;
+      bytes += answer.data.length;
+    }
+  }
+  assert.ok(answers > 0 && answers <= 300 && bytes < 20_000 * data.length / 10, `${answers} answers, ${bytes} bytes`);
+});
+
+test(
+  "a peer who floods a client with punches uses up nobody else's, and one who comes and goes leaves no sockets",
+  LONG,
+  () => {
+    const world = createWorld({ seed: 12 });
+    const [alice, bob] = ["alice", "bob"].map((name) => join(world, name, { nat: "EIM+APDF random" })) as [
+      Player,
+      Player,
+    ];
+    login(world, alice, bob);
+    world.net.run(5_000);
+    const sockets = countSockets(bob), [mallory] = rogueCrowd(world, ["mallory"], bob) as [Rogue];
+    const echoes: { at: number; to: Endpoint; probe: number }[] = [];
+    let main = "";
+    mallory.onFrame = (frame, from) => { // quick at bob's first socket, slow at any other
+      const at = world.net.now() + (from === main ? 20 : 80);
+      if (frame.type === "P2PTRASH" && from !== SERVER) echoes.push({ at, to: from, probe: frame.probe });
+      return null;
+    };
+    const run = (ms: number) => {
+      for (let t = 0; t < ms; t += 10) {
+        world.net.run(10);
+        for (const echo of echoes.splice(0)) {
+          if (echo.at > world.net.now()) echoes.push(echo);
+          else mallory.write(echo.to, mallory.sealed({ type: "P2PECHO", probe: echo.probe }));
+        }
+      }
+    };
+    const punch = (probe: number) => mallory.sealed({ type: "P2PTRASH", probe });
+    mallory.open("bob", part(0, "hi"));
+    run(300);
+    const heard = mallory.heard.map(({ data }) => decode(data)).findLast((message) => message?.type === "INTRODUCTION");
+    main = (heard as Control & { type: "INTRODUCTION" }).peer.candidates[0]!;
+    run(3_000);
+    for (let round = 0; round < 5; round++) {
+      run(11_000);
+      mallory.relay(mallory.sealed(part(round + 1, "still here")));
+      // A renewal: bob takes a fresh socket. Then the first path is quicker again, and the other one is crowded out.
+      mallory.relay(
+        mallory.sealed({ type: "P2PPLAN", attempt: 100, spray: 0, ports: [Number(mallory.at.split(":")[1])] }),
+      );
+      run(3_000);
+      for (let i = 0; i < 20; i++) {
+        mallory.write(main, punch(i));
+        run(60);
+      }
+      for (let port = 0; port < 40; port++) {
+        feed(bob, world, `${hostOf(mallory.at)}:${5_000 + 40 * round + port}`, punch(port));
+        run(10);
+      }
+      run(2_000);
+    }
+    assert.ok(
+      sockets.opened >= 5 && sockets.open.size === 0,
+      `${sockets.open.size} of ${sockets.opened} sockets are open`,
+    );
+    for (let i = 0; i < 40_000; i++) {
+      feed(bob, world, `${hostOf(mallory.at)}:${20_000 + i}`, punch(i));
+      if (i === 10_000) alice.send("bob", "hi");
+      if (i % 10 === 0) world.net.run(1); // 10,000 a second
+    }
+    assert.equal(alice.path(), "direct");
+    assert.ok(alice.events("path")[0]!.ms < 1_000, `${alice.events("path")[0]!.ms} ms`);
+  },
+);
 
 // ---------------------------------------------------------------------------------------------------- many
 
