@@ -286,7 +286,7 @@ function sharedWith({ secret, public: own }: KeyPair, theirs: Uint8Array): Uint8
 }
 
 function hand(name: string, dice: Dice, { keys = keysFrom(dice.bytes(32)), clock = 1, keepName = 0 } = {}): Hand {
-  const loginId = hex(dice.bytes(8));
+  const loginId = hex(Uint8Array.from({ length: 8 }, () => dice.below(256))); // never the same twice
   let sent = clock, shared: Uint8Array = NO_BYTES, toServer: Uint8Array = NO_BYTES;
   const loginWith = (cookie: string, key?: Uint8Array) =>
     encode(like("LOGIN", { cookie, key: keys.public, proof: NO_ID, keepName, name, local: [] }), {
@@ -1461,8 +1461,8 @@ test("a peer comes from thousands of ports of his host: a bounded number of them
   for (let port = 10_000; port < 10_000 + PORTS; port++) {
     const from = formatEndpoint(host, port);
     const answers = sends(feed(alice, world, from, mallory.sealed({ type: "P2PTRASH", probe: port })));
-    assert.ok(answers.length >= 1 && answers.length <= 2 && answers.every(({ to }) => to === from));
-    world.net.run(5); // slowly, so that no limit on punches hides what is remembered
+    assert.ok(answers.length <= 2 && answers.every(({ to }) => to === from));
+    world.net.run(5);
   }
   // Called again, and told that the peer has punched, alice tries all the ways that she has not given up.
   mallory.say(like("P2PTRANS", { to: "alice", nonce: mallory.users.get("alice")!.nonce, call: 1, body: NO_BYTES }));
@@ -1806,7 +1806,7 @@ test("limit: strangers altogether, 5,000 at once and 5,000 a second; with and wi
   assert.ok(come("newcomer", "100.64.9.1:1", later + 2_000));
 });
 
-test("limit: calls of one session, 100 at once and 20 a second, the report of a punch among them", () => {
+test("limit: calls of one session, 100 at once and 20 a second; apart from them 200 reports of a punch, and 100 a second", () => {
   const { server, come, now } = office();
   const caller = come("caller", "100.64.1.1:1")!, other = come("other", "100.64.1.2:1")!;
   const bob = come("bob", "100.64.2.1:1")!;
@@ -1817,9 +1817,9 @@ test("limit: calls of one session, 100 at once and 20 a second, the report of a 
       data: who.seal(like("P2PTRANS", { to: "bob", nonce: bob.nonce, call: 1, body: NO_BYTES })),
     }, at);
   const punched = (at = now) => types(caller.say(caller.seal(like("PUNCHED", { peer: "bob" })), at));
-  for (let i = 0; i < 50; i++) {
+  for (let i = 0; i < 200; i++) assert.deepEqual(punched(), ["PUNCHED"]);
+  for (let i = 0; i < 100; i++) {
     assert.deepEqual(types(call(caller)).sort(), ["INTRODUCTION", "P2PSOMEONEWANTTOCALLYOU"]);
-    assert.deepEqual(punched(), ["PUNCHED"]);
   }
   assert.equal(reasonOf(call(caller)), "busy");
   assert.deepEqual(punched(), []);
