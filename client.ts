@@ -1035,8 +1035,9 @@ export function createClient(options: ClientOptions): Client {
     const opening = c.opening!;
     opening.handshake ??= c.peer && beginHandshake(c, c.peer);
     opening.dueAt = now + timeout(c.relayRtt, ++opening.tries);
+    const calls = c.parts.length > 0 || c.ping !== null; // who only answers has been called
     for (let copy = 0; copy < Math.min(MAX_COPIES, opening.tries); copy++) {
-      relay(c, opening.handshake ? firstMessage(c, 0) : NO_BYTES, { calls: copy === 0 });
+      relay(c, opening.handshake ? firstMessage(c, 0) : NO_BYTES, { calls: calls && copy === 0 });
     }
   }
 
@@ -1123,6 +1124,7 @@ export function createClient(options: ClientOptions): Client {
       c.opening = null;
       newSecure(c, { index: handshake.index, theirs: message.from, keys: finished.keys, stream, second: null });
       openStream(c, stream);
+      c.ackDue = true; // the peer takes the new session when we have used it, see `newSecure`
       for (const part of c.parts.filter(isInHandshake)) part.dueAt = now + timeout(c.relayRtt, 1);
     }
     onSealed(message.sealed, origin);
@@ -1261,10 +1263,7 @@ export function createClient(options: ClientOptions): Client {
     c.askAt = Infinity;
     if (body.length > 0) onPeerDatagram(body, null, c);
     // Sealed for a session that we have not, or no longer; or a call for punches, which we cannot seal any more.
-    if ((body.length > 0 || c.secure) && !sealing(c) && !c.untrusted) {
-      c.ackDue = true; // the peer takes the new session when we have used it, see `newSecure`
-      open(c);
-    }
+    if ((body.length > 0 || c.secure) && !sealing(c) && !c.untrusted) open(c);
     if (!spend(c.introductions, INTRODUCTIONS_PER_PEER, { now })) return;
     if (c.opening?.handshake || sealing(c)) startPunching(c);
     resendLate(c);

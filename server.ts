@@ -385,14 +385,14 @@ export function createServer(options: ServerOptions): Server {
     return [{ kind: "event", event: { event: "logout", name: session.name, reason } }];
   }
 
-  /** The client receives there now; nothing happens if that address is full, or if it moves all the time. */
+  /** The client receives there now; nothing happens if that address has no room, or if it is a new one all the time. */
   function move(session: Session, to: Address, now: number): Effect<ServerEvent>[] {
-    if (!allows(session, "moves", { now })) return [];
     if (isIPv6(to.endpoint) !== isIPv6(session.home.endpoint)) {
       session.other = to;
       return [];
     }
-    if (prefixOf(to.endpoint) !== prefixOf(session.home.endpoint) && !hasRoom(to.endpoint)) return [];
+    const stays = prefixOf(to.endpoint) === prefixOf(session.home.endpoint);
+    if (!stays && !(hasRoom(to.endpoint) && allows(session, "moves", { now }))) return [];
     addresses.get(prefixOf(session.home.endpoint))!.users--;
     session.home = to;
     addressOf(to.endpoint, now).users++;
@@ -444,7 +444,8 @@ export function createServer(options: ServerOptions): Server {
     const seconds = Math.max(0, Math.ceil((freeAt - now) / 1000));
     if (!isNewer && (holder || freeAt > now)) return deny("name-taken", seconds);
     if (accepted.has(message.id)) return deny("name-taken"); // a replay, after others have had the name
-    if (!holder && (directory.size() >= maxUsers || !hasRoom(from))) return deny("full");
+    const stays = holder && prefixOf(holder.home.endpoint) === prefixOf(from);
+    if ((!holder && directory.size() >= maxUsers) || (!stays && !hasRoom(from))) return deny("full");
 
     const replaced = holder ? remove(holder, "replaced", now) : [];
     const token = hex(random(8));

@@ -467,6 +467,22 @@ test("a peer that has evicted the conversation gets again what it had acknowledg
   assert.ok(alice.events("sent").length === 4 && alice.events("sent").every(({ ok }) => ok));
 });
 
+test("a peer that has evicted the conversation and writes first is heard, and so is the answer", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { direct: false }, { direct: false });
+  const others = Array.from({ length: 1_000 }, (_, i) => `user-${i}`);
+  crowd(world, others);
+  alice.send("bob", "before");
+  world.net.run(1_000);
+  for (const other of others) bob.send(other, "hi");
+  world.net.run(20_000);
+  bob.send("alice", "who was it?");
+  world.net.run(2_000);
+  alice.send("bob", "me");
+  world.net.run(1_000);
+  assert.deepEqual([texts(alice), texts(bob)], [["who was it?"], ["before", "me"]]);
+});
+
 test("a NAT's class is found although the answers to one of the throw-away sockets are lost", () => {
   for (let lost = 0; lost < 4; lost++) {
     const world = createWorld();

@@ -1732,16 +1732,21 @@ test("limit: users at a time, and users at a time of one address", () => {
 });
 
 test("limit: users at a time of one address, who have logged in elsewhere and moved; and moves of one of them", () => {
-  const { server, come, now } = office({ maxPerAddress: 2 });
+  const { server, tools, come, now } = office({ maxPerAddress: 2 });
   const move = (user: NonNullable<ReturnType<typeof come>>, to: Endpoint, at: number) => {
     const [challenge] = sends(user.say(user.seal(like("KEEPALIVE", { cookie: NO_ID, local: [] })), at, to))
       .filter((effect) => effect.to === to);
     const { cookie } = decode(challenge!.data) as Control & { type: "COOKIE" };
     return types(user.say(user.seal(like("KEEPALIVE", { cookie, local: [] })), at, to)).includes("ALIVE");
   };
-  const users = [1, 2, 3].map((i) => come(`user-${i}`, `100.64.${i}.1:1`)!);
+  const keys = keysFrom(tools.bytes(32));
+  const login = (name: string, from: Endpoint, clock: number) =>
+    enter(server, hand(name, tools, { keys, clock }), { from, now });
+  const users = [1, 2, 3].map((i) => login(`user-${i}`, `100.64.${i}.1:1`, 1)!);
   assert.deepEqual(users.map((user, i) => move(user, `100.64.9.${i}:1`, now)), [true, true, false]);
   assert.equal(come("late", "100.64.9.9:1"), null);
+  assert.equal(login("user-3", "100.64.9.3:1", 2), null); // nor by logging in again there
+  assert.ok(login("user-1", "100.64.9.7:1", 2)); // who is there may
   const moves = (at: number) =>
     Array.from({ length: 40 }, (_, i) => move(users[2]!, `100.65.${i}.1:${at % 1_000 + 1}`, at)).filter(Boolean).length;
   assert.equal(moves(now + 60_000), 10);
@@ -2037,6 +2042,11 @@ test("sixty who call four times a second each keep nobody from writing to others
     login(world, bob!, carol!, dora!);
     world.net.run(3_000);
     const crowd = rogueCrowd(world, numbered(60, "m"), bob!);
+    let calls = 0;
+    world.net.tap(({ host, data }) => {
+      const message = host === "bob" ? decode(data) : null;
+      if (message?.type === "P2PTRANS") calls += message.call;
+    });
     const flood = (ms: number) => {
       for (let t = 0, i = 0; t < ms; t += 4, i++) {
         const each = crowd[i % 60]!, { nonce } = each.users.get("bob")!;
@@ -2056,6 +2066,7 @@ test("sixty who call four times a second each keep nobody from writing to others
     }
     const notices = bob!.events("error").length;
     assert.ok(notices <= 20, `${notices} notices of calls with ${what}`);
+    assert.ok(calls <= 2, `${calls} calls of his own, to answer those with ${what}`);
   }
 });
 
