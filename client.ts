@@ -1311,7 +1311,7 @@ export function createClient(options: ClientOptions): Client {
     const found = pathOver(c, origin);
     if (found) return found;
     const host = hostOf(origin.from);
-    // Only where the server has seen the peer: nobody can have us send to a third party.
+    // Only where the server has seen the peer, or on our own LAN: nobody can have us send to a third party elsewhere.
     if (!c.peer?.candidates.some((candidate) => hostOf(candidate) === host)) return null;
     if (c.paths.length >= MAX_PATHS) {
       const spare = c.paths.find(({ state }) => state === "trying");
@@ -1333,7 +1333,7 @@ export function createClient(options: ClientOptions): Client {
     return path;
   }
 
-  /** Forgets the other paths, and closes those of their sockets that nothing else needs. */
+  /** Forgets the paths that are not kept, and closes those of their sockets that nothing else needs. */
   function dropPaths(c: Conversation, isKept: (path: Path) => boolean): void {
     const gone = c.paths.filter((path) => !isKept(path));
     c.paths = c.paths.filter(isKept);

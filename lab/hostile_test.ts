@@ -1754,6 +1754,18 @@ test("limit: users at a time of one address, who have logged in elsewhere and mo
   server.wake(now + 62_000);
 });
 
+test("a LOGIN that was held back on its way does not bring back who has logged in again and left", () => {
+  const { server, tools, now } = office();
+  const from = "100.64.1.1:1", keys = keysFrom(tools.bytes(32)), first = hand("alice", tools, { keys, clock: 1 });
+  const say = (data: Uint8Array, at: number) => server.receive({ socket: 0, from, data }, at);
+  const [cookie] = sends(say(first.hello(), now));
+  const heldBack = first.answer(cookie!.data)!.slice();
+  const second = enter(server, hand("alice", tools, { keys, clock: 2 }), { from, now: now + 1_000 })!;
+  assert.equal(reasonOf(say(heldBack, now + 2_000)), "name-taken");
+  second.say(second.seal(like("LOGOUT", {})), now + 3_000);
+  assert.equal(reasonOf(say(heldBack, now + 4_000)), "name-taken");
+});
+
 test("a LOGIN is not taken a second time, even if others have had the name meanwhile", () => {
   const { server, tools, come, now } = office();
   const from = "100.64.1.1:1", alice = hand("alice", tools, { keepName: 1 });
