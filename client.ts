@@ -24,8 +24,7 @@ import { networkInterfaces } from "node:os";
 import process from "node:process";
 import { clearLine, createInterface, cursorTo } from "node:readline";
 import {
-  agree,
-  bound,
+  accept,
   type Bucket,
   clock,
   concat,
@@ -40,6 +39,7 @@ import {
   decodeInner,
   decodeStun,
   DEFAULT_PORT,
+  diffieHellman,
   type Effect,
   encode,
   encodeHandshake,
@@ -59,12 +59,13 @@ import {
   initiate,
   type Initiation,
   type Introduced,
-  isFresh,
   isIPv6,
   jsonLine,
+  keyFromWords,
   type KeyPair,
   keysFrom,
   listen,
+  listenOrFail,
   loginKey,
   type Machine,
   MAX_CANDIDATES,
@@ -88,7 +89,6 @@ import {
   sealPeer,
   secretWords,
   spend,
-  stretch,
   type Stun,
   STUN_COOKIE,
   UsageError,
@@ -767,7 +767,7 @@ export function createClient(options: ClientOptions): Client {
 
   function onCookie(message: Control & { type: "COOKIE" }, from: Endpoint): void {
     if (login && message.id === login.id && message.counter === login.clock) {
-      const shared = agree(keys.secret, message.key);
+      const shared = diffieHellman(keys.secret, message.key);
       if (!shared || login.challenges++ >= MAX_CHALLENGES) return;
       if (login.tries === 1) sample(serverRtt, now - login.askedAt);
       login.cookie = { cookie: message.cookie, server: from, shared };
@@ -777,7 +777,7 @@ export function createClient(options: ClientOptions): Client {
         if (session.challenges++ < MAX_CHALLENGES) keepalive(message.cookie, from);
       } else if (!session.asked) keepalive(); // a hint, but anybody on the way could have replayed it
       else if (message.counter >= session.asked.first && !login) { // the question itself is answered so: it is true
-        const shared = agree(keys.secret, message.key);
+        const shared = diffieHellman(keys.secret, message.key);
         reconnect("the server has forgotten us");
         forgottenAt = now;
         if (!shared) return;
@@ -1162,7 +1162,7 @@ export function createClient(options: ClientOptions): Client {
     const { conversation, secure } = entry;
     if ((verified.get(conversation.name) ?? secure.peerKey) !== secure.peerKey) return;
     const frame = openPeer(data, secure.keys.receive);
-    if (!frame || !isFresh(secure.window, header!.counter)) return;
+    if (!frame || !accept(secure.window, header!.counter)) return;
     if (secure.second) conversation.secure = secure;
     secure.second = null;
     onFrame(conversation, { frame, origin, stream: secure.stream });
@@ -2113,7 +2113,7 @@ export function createClient(options: ClientOptions): Client {
     if (message.type === "WELCOME") return onWelcome(message, data);
     if (message.type === "ERROR" && message.id === login?.id) return onRefusal(message, data);
     if (message.id !== session?.token || !verifies(data, session.keys.toClient)) return;
-    if (!isFresh(session.window, message.counter)) return;
+    if (!accept(session.window, message.counter)) return;
     if (session.asked) session.asked.tries = 1; // it is there, whatever became of our keepalives
     switch (message.type) {
       case "ALIVE":
@@ -2619,8 +2619,8 @@ async function main(): Promise<void> {
     servers,
     random: (length) => Uint8Array.from(randomBytes(length)),
     generateKeys,
-    psk: stretch(secret, "secret"),
-    password: stretch(password, "password"),
+    psk: keyFromWords(secret, "secret"),
+    password: keyFromWords(password, "password"),
     observer: args.stun === undefined ? undefined : (await resolve(args.stun, STUN_PORT)).find((to) => !isIPv6(to)),
     keepName: args.identity !== undefined,
     direct: args.direct,
@@ -2655,7 +2655,7 @@ async function main(): Promise<void> {
   const trace = args.trace ? createTrace() : undefined;
   client.interfaces(localAddresses(), clock());
   const run = (host: string) => listen(client, { sockets: [{ host, port }], onEvent: say, onDatagram: trace });
-  const running = await bound(run, { json: args.json });
+  const running = await listenOrFail(run, { json: args.json });
   const perform = (command: Command) => running.perform(client.command(command, clock()));
   setInterval(() => running.perform(client.interfaces(localAddresses(), clock())), INTERFACES_CHECK_MS);
 

@@ -31,7 +31,7 @@ import {
   createHash,
   createPrivateKey,
   createPublicKey,
-  diffieHellman,
+  diffieHellman as x25519,
   hkdfSync,
   randomBytes,
   scryptSync,
@@ -177,7 +177,7 @@ export type Shape = Record<string, Codec<unknown>>;
 /** The values of fields, by name. */
 export type Values<S extends Shape> = { [K in keyof S]: Value<S[K]> };
 
-function take(cursor: Cursor, length: number): Uint8Array {
+function readBytes(cursor: Cursor, length: number): Uint8Array {
   if (cursor.bad || length > cursor.end - cursor.at) {
     cursor.bad = true;
     return NO_BYTES;
@@ -187,18 +187,18 @@ function take(cursor: Cursor, length: number): Uint8Array {
 }
 
 /** Where the next bytes go. */
-function claim(cursor: Cursor, length: number): number {
+function reserve(cursor: Cursor, length: number): number {
   if (cursor.at + length > cursor.end) throw new RangeError(`Datagram exceeds "${cursor.end}" bytes`);
   cursor.at += length;
   return cursor.at - length;
 }
 
-const give = (cursor: Cursor, bytes: Uint8Array) => cursor.bytes.set(bytes, claim(cursor, bytes.length));
+const writeBytes = (cursor: Cursor, bytes: Uint8Array) => cursor.bytes.set(bytes, reserve(cursor, bytes.length));
 
 /** An unsigned integer, most significant byte first. */
 const uint = (width: number): Codec<number> => ({
   put(cursor, value) {
-    const first = claim(cursor, width);
+    const first = reserve(cursor, width);
     for (let i = width - 1, rest = value; i >= 0; i--, rest = Math.floor(rest / 256)) {
       cursor.bytes[first + i] = rest % 256;
     }
@@ -217,28 +217,28 @@ const u8 = uint(1), u16 = uint(2), u32 = uint(4), u48 = uint(6);
 
 /** Eight bytes, kept as 16 hex digits: tokens, nonces, cookies. */
 const id: Codec<string> = {
-  put: (cursor, value) => give(cursor, Uint8Array.fromHex(value)),
-  get: (cursor) => hex(take(cursor, 8)),
+  put: (cursor, value) => writeBytes(cursor, Uint8Array.fromHex(value)),
+  get: (cursor) => hex(readBytes(cursor, 8)),
 };
-const raw = (length: number): Codec<Uint8Array> => ({ put: give, get: (cursor) => take(cursor, length) });
+const raw = (length: number): Codec<Uint8Array> => ({ put: writeBytes, get: (cursor) => readBytes(cursor, length) });
 const key = raw(32);
-const rest: Codec<Uint8Array> = { put: give, get: (cursor) => take(cursor, cursor.end - cursor.at) };
+const rest: Codec<Uint8Array> = { put: writeBytes, get: (cursor) => readBytes(cursor, cursor.end - cursor.at) };
 const bytes: Codec<Uint8Array> = {
   put(cursor, value) {
     u16.put(cursor, value.length);
-    give(cursor, value);
+    writeBytes(cursor, value);
   },
-  get: (cursor) => take(cursor, u16.get(cursor)),
+  get: (cursor) => readBytes(cursor, u16.get(cursor)),
 };
 const text: Codec<string> = {
   put(cursor, value) {
     const encoded = utf8.encode(value);
     if (encoded.length > 255) throw new RangeError("Text exceeds 255 bytes");
     u8.put(cursor, encoded.length);
-    give(cursor, encoded);
+    writeBytes(cursor, encoded);
   },
   get(cursor) {
-    const encoded = take(cursor, u8.get(cursor));
+    const encoded = readBytes(cursor, u8.get(cursor));
     try {
       return strictUtf8.decode(encoded);
     } catch {
@@ -261,12 +261,12 @@ const endpoint: Codec<Endpoint> = {
     const { host, port } = parseEndpoint(value)!;
     const address = addressBytes(host)!;
     u8.put(cursor, address.length);
-    give(cursor, address);
+    writeBytes(cursor, address);
     u16.put(cursor, port);
   },
   get(cursor) {
     const length = u8.get(cursor);
-    const address = take(cursor, length);
+    const address = readBytes(cursor, length);
     const port = u16.get(cursor);
     if ((length !== 4 && length !== 16) || port === 0) cursor.bad = true;
     const host = cursor.bad ? "" : formatAddress(address);
@@ -581,7 +581,9 @@ export function encode(
   const cursor = writer(MAC_BYTES);
   CONTROL_HEADER.put(cursor, seal);
   write(cursor, message);
-  if (isFromClient(message.type)) give(cursor, new Uint8Array(Math.max(0, MIN_CLIENT_BYTES - MAC_BYTES - cursor.at)));
+  if (isFromClient(message.type)) {
+    writeBytes(cursor, new Uint8Array(Math.max(0, MIN_CLIENT_BYTES - MAC_BYTES - cursor.at)));
+  }
   const data = scratch.slice(0, cursor.at + MAC_BYTES);
   data.set(seal.key ? sipHash(seal.key, data.subarray(0, -MAC_BYTES)) : new Uint8Array(MAC_BYTES), cursor.at);
   return data;
@@ -775,7 +777,7 @@ function stunEndpoint(value: Uint8Array, mask?: Uint8Array): Endpoint | "" {
 /** Decodes a STUN Binding message (RFC 8489, section 5), or null: also if it has a FINGERPRINT that is wrong. */
 export function decodeStun(data: Uint8Array): Stun | null {
   const cursor = reader(data);
-  const type = u16.get(cursor), length = u16.get(cursor), id = take(cursor, 16);
+  const type = u16.get(cursor), length = u16.get(cursor), id = readBytes(cursor, 16);
   const kind = (Object.keys(STUN_KINDS) as Stun["kind"][]).find((kind) => STUN_KINDS[kind] === type);
   if (cursor.bad || !kind || length !== data.length - STUN_HEADER_BYTES || length % 4 !== 0) return null;
   const transaction = hex(id), classic = !transaction.startsWith(STUN_COOKIE);
@@ -787,8 +789,8 @@ export function decodeStun(data: Uint8Array): Stun | null {
   };
   let isSealed = false;
   while (cursor.at < cursor.end && !cursor.bad) {
-    const at = cursor.at, type = u16.get(cursor), length = u16.get(cursor), value = take(cursor, length);
-    take(cursor, -length & 3);
+    const at = cursor.at, type = u16.get(cursor), length = u16.get(cursor), value = readBytes(cursor, length);
+    readBytes(cursor, -length & 3);
     if (cursor.bad) break;
     if (type === STUN.FINGERPRINT) { // the last attribute, over all before it (RFC 8489, section 14.7)
       const sum = (crc32(data.subarray(0, at)) ^ STUN_FINGERPRINT_MASK) >>> 0;
@@ -923,7 +925,7 @@ export function isSeen({ highest, seen }: ReplayWindow, counter: number): boolea
 }
 
 /** Whether the counter is new; from then on it is not. Call it only for what a seal has proved genuine. */
-export function isFresh(window: ReplayWindow, counter: number): boolean {
+export function accept(window: ReplayWindow, counter: number): boolean {
   if (isSeen(window, counter)) return false;
   for (let i = Math.max(window.highest + 1, counter - WINDOW_BITS + 1); i <= counter; i++) {
     window.seen[(i % WINDOW_BITS) >> 5]! &= ~(1 << (i & 31)); // slots that the window moves over are free again
@@ -992,10 +994,10 @@ export function generateKeys(): KeyPair {
 }
 
 /** X25519, or null for a key of low order and everything else that node:crypto would throw at. */
-export function agree(secret: Uint8Array, theirs: Uint8Array): Uint8Array | null {
+export function diffieHellman(secret: Uint8Array, theirs: Uint8Array): Uint8Array | null {
   try {
     const publicKey = createPublicKey({ key: concat(SPKI, theirs) as Buffer, format: "der", type: "spki" });
-    const shared = Uint8Array.from(diffieHellman({ privateKey: privateKey(secret), publicKey }));
+    const shared = Uint8Array.from(x25519({ privateKey: privateKey(secret), publicKey }));
     return shared.some((byte) => byte !== 0) ? shared : null;
   } catch {
     return null;
@@ -1155,7 +1157,7 @@ export interface Initiation {
 /** Begins a handshake; null if the peer's key is of low order. */
 export function initiate(options: NoiseOptions, payload: Uint8Array): Initiation | null {
   const { own, peer, ephemeral } = options;
-  const es = agree(ephemeral.secret, peer), ss = agree(own.secret, peer);
+  const es = diffieHellman(ephemeral.secret, peer), ss = diffieHellman(own.secret, peer);
   if (!es || !ss) return null;
   const first = mixTokens(initialState(options, own.public, peer), ephemeral.public, es, ss);
   const sealed = encryptPayload(first, payload);
@@ -1163,7 +1165,7 @@ export function initiate(options: NoiseOptions, payload: Uint8Array): Initiation
     message: concat(ephemeral.public, sealed),
     finish(message) {
       const theirs = message.slice(0, 32), answer = message.subarray(32);
-      const ee = agree(ephemeral.secret, theirs), se = agree(own.secret, theirs);
+      const ee = diffieHellman(ephemeral.secret, theirs), se = diffieHellman(own.secret, theirs);
       if (!ee || !se) return null;
       const second = mixTokens(mixHash(first, sealed), theirs, ee, se);
       const payload = decryptPayload(second, answer);
@@ -1180,14 +1182,14 @@ export function respond(
 ): { payload: Uint8Array; answer(payload: Uint8Array): { message: Uint8Array; keys: NoiseKeys } } | null {
   const { own, peer, ephemeral } = options;
   const theirs = message.slice(0, 32), sealed = message.slice(32);
-  const es = agree(own.secret, theirs), ss = agree(own.secret, peer);
+  const es = diffieHellman(own.secret, theirs), ss = diffieHellman(own.secret, peer);
   if (!es || !ss) return null;
   const first = mixTokens(initialState(options, peer, own.public), theirs, es, ss);
   const payload = decryptPayload(first, sealed);
   return payload && {
     payload,
     answer(payload) {
-      const ee = agree(ephemeral.secret, theirs)!, se = agree(ephemeral.secret, peer)!; // of low order for all or none
+      const ee = diffieHellman(ephemeral.secret, theirs)!, se = diffieHellman(ephemeral.secret, peer)!; // of low order for all or none
       const second = mixTokens(mixHash(first, sealed), ephemeral.public, ee, se);
       const answer = encryptPayload(second, payload);
       const [receive, send] = split(second);
@@ -1513,7 +1515,7 @@ export function exitWith(error: unknown): never {
  *
  * @throws {Failure} if the port cannot be bound; with `json` it is told on stdout too
  */
-export async function bound<T>(
+export async function listenOrFail<T>(
   run: (host: string) => Promise<T>,
   { host, json }: { host?: string | undefined; json: boolean },
 ): Promise<T> {
@@ -1600,7 +1602,7 @@ async function typedUnseen(prompt: string): Promise<string> {
 }
 
 /** The 32-byte key of such words, by scrypt (RFC 7914): each guess costs a tenth of a second. */
-export function stretch(words: string | undefined, label: "secret" | "password"): Uint8Array | undefined {
+export function keyFromWords(words: string | undefined, label: "secret" | "password"): Uint8Array | undefined {
   if (words === undefined) return undefined;
   return Uint8Array.from(scryptSync(words.normalize("NFC"), `punch ${label}`, 32, { N: 2 ** 15, maxmem: 2 ** 26 }));
 }

@@ -9,9 +9,8 @@ import { assert, assertEquals, assertNotEquals, assertRejects, assertThrows } fr
 import { createCipheriv, createHash } from "node:crypto";
 import { type ClientEvent, type Command, createClient } from "./client.ts";
 import {
+  accept,
   addressBytes,
-  agree,
-  bound,
   clock,
   CONTROL,
   type ControlBody,
@@ -20,6 +19,7 @@ import {
   decodeInner,
   decodeStun,
   deriveKey,
+  diffieHellman,
   encode,
   encodeHandshake,
   encodeInner,
@@ -35,11 +35,11 @@ import {
   hex,
   hostOf,
   initiate,
-  isFresh,
   isIPv6,
   jsonLine,
   keysFrom,
   listen,
+  listenOrFail,
   type Machine,
   MAX_CANDIDATES,
   MAX_DATAGRAM_BYTES,
@@ -517,7 +517,7 @@ Deno.test("sipHash() matches the vectors of its authors", () => {
   assertEquals(hex(sipHash(counting(16), counting(15))), "e545be4961ca29a1");
 });
 
-Deno.test("isFresh() accepts each counter once, in order or up to 2,047 behind the highest", () => {
+Deno.test("accept() accepts each counter once, in order or up to 2,047 behind the highest", () => {
   const rows: [what: string, ...steps: [counter: number, fresh: boolean][]][] = [
     ["in order", [0, true], [1, true], [2, true]],
     ["duplicates", [0, true], [0, false], [5, true], [5, false], [0, false], [1, true], [1, false]],
@@ -530,18 +530,18 @@ Deno.test("isFresh() accepts each counter once, in order or up to 2,047 behind t
   ];
   for (const [what, ...steps] of rows) {
     const window = replayWindow();
-    for (const [counter, fresh] of steps) assertEquals(isFresh(window, counter), fresh, `${what}: ${counter}`);
+    for (const [counter, fresh] of steps) assertEquals(accept(window, counter), fresh, `${what}: ${counter}`);
   }
 });
 
-Deno.test("isFresh() agrees with a set that forgets nothing", () => {
+Deno.test("accept() agrees with a set that forgets nothing", () => {
   for (const [seed, jump] of [[3, 2], [4, 70], [5, 5_000]] as const) {
     const below = seeded(seed), window = replayWindow(), seen = new Set<number>();
     let highest = -1;
     for (let round = 0; round < 30_000; round++) {
       const counter = Math.max(0, below(3) === 0 ? highest + below(jump) : highest - below(2_200));
       const fresh = !seen.has(counter) && counter > highest - 2_048;
-      assertEquals(isFresh(window, counter), fresh, `seed ${seed}, round ${round}: ${counter}`);
+      assertEquals(accept(window, counter), fresh, `seed ${seed}, round ${round}: ${counter}`);
       seen.add(counter);
       highest = Math.max(highest, counter);
     }
@@ -674,18 +674,18 @@ Deno.test("respond() and finish() return null for a flipped bit or a cut, and fi
   for (let again = 0; again < 2; again++) assertEquals(hex(finish(SECOND)!.keys.hash), HANDSHAKE_HASH);
 });
 
-Deno.test("agree(), initiate(), respond() and finish() return null for a point of low order", () => {
+Deno.test("diffieHellman(), initiate(), respond() and finish() return null for a point of low order", () => {
   const { finish } = initiate(BY_ALICE, PAYLOAD)!;
   for (const point of LOW_ORDER) {
-    assertEquals(agree(ALICE.secret, point), null, hex(point));
+    assertEquals(diffieHellman(ALICE.secret, point), null, hex(point));
     assertEquals(initiate({ ...BY_ALICE, peer: point }, PAYLOAD), null);
     assertEquals(respond({ ...BY_BOB, peer: point }, FIRST), null);
     assertEquals(respond(BY_BOB, Uint8Array.of(...point, ...FIRST.subarray(32))), null);
     assertEquals(finish(Uint8Array.of(...point, ...SECOND.subarray(32))), null);
     assertEquals(respond({ ...BY_BOB, peer: point }, forgery(point)), null);
   }
-  for (const length of [0, 31, 33]) assertEquals(agree(ALICE.secret, new Uint8Array(length).fill(9)), null);
-  assertEquals(agree(ALICE.secret, BOB.public), agree(BOB.secret, ALICE.public));
+  for (const length of [0, 31, 33]) assertEquals(diffieHellman(ALICE.secret, new Uint8Array(length).fill(9)), null);
+  assertEquals(diffieHellman(ALICE.secret, BOB.public), diffieHellman(BOB.secret, ALICE.public));
 });
 
 /** What opens for a responder who does not give up at a point of low order, but goes on with the key that he has. */
@@ -787,7 +787,7 @@ Deno.test("listen() rejects for a port in use, and closes what it has bound befo
     const error = await assertRejects(() => listen(scale(), taken)) as Error & { code?: string };
     assertEquals(error.code, "EADDRINUSE");
     const again = () => listen(scale(), taken);
-    const failure = await assertRejects(() => bound(again, { json: false }), Failure);
+    const failure = await assertRejects(() => listenOrFail(again, { json: false }), Failure);
     assertEquals(failure.message, `Cannot bind UDP port "${port}": address already in use, choose another with --port`);
   } finally {
     running.close();

@@ -20,9 +20,8 @@
 import { randomBytes, timingSafeEqual } from "node:crypto";
 import process from "node:process";
 import {
+  accept,
   addressBytes,
-  agree,
-  bound,
   type Bucket,
   clock,
   CONTROL,
@@ -35,6 +34,7 @@ import {
   decode,
   decodeStun,
   DEFAULT_PORT,
+  diffieHellman,
   type Effect,
   encode,
   encodeStunResponse,
@@ -46,13 +46,14 @@ import {
   hex,
   hostOf,
   type Introduced,
-  isFresh,
   isFromClient,
   isIPv6,
   isSeen,
   jsonLine,
+  keyFromWords,
   type KeyPair,
   listen,
+  listenOrFail,
   loginKey,
   type Machine,
   MAX_RELAYED_BYTES,
@@ -68,7 +69,6 @@ import {
   secretWords,
   sipHash,
   spend,
-  stretch,
   STUN_CHANGE_REQUEST,
   STUN_RESPONSE_PORT,
   UsageError,
@@ -419,7 +419,7 @@ export function createServer(options: ServerOptions): Server {
     if (addresses.size >= MAX_ADDRESSES && !addresses.has(prefixOf(from))) return [];
     const address = addressOf(from, now);
     if (!spend(address.logins, LOGINS_PER_ADDRESS, { now })) return [];
-    const shared = agree(keys.secret, message.key);
+    const shared = diffieHellman(keys.secret, message.key);
     if (!shared || !verifies(data, loginKey(shared, message.id))) return [];
 
     const deny = (reason: string, seconds = 0): Effect<ServerEvent>[] => {
@@ -612,7 +612,7 @@ export function createServer(options: ServerOptions): Server {
       if (!message || !isFromClient(message.type)) return []; // no answer to an answer: that would never end
       if (message.type === "LOGIN") return login(message, datagram, now);
       if (!session) return [challenge(datagram, message, false, now)];
-      if (!verifies(datagram.data, session.keys.toServer) || !isFresh(session.window, message.counter)) return [];
+      if (!verifies(datagram.data, session.keys.toServer) || !accept(session.window, message.counter)) return [];
       session.heardAt = now;
       if (!allows(session, "datagrams", { now })) return [];
       const effects = hear(session, message, datagram, now);
@@ -700,7 +700,7 @@ async function main(): Promise<void> {
   const server = createServer({
     keys: generateKeys(),
     random: (length) => Uint8Array.from(randomBytes(length)),
-    password: stretch(password, "password"),
+    password: keyFromWords(password, "password"),
     maxUsers,
     maxPerAddress,
     hosts: altHost === undefined ? undefined : [host, altHost],
@@ -713,7 +713,7 @@ async function main(): Promise<void> {
     if (altHost !== undefined) sockets.push({ host: altHost, port }, { host: altHost, port: altPort });
     return listen(server, { sockets, onEvent: say, onDatagram });
   };
-  const running = await bound(run, { host: args.host, json: args.json });
+  const running = await listenOrFail(run, { host: args.host, json: args.json });
   if (!password && !args.json && !args.quiet) {
     console.error(
       "Anybody may log in: no --password-file, and no PUNCH_PASSWORD (which Deno shows with --allow-env only)",

@@ -11,16 +11,22 @@
  * @module
  */
 import { type ChildProcess, spawn } from "node:child_process";
-import { createCipheriv, createDecipheriv, diffieHellman, generateKeyPairSync, randomBytes } from "node:crypto";
+import {
+  createCipheriv,
+  createDecipheriv,
+  diffieHellman as x25519,
+  generateKeyPairSync,
+  randomBytes,
+} from "node:crypto";
 import { readFileSync } from "node:fs";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
 import {
-  agree,
   type Control,
   type ControlBody,
   controlKeys,
   decode,
+  diffieHellman,
   encode,
   formatEndpoint,
   generateKeys,
@@ -198,7 +204,7 @@ async function logIn(socket: Socket, port: number, name: string): Promise<Sessio
     });
   const asked = await ask(encode(loginOf(name, keys.public), { id, counter }), "COOKIE");
   const { cookie, key } = asked as Control & { type: "COOKIE" };
-  const shared = agree(keys.secret, key)!;
+  const shared = diffieHellman(keys.secret, key)!;
   const login = encode(loginOf(name, keys.public, cookie), { id, counter, key: loginKey(shared, id) });
   const answer = await ask(login, "WELCOME");
   const { token, users } = answer as Control & { type: "WELCOME" };
@@ -323,7 +329,7 @@ function handshakes(): Work[] {
   const alice = generateKeys(), bob = generateKeys();
   const psk = new Uint8Array(32), prologue = random(32), payload = random(100);
   return [
-    { label: DH, once: () => void diffieHellman({ privateKey, publicKey }), rates: [] },
+    { label: DH, once: () => void x25519({ privateKey, publicKey }), rates: [] },
     {
       label: `handshake (${DH_OF_HANDSHAKE} DH)`,
       bare: DH,
@@ -351,7 +357,7 @@ function logins(): Work {
     const first = encode(loginOf(name, own.public), { id, counter: now });
     const asked = server.receive({ socket: 0, from, data: first }, now)[0] as { data: Uint8Array };
     const { cookie } = decode(asked.data) as Control & { type: "COOKIE" };
-    const key = loginKey(agree(own.secret, keys.public)!, id);
+    const key = loginKey(diffieHellman(own.secret, keys.public)!, id);
     return { from, first, second: encode(loginOf(name, own.public, cookie), { id, counter: now, key }) };
   });
   return {

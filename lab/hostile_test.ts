@@ -18,7 +18,6 @@ import v8 from "node:v8";
 import vm from "node:vm";
 import { createClient } from "../client.ts";
 import {
-  agree,
   concat,
   type Control,
   type ControlBody,
@@ -26,6 +25,7 @@ import {
   type Datagram,
   decode,
   decodeHandshake,
+  diffieHellman,
   type Effect,
   encode,
   encodeHandshake,
@@ -280,7 +280,7 @@ const secrets = new Map<string, Uint8Array>();
 /** The same keys may log in ten thousand times. */
 function sharedWith({ secret, public: own }: KeyPair, theirs: Uint8Array): Uint8Array {
   const pair = hex(own) + hex(theirs);
-  const shared = secrets.get(pair) ?? agree(secret, theirs)!;
+  const shared = secrets.get(pair) ?? diffieHellman(secret, theirs)!;
   secrets.set(pair, shared);
   return shared;
 }
@@ -980,7 +980,7 @@ function evil(world: World, keys: KeyPair): Evil {
         if (effect.kind !== "send" || !said) return [effect];
         if (said.type === "WELCOME") {
           const { name, key } = logins.get(said.id)!;
-          const macs = controlKeys(agree(keys.secret, key)!, said.token);
+          const macs = controlKeys(diffieHellman(keys.secret, key)!, said.token);
           const prey = { name, key, macs, at: effect.to, nonce: publicNonce(said.id), sent: said.counter };
           byToken.set(said.token, prey);
           byName.set(name, { ...prey, token: said.token });
@@ -1863,7 +1863,7 @@ test("a forger who is a user sees the nonce of a login whose WELCOME is lost, an
       const message = decode(datagram.data);
       const alice = message?.type === "USERS" ? message.users.find(({ name }) => name === "alice") : undefined;
       if (alice && forged === 0) {
-        const macs = controlKeys(agree(own.secret, alice.key)!, token);
+        const macs = controlKeys(diffieHellman(own.secret, alice.key)!, token);
         const put = (data: Uint8Array) => world.net.inject({ from: SERVER, to: alice.public, data });
         const cookie = like("COOKIE", { cookie: "1".repeat(16), key: own.public, known: 0 });
         for (let counter = Math.floor(now) - 800; counter < now + 400; counter++, forged++) {

@@ -5,9 +5,9 @@
  */
 import { type Client, type ClientEvent, type ClientOptions, type Command, createClient } from "../client.ts";
 import {
-  agree,
   type Datagram,
   decode,
+  diffieHellman,
   encode,
   formatEndpoint,
   hex,
@@ -170,7 +170,7 @@ export function crowd(world: World, names: string[]): void {
     };
     const cookie = ask("0".repeat(16));
     if (cookie?.type !== "COOKIE") throw new Error("No cookie");
-    shared ??= agree(own.secret, cookie.key)!;
+    shared ??= diffieHellman(own.secret, cookie.key)!;
     if (ask(cookie.cookie, loginKey(shared, nonce))?.type !== "WELCOME") throw new Error("Not welcome");
     world.net.run(1);
   }

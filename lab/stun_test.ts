@@ -15,11 +15,11 @@ import type { Readable } from "node:stream";
 import { test } from "node:test";
 import { crc32 } from "node:zlib";
 import {
-  agree,
   concat,
   controlKeys,
   decode,
   decodeStun,
+  diffieHellman,
   type Effect,
   encode,
   encodeStunRequest,
@@ -462,7 +462,7 @@ test("WELCOME names the second and the third port", () => {
     ask(server, encode({ ...login, cookie, local: [] }, { id, counter: 1, key }))[0]!.data;
   const cookie = decode(say("0".repeat(16)));
   assert.equal(cookie?.type, "COOKIE");
-  const shared = agree(keys.secret, cookie.key)!;
+  const shared = diffieHellman(keys.secret, cookie.key)!;
   const data = say(cookie.cookie, loginKey(shared, id));
   const welcome = decode(data);
   assert.equal(welcome?.type, "WELCOME");
