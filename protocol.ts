@@ -937,20 +937,47 @@ export function accept(window: ReplayWindow, counter: number): boolean {
 
 // ---------------------------------------------------------------------------------------------------- limits
 
+/** What a limit allows: `burst` at once, `perSecond` from then on. */
+export interface Rate {
+  /** What comes back in a second. */
+  perSecond: number;
+  /** Most at once. */
+  burst: number;
+}
+
+/** Sums of times since 1970 are rounded: less than this in a burst of thousands. */
+const ROUNDING_MS = 0.1;
+
+/**
+ * The generic cell rate algorithm (ITU-T I.371): a limit is one number, the theoretical arrival time (TAT) in ms, when
+ * all that has been let through would have come at the steady rate. 0: nothing yet; a TAT that has passed is as good.
+ *
+ * @returns the next TAT if `cost` more conforms at `now`, or null if it is too much
+ */
+export function conform(tat: number, { perSecond, burst }: Rate, now: number, cost = 1): number | null {
+  const next = Math.max(tat, now) + cost / perSecond * 1000;
+  return next - now <= burst / perSecond * 1000 + ROUNDING_MS ? next : null;
+}
+
+/** One limit: whether something of this cost may happen now (ms). What is refused costs nothing. */
+export type Limit = (now: number, cost?: number) => boolean;
+
+/** Makes a limit that nothing has been taken from. */
+export function createLimit(rate: Rate): Limit {
+  let tat = 0;
+  return (now, cost) => {
+    const next = conform(tat, rate, now, cost);
+    tat = next ?? tat;
+    return next !== null;
+  };
+}
+
 /** A token bucket: so much at once, so much a second from then on. */
 export interface Bucket {
   /** What is left. */
   tokens: number;
   /** When that was so, in ms. */
   at: number;
-}
-
-/** What a bucket allows: `burst` at once, `perSecond` from then on. */
-export interface Rate {
-  /** Tokens that come back in a second. */
-  perSecond: number;
-  /** Most tokens there can be. */
-  burst: number;
 }
 
 /** A full bucket. */
