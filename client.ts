@@ -12,8 +12,17 @@
  *       |<--------------|<~~~~~~~~~~~~~~~~~~~~~~~~~~~|              |  ... but alice's NAT has seen alice write to bob:
  *       | echo -------->|~~~~~~~~~~~~~~~~~~~~~~~~~~~>|------------->|  both holes are open
  *
- * A path to a peer is `trying` until an echo of our own punch comes back, then `good`; `suspect` when something on it
- * stays unanswered (everything then goes over the server as well), and gone when fast probes stay unanswered too.
+ * The file is made of rooms: small machines that hold their own state and do not know each other. `createConversation`
+ * and `createClient` wire them together.
+ *
+ *     the lesson      link          the session with the server
+ *                     conversation  relay first, then the upgrade to a direct path
+ *                     paths         punching, the hole while it holds, and what happens when it does not
+ *                     discovery     what our NAT is like
+ *                     traversal     what to do when plain punching cannot work
+ *     the reference   channel       keys between two clients
+ *                     delivery      each message once, whole and in order
+ *                     ping, list, sockets, commands, createClient, and the terminal
  *
  * @module
  */
@@ -23,206 +32,22 @@ import { readFileSync, statSync, writeFileSync } from "node:fs";
 import { networkInterfaces } from "node:os";
 import process from "node:process";
 import { clearLine, createInterface, cursorTo } from "node:readline";
-import {
-  accept,
-  type Bucket,
-  clock,
-  concat,
-  type Control,
-  type ControlBody,
-  controlHeader,
-  controlKeys,
-  createTrace,
-  type Datagram,
-  decode,
-  decodeHandshake,
-  decodeInner,
-  decodeStun,
-  DEFAULT_PORT,
-  diffieHellman,
-  type Effect,
-  encode,
-  encodeHandshake,
-  encodeInner,
-  encodeStunRequest,
-  type Endpoint,
-  environment,
-  exitWith,
-  Failure,
-  formatEndpoint,
-  fullBucket,
-  generateKeys,
-  type Handshake,
-  harmless,
-  hex,
-  hostOf,
-  initiate,
-  type Initiation,
-  type Introduced,
-  isIPv6,
-  jsonLine,
-  keyFromWords,
-  type KeyPair,
-  keysFrom,
-  listen,
-  listenOrFail,
-  loginKey,
-  type Machine,
-  MAX_CANDIDATES,
-  MAX_NAME_BYTES,
-  MAX_PART_BYTES,
-  MAX_PLANNED_PORTS,
-  type NatClass,
-  type NoiseKeys,
-  openPeer,
-  parseEndpoint,
-  passwordProof,
-  type Peer,
-  peerHeader,
-  publicNonce,
-  type Rate,
-  type ReplayWindow,
-  replayWindow,
-  respond,
-  safetyCode,
-  scopeOf,
-  sealPeer,
-  secretWords,
-  spend,
-  type Stun,
-  STUN_COOKIE,
-  UsageError,
-  type User,
-  userName,
-  verifies,
-} from "./protocol.ts";
+// Machines and messages; endpoints; limits.
+import type { Control, ControlBody, Datagram, Effect, Handshake, Introduced, Machine, Peer, User } from "./protocol.ts";
+import { controlHeader, decode, decodeHandshake, decodeInner, encode, encodeHandshake } from "./protocol.ts";
+import { encodeInner, MAX_CANDIDATES, MAX_NAME_BYTES, MAX_PART_BYTES, MAX_PLANNED_PORTS } from "./protocol.ts";
+import { type Endpoint, formatEndpoint, hostOf, isIPv6, type NatClass, parseEndpoint, scopeOf } from "./protocol.ts";
+import { concat, createLimit, harmless, hex, jsonLine, type Rate, userName } from "./protocol.ts";
+// STUN; keys and seals.
+import { decodeStun, encodeStunRequest, type Stun, STUN_COOKIE } from "./protocol.ts";
+import { accept, controlKeys, diffieHellman, generateKeys, type KeyPair, keysFrom, loginKey } from "./protocol.ts";
+import { initiate, type Initiation, type NoiseKeys, openPeer, passwordProof, peerHeader } from "./protocol.ts";
+import { publicNonce, type ReplayWindow, replayWindow, respond, safetyCode, sealPeer, verifies } from "./protocol.ts";
+// Sockets and the command line.
+import { clock, createTrace, DEFAULT_PORT, environment, exitWith, Failure, keyFromWords } from "./protocol.ts";
+import { listen, listenOrFail, secretWords, UsageError } from "./protocol.ts";
 
-// ---------------------------------------------------------------------------------------------------- constants
-
-/** Longest chat message in bytes of UTF-8. */
-export const MAX_MESSAGE_BYTES = 65_536;
-
-// Towards the server.
-const FIRST_LOGIN_MS = 10_000;
-/** Between two attempts to log in: grows by half each time, up to the second number. */
-const LOGIN_RETRY_MS = 400, LOGIN_RETRY_MAX_MS = 3_000;
-/** After so many attempts without a word from the server everything is forgotten that it has said. */
-const TRIES_BEFORE_ANEW = 4;
-/** Under the 30 s after which the strictest NATs forget (RFC 4787 REQ-5 asks for 2 min; few heed it). */
-const KEEPALIVE_MS = 20_000;
-/** While a conversation lives on the relay: a restarted server must be noticed before a message fails. */
-const RELAY_KEEPALIVE_MS = 2_000;
-/** While one goes on directly: a carrier may end all our mappings at once, and no message may wait 15 s for the next. */
-const WARM_KEEPALIVE_MS = 10_000;
-/** Keepalives of several clients, or several paths, must not fall into step. */
-const SPREAD = 0.2;
-/** So many keepalives in a row unanswered, and nothing else heard from it: the server is gone. */
-const KEEPALIVE_TRIES = 8;
-/** So long after its restart the last client may come back: one that has just sent its keepalive before. */
-const ALL_BACK_MS = 30_000;
-const LIST_RETRY_MS = 500, LIST_TRIES = 8;
-/** Answers to cookies without anything between that shows progress; more would be a loop. */
-const MAX_CHALLENGES = 5;
-
-// Punching.
-/** After the introduction: quick at first, since both sides punch now; then until the slowest NAT has noticed. */
-const PUNCH_AT_MS = [0, 20, 40, 80, 160, 320, 820, 1320, 1820, 2320, 2820, 3320, 3820, 4320];
-/** After so many seconds on the relay a direct path is tried again. */
-const RETRY_DIRECT_MS = [2_000, 5_000, 15_000, 60_000, 300_000];
-/** Rounds of "ask the server to have the other side punch, then send again", as in 2004. */
-const MAX_ROUNDS = 5;
-/** So many tries of the part that all others wait for, over the relay: the peer may have forgotten the session. */
-const FORGOTTEN_AFTER = 4;
-const MAX_PATHS = 32;
-const MAX_PROBES = 256;
-
-// Knowing one's NAT.
-/** A STUN question is asked again so often; what is unanswered then has been filtered, or lost. */
-const QUERY_MS = 250, QUERY_TRIES = 4;
-/** Three random ports lie within a block by chance once in 80 times, four once in a thousand. */
-const SAMPLES = 4;
-/** Ports of successive mappings this near to each other are a sequence, or this near, a block. */
-const SEQUENCE_STEP = 8, BLOCK_SPAN = 4_096;
-/** How far a block may reach beyond what we have seen of it. */
-const BLOCK_GUESS = 512;
-const UNKNOWN_NAT: NatClass = { mapping: "unknown", filtering: "unknown", allocation: "unknown" };
-
-// Harder NATs.
-/** A plain punch has so long; then fresh sockets, with fresh mappings, have their try. */
-const FRESH_SOCKETS_AFTER_MS = 1_500;
-/** Sockets that we open: one guess each against another symmetric NAT; a few are enough where the peer sprays or sweeps. */
-const GUESSES = 16, FEW = 4, SPRAY_SOCKETS = 256;
-/** Foreign flows that may have taken a port of a sequence since it was sampled: so many are guessed in turn. */
-const FOREIGN_FLOWS = 4;
-/** When an attempt sends; where one side opens its NAT with packets of low TTL, the next ones follow the peer's. */
-const VOLLEYS_MS = [0, 100, 250], OPENER_VOLLEYS_MS = [0, 500], SPRAY_VOLLEYS_MS = [0, 6_200];
-/** When a plan is told again, an attempt has failed, or a spray: in all of its time, and a little for the last echo. */
-const TELL_PLAN_MS = 300, ATTEMPT_MS = 1_000, SPRAY_ATTEMPT_MS = 13_000, MAX_ATTEMPT = 4;
-/** The number of an attempt that replaces a path which still works. */
-const RENEWAL = 100, RENEWED_MS = 10_000;
-/** Dies on the way, after it has opened our NAT and before a Linux router at the far end can take offence at it. */
-const OPENER_TTL = 8;
-/** A spray: so many ports, so many at a time, a little ahead at first; half of them, a pause, the other half; never more. */
-const SPRAY_PORTS = 2_048,
-  SPRAY_BURST = 4,
-  SPRAY_BURST_MS = 20,
-  SPRAY_AHEAD_MS = 60,
-  SPRAY_PAUSE_MS = 1_000,
-  SPRAY_INTERVAL_MS = 14_000;
-const LOWEST_PORT = 1_024, PORTS = 65_536 - LOWEST_PORT;
-
-// Keeping a path.
-/** A message went either way so recently: then the path is checked all the time. */
-const ACTIVE_MS = 10_000, ACTIVE_PROBE_MS = 400;
-/** A message went either way so recently: then the path is kept open. */
-const WARM_MS = 300_000, WARM_PROBE_MS = 15_000;
-/** Something on the path unanswered for max(3 SRTT, this): suspect. */
-const SUSPECT_MS = 400;
-/** A suspect path is probed so often, and given up after so many probes in a row without an echo. */
-const FAST_PROBE_MS = 150, FAST_PROBES = 6;
-/** After so many of them the server is asked for a new introduction. */
-const FAST_PROBES_BEFORE_CALL = 2;
-/** A path unused for so long is not trusted to be there still. */
-const STALE_PATH_MS = 30_000;
-/** Two paths in a row that die at about the same age, under 90 s: the next one is replaced at 70 % of it. */
-const ABSOLUTE_LIFETIME_MS = 90_000, SAME_LIFETIME = 0.75, RENEW_AT = 0.7;
-/** Of two paths of the same kind the quicker one is taken if it is quicker by this factor and this much. */
-const QUICKER_FACTOR = 0.9, QUICKER_MS = 5;
-
-// Delivery.
-const RTO_FIRST_MS = 400, RTO_MIN_MS = 200, RTO_MAX_MS = 2_000, RTO_GROWTH = 1.5;
-/** Not sooner than the clocks of two runtimes can tell (a tail loss probe, RFC 8985, section 7.2). */
-const TAIL_MIN_MS = 20;
-/** Nothing acknowledged for so long: Send Failure! */
-const GIVE_UP_MS = 15_000;
-/** What all else waits for is sent again in as many copies as it has been tried, up to this. */
-const MAX_COPIES = 4;
-/** Sent so much before a part that has been acknowledged: lost (a fraction of SRTT, as in RACK, RFC 8985). */
-const REORDERING = 0.25;
-/** Parts on their way at a time: at first, at least, at most. Twice the most fits into one acknowledgement. */
-const WINDOW_FIRST = 16, WINDOW_MIN = 4, WINDOW_MAX = 64;
-/** The clock has jumped, as on a laptop that slept: nothing that fell due meanwhile has failed for that. */
-const JUMP_MS = 5_000;
-/** AES-GCM keys are changed long before 2^32 messages. */
-const REKEY_AFTER = 2 ** 30;
-const PING_INTERVAL_MS = 500, PING_LOST_MS = 2_000;
-
-// What a peer or the server can make grow or make us do.
-const MAX_CONVERSATIONS = 1_000, MAX_KNOWN_USERS = 20_000, MAX_LISTED = 1_000_000;
-const HANDSHAKES_PER_PEER: Rate = { perSecond: 5, burst: 20 };
-const INTRODUCTIONS_PER_PEER: Rate = { perSecond: 5, burst: 20 };
-/** Attempts with more sockets, and such sockets at a time: two sprays and what else is going on. */
-const ATTEMPTS_PER_PEER: Rate = { perSecond: 0.2, burst: 6 }, MAX_SOCKETS = 600;
-/** Datagrams to where nothing has come back from yet, whoever named the place. */
-const PUNCHES: Rate = { perSecond: 300, burst: 1_500 };
-/** The same for one peer, sprays and sweeps aside: these have a limit of their own, and go to one host alone. */
-const PUNCHES_PER_PEER: Rate = { perSecond: 30, burst: 300 };
-/** Of peers who do not know what they must know. */
-const WARNINGS: Rate = { perSecond: 0.2, burst: 10 };
-const MAX_EPHEMERALS = 4_096;
-const MAX_SESSIONS = 4;
-
-// ---------------------------------------------------------------------------------------------------- types
+// ---------------------------------------------------------------------------------------------------- in and out
 
 /** Which way a datagram takes: over the server, directly, or directly to a private or loopback address. */
 export type PathKind = "relay" | "direct" | "lan";
@@ -230,7 +55,7 @@ export type PathKind = "relay" | "direct" | "lan";
 /** Why a message was not delivered. */
 export type Reason = "unknown" | "offline" | "timeout" | "empty" | "too-long" | "untrusted";
 
-/** What the client tells its user (DESIGN 6). An error with a `notice` is what others did, not what became of a command. */
+/** What the client tells its user. An error with a `notice` is what others did, not what became of a command. */
 export type ClientEvent =
   | { event: "login"; name: string; server: Endpoint; public: Endpoint; local: Endpoint[]; users: number }
   | { event: "users"; users: { name: string; public: Endpoint }[] }
@@ -246,14 +71,10 @@ export type ClientEvent =
 
 /** What we know of the NAT that we are behind; null: not known. */
 export interface NatEvent extends NatClass {
-  /** The name of the event. */
-  event: "nat";
-  /** As the server sees us. */
-  public: Endpoint;
-  /** Whether two behind it reach each other by its public address. */
-  hairpin: boolean | null;
-  /** Whether UDP passes at all. */
-  udp: boolean;
+  /** The name of the event. */ event: "nat";
+  /** As the server sees us. */ public: Endpoint;
+  /** Whether two clients behind it reach each other by its public address. */ hairpin: boolean | null;
+  /** Whether UDP passes at all. */ udp: boolean;
 }
 
 /** What the user can ask for. */
@@ -268,28 +89,17 @@ export type Command =
 
 /** What a client is made of; everything random comes in here. */
 export interface ClientOptions {
-  /** User name, as `userName` leaves it. */
-  name: string;
-  /** Our static keys. */
-  keys: KeyPair;
-  /** The server, in one IP version or both. */
-  servers: Endpoint[];
-  /** So many unpredictable bytes. */
-  random: (length: number) => Uint8Array;
-  /** Fresh keys, one pair for each handshake. */
-  generateKeys: () => KeyPair;
-  /** What the two colleagues alone know: 32 bytes. */
-  psk?: Uint8Array | undefined;
-  /** scrypt of the server's password. */
-  password?: Uint8Array | undefined;
-  /** The keys outlive this run: the name is to be held for us. */
-  keepName?: boolean | undefined;
-  /** Another STUN server, at another address than ours. */
-  observer?: Endpoint | undefined;
-  /** False: never punch, stay on the relay. */
-  direct?: boolean | undefined;
-  /** Never give up the first login. */
-  patient?: boolean | undefined;
+  /** User name, as `userName` leaves it. */ name: string;
+  /** Our static keys. */ keys: KeyPair;
+  /** The server, in one IP version or both. */ servers: Endpoint[];
+  /** So many unpredictable bytes. */ random: (length: number) => Uint8Array;
+  /** Fresh keys, one pair for each handshake. */ generateKeys: () => KeyPair;
+  /** What the two colleagues alone know: 32 bytes. */ psk?: Uint8Array | undefined;
+  /** scrypt of the server's password. */ password?: Uint8Array | undefined;
+  /** The keys outlive this run: the server is to hold the name for us. */ keepName?: boolean | undefined;
+  /** Another STUN server, at another address than ours. */ observer?: Endpoint | undefined;
+  /** False: never punch, stay on the relay. */ direct?: boolean | undefined;
+  /** Never give up the first login. */ patient?: boolean | undefined;
 }
 
 /** A client without sockets. */
@@ -300,258 +110,34 @@ export interface Client extends Machine<ClientEvent> {
   interfaces(addresses: string[], now: number): Effect<ClientEvent>[];
 }
 
-/** Round-trip times and the time-out that follows from them (RFC 6298). */
+// ---------------------------------------------------------------------------------------------------- what rooms share
+
+/** All that a room can see and do of the world outside. Effects leave in the order in which they happen. */
+interface Io {
+  readonly now: number; // when the event that is being handled happened, in ms
+  random(length: number): Uint8Array;
+  emit(event: ClientEvent): void;
+  send(socket: number, to: Endpoint, data: Uint8Array, ttl?: number): void;
+  open(then: (socket: number, port: number) => void): void; // one more socket; port 0: that has failed
+  close(socket: number): void; // socket 0, the first one, stays open
+}
+
+/** A way to the peer: over the server, or a path from one of our sockets to one of the peer's endpoints. */
+type Way = { kind: "relay"; rtt: Estimator } | Path;
+
+/** Where a peer's datagram came from; null: over the relay. */
+type Origin = { socket: number; from: Endpoint } | null;
+
+/** Smoothed round-trip time and its variation, in ms (RFC 6298). */
 interface Estimator {
-  srtt: number | null;
+  srtt: number | null; // null: nothing measured yet
   rttvar: number;
 }
 
-/** A session with the server; all times are those of `now`, all counters those of the seals. */
-interface Session {
-  server: Endpoint;
-  token: string;
-  /** As other users know this login. */
-  nonce: string;
-  keys: { toServer: Uint8Array; toClient: Uint8Array };
-  window: ReplayWindow;
-  sent: number;
-  /** As the server sees us. */
-  public: Endpoint;
-  secondPort: number;
-  keepaliveAt: number;
-  /** Keepalives that wait for an answer: the counters of the first and the last, and when that was sent. */
-  asked: { first: number; counter: number; at: number; tries: number } | null;
-  /** Cookies that we have brought back, since the last ALIVE. */
-  challenges: number;
-}
-
-/** A login under way, the first one or another. */
-interface Login {
-  /** Known to us and the server alone. */
-  id: string;
-  /** Its counter: of two logins with one key the greater is the later. */
-  clock: number;
-  since: number;
-  tries: number;
-  nextAt: number;
-  challenges: number;
-  askedAt: number;
-  /** Once the server has asked us to show that we receive here. */
-  cookie: { cookie: string; server: Endpoint; shared: Uint8Array } | null;
-}
-
-/** A way to the peer: from one of our sockets to one of its endpoints. */
-interface Path {
-  endpoint: Endpoint;
-  socket: number;
-  kind: "direct" | "lan";
-  /** Only the path in use is more than `trying`. */
-  state: "trying" | "good" | "suspect";
-  rtt: Estimator;
-  /** Since when something sent on it waits for an answer. */
-  waitingSince: number;
-  answeredAt: number;
-  bornAt: number;
-  probeAt: number;
-  /** Probes since it has become suspect. */
-  fastProbes: number;
-}
-
-/** A session with a peer, after the handshake. */
-interface Secure {
-  /** Our index of it, in what we receive. */
-  index: number;
-  /** The peer's index of it, in what we send. */
-  theirs: number;
-  keys: NoiseKeys;
-  window: ReplayWindow;
-  sent: number;
-  /** The peer's login and key when it began. */
-  peerNonce: string;
-  peerKey: string;
-  /** What numbers the peer's parts. */
-  stream: string;
-  /** We answered, and the peer has not yet shown that it knows: until then everything we send carries the answer. */
-  second: Uint8Array | null;
-}
-
-/** We are opening a session with the peer: first by asking the server who that is, then with a handshake. */
-interface Opening {
-  tries: number;
-  dueAt: number;
-  handshake: { index: number; initiation: Initiation } | null;
-}
-
-/** A chat message of ours. */
-interface Message {
-  id: string;
-  startedAt: number;
-}
-
-/** A piece of it, which fits into a datagram; `left` more follow. */
-interface Part {
-  seq: number;
-  left: number;
-  bytes: Uint8Array;
-  message: Message;
-  /** 0: never yet. */
-  tries: number;
-  sentAt: number;
-  /** When to send it again; Infinity: it is there, or inside a handshake, which sees to it. */
-  dueAt: number;
-  /** Which way it went last. */
-  over: Path | null;
-  /** The peer has it; how its first copy came. */
-  came: PathKind | null;
-}
-
-/** What comes from the peer. */
-interface Incoming {
-  /** Of the peer's program: it begins anew with that. */
-  stream: string;
-  /** All before this has been delivered or given up. */
-  next: number;
-  parts: Map<number, { left: number; part: Uint8Array }>;
-  /** How the first copy of each recent part came. */
-  came: Map<number, PathKind>;
-  /** The parts so far of the message that comes next. */
-  message: Uint8Array[];
-}
-
-/** All that is between us and one other user. */
-interface Conversation {
-  name: string;
-  /** The server's latest word on who that is. */
-  peer: Introduced | null;
-  /** It has another key than the one that was verified, or does not know our secret. */
-  untrusted: boolean;
-  /** The login of it that the user has been warned of. */
-  warnedOf: string | null;
-  /** Sessions that the peer may still use, newest first, and the one that we use. */
-  sessions: Secure[];
-  secure: Secure | null;
-  opening: Opening | null;
-  /** What it may have us do. */
-  handshakes: Bucket;
-  attempts: Bucket;
-  punches: Bucket;
-  introductions: Bucket;
-
-  // Messages. `stream` is ours for this conversation, and numbers our parts, of which `parts` are not done yet.
-  stream: string;
-  nextSeq: number;
-  parts: Part[];
-  /** Parts that may be on their way at a time. */
-  window: number;
-  /** When something was acknowledged last. */
-  progressAt: number;
-  incoming: Incoming | null;
-  /** Acknowledge as soon as there is a session. */
-  ackDue: boolean;
-  lastError: Reason | null;
-
-  // Paths. Since when we have been looking for one:
-  calledAt: number;
-  /** How often we have asked for an introduction, and when to ask again for one that has not come. */
-  rounds: number;
-  askAt: number;
-  punching: { from: number; step: number } | null;
-  /** While there is only the relay: how often we have tried anew, and when we do again. */
-  retries: number;
-  retryAt: number;
-  attempt: Attempt | null;
-  paths: Path[];
-  /** The one in use; null: the relay. */
-  best: Path | null;
-  /** How long the last two paths lived, and when to move to another before this one dies too. */
-  lifetimes: number[];
-  renewAt: number;
-  relayRtt: Estimator;
-  /** When a message went either way last. */
-  talkedAt: number;
-  /** Punches and pings that wait for their echo; a `swept` one went to many ports, whichever answers is the path. */
-  probes: Map<number, { path: Path | null; at: number; kind: "punch" | "ping" | "swept" }>;
-  ping: { since: number; left: number; lost: number; nextAt: number; waiting: number | null } | null;
-}
-
-/** What we ask a STUN server: how it sees one of our sockets, maybe answered from its other address or port. */
-interface Question {
-  socket: number;
-  to: Endpoint;
-  changeIp?: boolean;
-  changePort?: boolean;
-}
-
-interface Query extends Question {
-  data: Uint8Array;
-  tries: number;
-  dueAt: number;
-  done(answer: Stun | null): void;
-}
-
-/** What discovery has found out; undefined: not yet, or no answer. */
-interface Facts {
-  /** Our public address is one of our own. */
-  isNone: boolean;
-  /** How we are seen at the server's second port, and at another address. */
-  secondPort?: Endpoint | undefined;
-  elsewhere?: Endpoint | undefined;
-  /** Whether we hear from a port, and from an address, that we have never written to. */
-  thirdPort?: boolean;
-  otherAddress?: boolean;
-  /** Fresh sockets: their port inside and outside, in the order of their first packets; 0: no answer. */
-  samples: { socket: number; inside: number; outside: number }[];
-}
-
-/** An attempt with more than one socket or more than one port. */
-interface Attempt {
-  number: number;
-  startedAt: number;
-  endAt: number;
-  /** Whom it takes for symmetric, and whether our ports cannot be foretold. */
-  symmetric: boolean;
-  peerSymmetric: boolean;
-  random: boolean;
-  /** Whether all openers of a spray die on the way: not once that has failed, as our own NAT may be farther away. */
-  careful: boolean;
-  /** The sockets opened for it; none: socket 0 serves. */
-  sockets: { socket: number; port: number }[];
-  plan: (Peer & { type: "P2PPLAN" }) | null;
-  theirs: (Peer & { type: "P2PPLAN" }) | null;
-  /** When our plan is told (again), and the next volley leaves. */
-  tellAt: number;
-  volley: number;
-  volleyAt: number;
-  /** The next of a sequence of ports without repeats; the first ones are those of the peer's block. */
-  spray: { next: number; at: number; first: number; stride: number; block: number[] } | null;
-}
-
-/** Where a datagram came from; null: over the relay. */
-type Origin = { socket: number; from: Endpoint } | null;
-
-/** One side of a handshake. */
-type Party = Pick<User, "name" | "nonce">;
-
-interface Listing {
-  prefix: string;
-  after: string;
-  users: User[];
-  pages: Map<number, User[]>;
-  asked: number;
-  tries: number;
-  dueAt: number;
-  done(users: User[]): void;
-}
-
-// ---------------------------------------------------------------------------------------------------- pure functions
-
-const NO_ID = "0".repeat(16);
-const NO_BYTES = new Uint8Array(0);
-const utf8 = new TextEncoder();
-const fromUtf8 = new TextDecoder("utf-8", { ignoreBOM: true });
-const KINDS: (PathKind | null)[] = [null, "relay", "direct", "lan"];
-
-const tenths = (ms: number) => Math.round(ms * 10) / 10;
+/** A time-out while nothing has been measured; then not under, and never over; and how much longer each next one is. */
+const RTO_FIRST_MS = 400, RTO_MIN_MS = 200, RTO_MAX_MS = 2_000, RTO_GROWTH = 1.5;
+/** The clock has jumped, as on a laptop that slept: nothing that fell due meanwhile has failed for that reason. */
+const JUMP_MS = 5_000;
 
 const newEstimator = (): Estimator => ({ srtt: null, rttvar: 0 });
 
@@ -562,83 +148,1390 @@ function sample(estimator: Estimator, rttMs: number): void {
   estimator.srtt = srtt === null ? rttMs : 0.875 * srtt + 0.125 * rttMs;
 }
 
+/** How long to wait for an answer after so many tries. */
 function timeout({ srtt, rttvar }: Estimator, tries: number): number {
   const first = srtt === null ? RTO_FIRST_MS : Math.max(RTO_MIN_MS, srtt + 4 * rttvar);
   return Math.min(RTO_MAX_MS, first * RTO_GROWTH ** (tries - 1));
 }
 
-/** The last part has none behind it whose acknowledgement would tell of its loss: it is sent again sooner, once. */
-function tailTimeout({ srtt, rttvar }: Estimator): number {
-  return srtt === null ? RTO_FIRST_MS : Math.min(RTO_MAX_MS, Math.max(TAIL_MIN_MS, 2 * srtt, srtt + 4 * rttvar));
+/** Keepalives of several clients, or on several paths, must not fall into step: 20 % more or less at random. */
+const SPREAD = 0.2;
+const spread = (io: Io, ms: number) => ms * (1 - SPREAD + 2 * SPREAD * randomNumber(io, 16) / 2 ** 16);
+
+const randomNumber = (io: Io, bits: number) => io.random(4).reduce((sum, byte) => sum * 256 + byte, 0) % 2 ** bits;
+
+/**
+ * Work in steps with pauses: what the generator yields is when (ms) it goes on. The steps that are due are done at once.
+ * What is begun replaces what was under way.
+ */
+function createScript(io: Io) {
+  let steps: Iterator<number, void> | null = null, at = Infinity;
+  const wake = () => {
+    for (const current = steps; current && current === steps && io.now >= at;) {
+      const { done, value } = current.next();
+      if (current !== steps) return; // it has begun another one, or stopped itself
+      at = done ? Infinity : value!;
+      if (done) steps = null;
+    }
+  };
+  const begin = (next: Iterator<number, void> | null) => {
+    steps = next;
+    at = next ? io.now : Infinity;
+    wake();
+  };
+  return { begin, stop: () => begin(null), wake, wakeAt: () => at, isOn: () => steps !== null };
 }
 
-const patience = (path: Path) => Math.min(RTO_MAX_MS, Math.max(SUSPECT_MS, 3 * (path.rtt.srtt ?? 0)));
+const UNKNOWN_NAT: NatClass = { mapping: "unknown", filtering: "unknown", allocation: "unknown" };
+/** Symmetric: a new destination gets a new port outside. */
+const isSymmetric = ({ mapping }: NatClass) => mapping === "APDM" || mapping === "ADM";
+const isPredictable = ({ allocation }: NatClass) => allocation === "preserving" || allocation === "sequential";
+/** Symmetric, and nobody can tell the next port. */
+const isRandom = (nat: NatClass) => isSymmetric(nat) && !isPredictable(nat);
+
+const NO_ID = "0".repeat(16);
+const NO_BYTES = new Uint8Array(0);
+const utf8 = new TextEncoder(), fromUtf8 = new TextDecoder("utf-8", { ignoreBOM: true });
+const sameKey = (one: Uint8Array, other: Uint8Array) => one === other || one.every((byte, i) => byte === other[i]);
+const tenths = (ms: number) => Math.round(ms * 10) / 10;
+/** Of two keys, whose owner goes first where both would do the same. */
+const isLower = (one: Uint8Array, other: Uint8Array) => hex(one) < hex(other);
+
+// ---------------------------------------------------------------------------------------------------- link
+//
+//     LOGIN, padded ------------>    the server keeps nothing of it, and answers with no more bytes
+//     <------------------- COOKIE    "show that you receive there"
+//     LOGIN with cookie, MAC --->
+//     <------------------ WELCOME    the token: from here on everything has a counter and a MAC
+//     KEEPALIVE ---------------->    holds our NAT's mapping open, without which no call would reach us ...
+//     <-------------------- ALIVE    ... and tells where the server sees us now: if that has changed, so has our NAT
+//
+// The session with the server. Knows nothing of peers, of their keys and of paths to them.
+
+/** The first login ends in an error after so long, unless the user is patient. */
+const FIRST_LOGIN_MS = 10_000;
+/** Between two attempts to log in: grows by half each time, up to the second number. */
+const LOGIN_RETRY_MS = 400, LOGIN_RETRY_MAX_MS = 3_000;
+/** After so many attempts without a word from the server we forget what it has said: it may be another one by now. */
+const TRIES_BEFORE_RESTART = 4;
+/**
+ * Idle: under the 30 s after which the strictest NATs forget (RFC 4787 REQ-5 asks for 2 minutes; few heed it). Warm, with
+ * a direct path: a carrier may end all our mappings at once, and no message may wait 15 s for the next keepalive. With a
+ * conversation on the relay: a server that was restarted must be noticed before a message fails.
+ */
+const KEEPALIVE_MS = { idle: 20_000, warm: 10_000, relay: 2_000 };
+/** So many keepalives in a row unanswered, and nothing else heard from it: the server is gone. */
+const KEEPALIVE_TRIES = 8;
+/** Cookies that we bring back without anything between that shows progress; more would be a loop. */
+const MAX_CHALLENGES = 5;
+
+/** All times are those of `io.now`, all counters those of the seals. */
+interface ServerSession {
+  server: Endpoint;
+  token: string;
+  nonce: string; // of this login, as other users know it
+  keys: { toServer: Uint8Array; toClient: Uint8Array };
+  window: ReplayWindow;
+  sent: number; // the counter that we used last
+  public: Endpoint; // as the server sees us
+  secondPort: number;
+  keepaliveAt: number;
+  asked: { first: number; counter: number; at: number; tries: number } | null; // keepalives that wait for an answer
+  challenges: number; // cookies that we have brought back since the last ALIVE
+}
+
+/** A login under way, the first one or another. */
+interface Login {
+  id: string; // known to us and the server alone
+  clock: number; // its counter: of two logins with one key the greater is the later
+  since: number;
+  tries: number;
+  nextAt: number;
+  challenges: number;
+  askedAt: number;
+  cookie: { cookie: string; server: Endpoint; shared: Uint8Array } | null; // once the server has challenged us
+}
+
+/** What the link tells of us, and what it finds out. */
+interface LinkWiring {
+  local(): Endpoint[]; // our addresses on the LAN
+  nat(): NatClass;
+  pace(): keyof typeof KEEPALIVE_MS;
+  onUsers(users: User[]): void;
+  onPublic(): void; // where the server sees us is known, or has changed
+  onSession(isAgain: boolean): void;
+  onMoved(): void;
+  onConfirmed(): void; // the server has heard our latest keepalive
+  onMessage(message: Control): void;
+  onRefused(): void; // nothing can happen any more
+}
+
+type Link = ReturnType<typeof createLink>;
+function createLink(io: Io, options: ClientOptions, wiring: LinkWiring) {
+  const { name, keys, servers, password, patient = false } = options;
+  const rtt = newEstimator();
+  let session: ServerSession | null = null, login: Login | null = null, forgottenAt = -Infinity;
+
+  const rttMs = () => Math.min(65_535, Math.round(rtt.srtt ?? 0));
+  const otherVersion = () => servers.find((endpoint) => isIPv6(endpoint) !== isIPv6(session!.server));
+
+  /** Says something under the seal of the session; returns its counter. */
+  function toServer(message: ControlBody, to = session!.server): number {
+    const counter = ++session!.sent;
+    io.send(0, to, encode(message, { id: session!.token, counter, key: session!.keys.toServer }));
+    return counter;
+  }
+
+  // -- getting in
+
+  function beginLogin(delay = 0): void {
+    const { now } = io, id = hex(io.random(8));
+    login = {
+      id,
+      clock: Math.floor(now),
+      since: now,
+      tries: 0,
+      nextAt: now + delay,
+      challenges: 0,
+      askedAt: now,
+      cookie: null,
+    };
+  }
+
+  function sendLogin({ id, clock, cookie, tries } = login!): void {
+    // The IP versions take turns until one of them has answered.
+    const to = cookie?.server ?? servers[tries % servers.length]!;
+    login!.nextAt = io.now + Math.min(LOGIN_RETRY_MAX_MS, LOGIN_RETRY_MS * RTO_GROWTH ** tries);
+    login!.tries++;
+    login!.askedAt = io.now;
+    const message = {
+      type: "LOGIN",
+      cookie: cookie?.cookie ?? NO_ID,
+      key: keys.public,
+      proof: cookie && password ? passwordProof(cookie.shared, { password, id }) : NO_ID,
+      keepName: Number(options.keepName ?? false),
+      rttMs: rttMs(),
+      name,
+      local: wiring.local(),
+    } as const;
+    const key = cookie ? loginKey(cookie.shared, id) : undefined;
+    io.send(0, to, encode(message, { id, counter: clock, key }));
+  }
+
+  function onCookie(message: Control & { type: "COOKIE" }, from: Endpoint): void {
+    if (login && message.id === login.id && message.counter === login.clock) {
+      const shared = diffieHellman(keys.secret, message.key);
+      if (!shared || login.challenges++ >= MAX_CHALLENGES) return;
+      if (login.tries === 1) sample(rtt, io.now - login.askedAt);
+      login.cookie = { cookie: message.cookie, server: from, shared };
+      sendLogin();
+    } else if (session && message.id === session.token) {
+      if (message.known) { // we have moved
+        if (session.challenges++ < MAX_CHALLENGES) keepalive(message.cookie, from);
+      } else if (!session.asked) keepalive(); // a hint, but anybody on the way could have replayed it
+      else if (message.counter >= session.asked.first && !login) { // it answers our question: the server does not know us
+        const shared = diffieHellman(keys.secret, message.key);
+        reconnect("the server has forgotten us");
+        forgottenAt = io.now;
+        if (!shared) return;
+        login!.cookie = { cookie: message.cookie, server: from, shared };
+        sendLogin();
+      }
+    }
+  }
+
+  function onWelcome(message: Control & { type: "WELCOME" }, data: Uint8Array): void {
+    if (!login?.cookie || message.id !== login.id) return;
+    const { shared, server } = login.cookie, { token, id, secondPort, public: endpoint } = message;
+    const macs = controlKeys(shared, token);
+    if (!verifies(data, macs.toClient)) return;
+    if (login.tries === 2) sample(rtt, io.now - login.askedAt);
+    const isAgain = session !== null;
+    session = {
+      ...{ server, token, nonce: publicNonce(id), keys: macs, window: replayWindow(), sent: login.clock },
+      ...{
+        public: endpoint,
+        secondPort,
+        keepaliveAt: io.now + spread(io, KEEPALIVE_MS.idle),
+        asked: null,
+        challenges: 0,
+      },
+    };
+    login = null;
+    wiring.onUsers(message.users);
+    if (isAgain) io.emit({ event: "reconnected", name, reason: "" });
+    else io.emit({ event: "login", name, server, public: endpoint, local: wiring.local(), users: message.total });
+    wiring.onPublic();
+    const other = otherVersion();
+    if (other) keepalive(NO_ID, other);
+    wiring.onSession(isAgain);
+  }
+
+  function onRefusal(message: Control & { type: "ERROR" }, data: Uint8Array): void {
+    if (!login?.cookie || !verifies(data, loginKey(login.cookie.shared, login.id))) return;
+    const texts: Record<string, string> = {
+      "name-taken": `Somebody else is "${name}": choose another name` +
+        (message.seconds > 0 ? `, or try again in ${message.seconds} s` : ""),
+      "bad-name": `The server does not accept the name "${name}": 1 to 32 bytes without blanks`,
+      "bad-password": "The server asks for its password: give it with --password-file",
+      "full": "The server is full: try again later",
+    };
+    const fatal = session ? {} : { fatal: true as const };
+    if (!session) wiring.onRefused();
+    io.emit({
+      event: "error",
+      code: message.reason,
+      message: texts[message.reason] ?? "The server refuses us",
+      ...fatal,
+    });
+  }
+
+  /** The session goes on, and direct conversations with it, until the server says that we are in again. */
+  function reconnect(reason: string, delay = 0): void {
+    if (!login) io.emit({ event: "reconnecting", name, reason });
+    beginLogin(delay);
+  }
+
+  // -- staying in
+
+  function keepalive(cookie = NO_ID, to = session!.server): void {
+    const message = { type: "KEEPALIVE", cookie, rttMs: rttMs(), nat: wiring.nat(), local: wiring.local() } as const;
+    const counter = toServer(message, to);
+    if (to !== session!.server) return;
+    const { first, tries } = session!.asked ?? { first: counter, tries: 0 };
+    session!.asked = { first, counter, at: io.now, tries: tries + 1 };
+    session!.keepaliveAt = io.now + timeout(rtt, session!.asked.tries);
+  }
+
+  function onAlive(message: Control & { type: "ALIVE" }, from: Endpoint): void {
+    session!.challenges = 0;
+    if (from !== session!.server) return;
+    const isLatest = session!.asked?.counter === message.asked;
+    if (isLatest) sample(rtt, io.now - session!.asked!.at);
+    session!.asked = null;
+    session!.keepaliveAt = io.now + spread(io, KEEPALIVE_MS[wiring.pace()]);
+    if (login) { // the server knew us all the time
+      login = null;
+      io.emit({ event: "reconnected", name, reason: "" });
+    }
+    if (isLatest) wiring.onConfirmed();
+    if (message.public === session!.public) return;
+    session!.public = message.public;
+    wiring.onPublic();
+    wiring.onMoved();
+  }
+
+  function receive(message: Control, { from, data }: Datagram): void {
+    if (message.type === "COOKIE") return onCookie(message, from);
+    if (message.type === "WELCOME") return onWelcome(message, data);
+    if (message.type === "ERROR" && message.id === login?.id) return onRefusal(message, data);
+    if (message.id !== session?.token || !verifies(data, session.keys.toClient)) return;
+    if (!accept(session.window, message.counter)) return;
+    if (session.asked) session.asked.tries = 1; // the server lives, whatever became of our keepalives
+    if (message.type === "ALIVE") onAlive(message, from);
+    else if (message.type === "LOGOUT") reconnect("the server is going down", LOGIN_RETRY_MS);
+    else wiring.onMessage(message);
+  }
+
+  function wake(): void {
+    if (session && !login && io.now >= session.keepaliveAt) {
+      const other = otherVersion();
+      if ((session.asked?.tries ?? 0) >= KEEPALIVE_TRIES) reconnect("the server does not answer");
+      else keepalive();
+      if (other && !login && session.asked!.tries === 1 && wiring.pace() !== "relay") keepalive(NO_ID, other);
+    }
+    if (!login || io.now < loginAt(login)) return;
+    const isFirst = !session, where = servers.join(" or ");
+    if (isFirst && !patient && io.now - login.since >= FIRST_LOGIN_MS) {
+      const message = `No answer from the server at ${where}: is it running, and is UDP let through?`;
+      io.emit({ event: "error", code: "unreachable", message, fatal: true });
+      return wiring.onRefused();
+    }
+    if (isFirst && patient && login.tries === 5) {
+      io.emit({ event: "error", code: "unreachable", message: `No answer yet from ${where}, trying on` });
+    }
+    login.challenges = 0;
+    if (login.tries > 0 && login.tries % TRIES_BEFORE_RESTART === 0) { // perhaps another address or IP version by now
+      login.cookie = null;
+      login.id = hex(io.random(8));
+      login.clock = Math.max(login.clock + 1, Math.floor(io.now));
+    }
+    sendLogin();
+  }
+
+  const loginAt = ({ nextAt, since }: Login) => session || patient ? nextAt : Math.min(nextAt, since + FIRST_LOGIN_MS);
+
+  return {
+    rtt,
+    toServer,
+    receive,
+    wake,
+    wakeAt: () => login ? loginAt(login) : session?.keepaliveAt ?? Infinity,
+    session: () => session,
+    forgottenAt: () => forgottenAt, // when the server has last been restarted, as far as we can tell
+    begin() {
+      beginLogin();
+      wake();
+    },
+    /** Tells the server what has changed here. */
+    report: () => session && !login && keepalive(),
+    /** Speaks to the server, which opens the way from it again, should the NAT have forgotten. */
+    check: () => session && !login && !session.asked && keepalive(),
+    /** A message is on the relay: soon we want to know whether the server still lives. */
+    checkSoon() {
+      if (session) session.keepaliveAt = Math.min(session.keepaliveAt, io.now + KEEPALIVE_MS.relay);
+    },
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- calls
+//
+// To call somebody is to ask the server for an introduction. It answers both sides in the same tick with both sides'
+// endpoints, because both must punch at once: a packet from outside passes a NAT only after one from inside has left for
+// where it comes from. The first message travels with the first call. Knows how often we have asked and when we ask
+// again, but not what becomes of it.
+
+/** Rounds of "ask the server to have the other side punch, then send again", as in 2004. */
+const MAX_ROUNDS = 5;
+/** After so many seconds on the relay a direct path is tried again. */
+const RETRY_DIRECT_MS = [2_000, 5_000, 15_000, 60_000, 300_000];
+/** So many tries of the part that all others wait for, over the relay: the peer may have forgotten the session. */
+const FORGOTTEN_AFTER = 4;
+
+/** What a call depends on. */
+interface CallWiring {
+  nonce(): string; // of the login that what we pass on is meant for
+  canBeDirect: boolean;
+  isDirect(): boolean;
+  isPunching(): boolean;
+  isWarm(): boolean;
+  hasSession(): boolean; // with the peer
+  triesOfOldest(): number;
+  opening(): Uint8Array | null; // the first message of the handshake that is under way
+}
+
+function createCalls(io: Io, link: Link, { name, ...wiring }: CallWiring & { name: string }) {
+  /** The search for a path: since when, how often we have asked, and when we ask again for an answer that is missing. */
+  let since = io.now, rounds = 0, askAt = Infinity;
+  /** While there is only the relay: how often the search has begun again, and when it does so next. */
+  let retries = 0, retryAt = Infinity;
+
+  /**
+   * Passes bytes on over the server; `mayCall`: and asks for an introduction, up to five times, or as long as nothing comes
+   * back: the peer may not know any more who we are.
+   */
+  function viaServer(body: Uint8Array, mayCall: boolean): void {
+    if (!link.session()) return;
+    const isForgotten = wiring.triesOfOldest() > FORGOTTEN_AFTER;
+    const isUseful = isForgotten || (rounds < MAX_ROUNDS && (wiring.canBeDirect || !wiring.hasSession()));
+    passOn(body, mayCall && !wiring.isDirect() && isUseful);
+  }
+
+  function passOn(body: Uint8Array, call: boolean): void {
+    link.toServer({ type: "P2PTRANS", to: name, nonce: wiring.nonce(), call: Number(call), body });
+    if (!call) return;
+    rounds++;
+    askAt = Infinity;
+    if (!wiring.canBeDirect) return;
+    if (rounds < MAX_ROUNDS) askAt = io.now + timeout(link.rtt, rounds); // should the introduction be lost
+    else if (!wiring.isDirect() && !wiring.isPunching() && retryAt === Infinity) retryLater();
+  }
+
+  function ask(): void {
+    if (!link.session() || !wiring.canBeDirect) return;
+    passOn((!wiring.hasSession() && wiring.opening()) || NO_BYTES, true);
+  }
+
+  function retryLater(): void {
+    retryAt = io.now + RETRY_DIRECT_MS[Math.min(retries++, RETRY_DIRECT_MS.length - 1)]!;
+  }
+
+  /** A search begins as if it were the first one. */
+  function begin(): void {
+    since = io.now;
+    rounds = retries = 0;
+  }
+
+  return {
+    viaServer,
+    ask,
+    retryLater,
+    begin,
+    /** Something has changed: we ask at once, and are quick with retries again. */
+    again() {
+      begin();
+      ask();
+    },
+    /** The other side has called: its search is ours. */
+    onCalled: () => void (since = io.now),
+    onAnswer: () => void (askAt = Infinity),
+    onOtherLogin: () => void (rounds = 0),
+    onPunching: () => void (retryAt = Infinity),
+    onPath() {
+      retryAt = askAt = Infinity;
+      rounds = retries = 0;
+    },
+    since: () => since,
+    isRetry: () => retries > 0,
+    isWaiting: () => retryAt !== Infinity,
+    wake() {
+      if (link.session() && io.now >= askAt) ask();
+      if (io.now < retryAt) return;
+      retryAt = Infinity;
+      rounds = 0;
+      if (!wiring.isWarm()) return;
+      retryLater();
+      ask();
+    },
+    wakeAt: () => Math.min(link.session() ? askAt : Infinity, retryAt),
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- conversation
+//
+//                    introduced               echo: onBest              no answer: onSuspect
+//     over the relay ----------> ... and punch ----------> over the path -----------------> over both
+//          ^                                                     ^                            |  |
+//          |                                                     '---- echo: good again ------'  |
+//          '------------------------------------------------- no echo of six probes: onLost -----'
+//
+// All that goes on with one other user. The first message goes over the relay at once, because nobody should wait for a
+// hole; the path takes over when it has proved itself. No move loses a message: delivery numbers the parts, keeps what
+// has not been acknowledged, and sends it again when the way changes; the peer takes the first copy of each. Knows whom
+// we talk to and by which way, and wires the rooms together; it looks into no datagram.
+
+/** A message went either way so recently: the conversation is warm, its path is kept open. */
+const WARM_MS = 300_000;
+/** So long after its restart the last client may come back to the server: one whose keepalive was due only then. */
+const ALL_BACK_MS = 30_000;
+const INTRODUCTIONS_PER_PEER: Rate = { perSecond: 5, burst: 20 };
+
+/** What all conversations of a client have in common. */
+interface Shared {
+  options: ClientOptions;
+  link: Link;
+  discovery: Discovery;
+  switchboard: Switchboard;
+  isTrusted(name: string, key: Uint8Array): boolean; // no other key than the one that the user has verified, if he has
+  mayWarn(): boolean;
+  hostMayPunch(): boolean;
+  hasSockets(count: number): boolean;
+  sprayTurn: SprayTurn;
+}
+
+type Conversation = ReturnType<typeof createConversation>;
+function createConversation(io: Io, { name, known, ...shared }: Shared & { name: string; known: User | undefined }) {
+  const { options, link, discovery, switchboard } = shared, { keys } = options;
+  const isSelf = name === options.name; // what we send to ourselves comes back from the server
+  const canBeDirect = options.direct !== false && !isSelf;
+  const relay: Way = { kind: "relay", rtt: newEstimator() };
+  const mayBeIntroduced = createLimit(INTRODUCTIONS_PER_PEER);
+  let lastError: Reason | null = null, talkedAt = -Infinity;
+
+  const isWarm = () => io.now - talkedAt < WARM_MS;
+  const bestWay = () => paths.best() ?? relay;
+
+  // -- the heart: send by the way in use, by both while that is in doubt
+
+  function waysInUse(): Way[] {
+    const path = paths.best();
+    return !path ? [relay] : path.state === "suspect" ? [path, relay] : [path];
+  }
+
+  /** Sends the same sealed bytes every way given. False: there is no session yet to seal them with. */
+  function carry(frame: Peer, ways = waysInUse(), { mayCall = false, session = channel.current() } = {}): boolean {
+    if (!session) return false;
+    const data = channel.seal(frame, session);
+    for (const way of ways) {
+      if (way.kind === "relay") calls.viaServer(data, mayCall);
+      else io.send(way.socket, way.endpoint, data);
+    }
+    return true;
+  }
+
+  /** Sends a part; `isLate`: the path may have lost it. Returns the way; null: there is no session yet. */
+  function carryPart(part: Peer, isLate: boolean): Way | null {
+    const path = paths.best();
+    if (!carry(part, isLate && path ? [path, relay] : waysInUse(), { mayCall: true })) return null;
+    paths.expectAnswer();
+    return path ?? relay;
+  }
+
+  function onFrame(frame: Peer, origin: Origin, stream: string): void {
+    const path = paths.over(origin);
+    if (frame.type === "P2PMESSAGE") {
+      const back = (ack: Peer) => carry(ack, path?.state === "good" ? [path] : waysInUse());
+      delivery.onPart(frame, { kind: origin ? kindOf(origin.from) : "relay", stream, back });
+    } else if (frame.type === "P2PMESSAGEACK") {
+      if (path && path.state !== "trying") paths.onAnswer(path);
+      delivery.onAck(frame, path ?? relay);
+    } else if (frame.type === "P2PTRASH") paths.onPunch(frame.probe, origin);
+    else if (frame.type === "P2PPLAN") traversal.onPlan(frame);
+    else paths.onEcho(frame.probe, origin);
+  }
+
+  // -- what happens
+
+  /** Both sides have been introduced in the same tick, so both punch now. */
+  function startPunching(): void {
+    if (!canBeDirect || !channel.canPunch()) return;
+    calls.onPunching();
+    paths.startPunching(identity.peer()!.punchAfterMs);
+    traversal.onIntroduction();
+  }
+
+  /** The peer can be reached again: no need to wait out a time-out that has grown meanwhile. */
+  const resendLate = () => delivery.resend(io.now - (relay.rtt.srtt ?? RTO_FIRST_MS));
+
+  function resendAll(): void {
+    channel.hurry();
+    delivery.resend(Infinity);
+  }
+
+  /** A message goes either way. */
+  function onTalk(): void {
+    talkedAt = io.now;
+    if (!paths.best()) link.checkSoon();
+    paths.onTalk();
+  }
+
+  /** What has waited for a session can go. */
+  function onSessionReady(): void {
+    if (delivery.isAckDue() && channel.current()) delivery.acknowledge(carry);
+    traversal.onSessionReady();
+    delivery.wake();
+  }
+
+  function failAll(reason: Reason): void {
+    delivery.failAll(reason);
+    ping.fail(reason);
+  }
+
+  function tellPath(): void {
+    const way = bestWay(), { srtt } = way.rtt, rttMs = srtt === null ? null : tenths(srtt);
+    const address = way.kind === "relay" ? link.session()?.server ?? options.servers[0]! : way.endpoint;
+    io.emit({ event: "path", peer: name, path: way.kind, address, rttMs, ms: tenths(io.now - calls.since()) });
+  }
+
+  // -- the rooms of this conversation: what one of them finds out, and what others do about it
+
+  const identity = createIdentity(io, {
+    ...{ name, isSelf, known, ownKey: keys.public, mayWarn: shared.mayWarn },
+    isTrusted: (key) => shared.isTrusted(name, key),
+    onOtherLogin() {
+      channel.dropHandshake();
+      calls.onOtherLogin();
+    },
+    onUntrusted: () => failAll("untrusted"),
+  });
+
+  const calls = createCalls(io, link, {
+    ...{ name, canBeDirect, isWarm },
+    nonce: () => identity.peer()?.nonce ?? NO_ID,
+    isDirect: () => paths.best() !== null,
+    isPunching: () => paths.isPunching(),
+    hasSession: () => channel.current() !== null,
+    triesOfOldest: () => delivery.triesOfOldest(),
+    opening: () => channel.firstMessage(),
+  });
+
+  const paths = createPaths(io, {
+    ...{ relay, talkedAt: () => talkedAt, hostMayPunch: shared.hostMayPunch },
+    candidates: () => identity.peer()?.candidates ?? [],
+    own: () => link.session()?.public,
+    seal: (probe) => channel.punch(probe),
+    echo(probe, way) {
+      const isSent = carry({ type: "P2PECHO", probe }, [way]);
+      if (!isSent) channel.open(); // one of us has logged in again
+      return isSent;
+    },
+    isNeeded: (socket) => traversal.holds(socket),
+    isRenewal: (path) => traversal.isRenewing() && path.bornAt >= traversal.startedAt(),
+    onPong: (probe, way, rttMs) => ping.onEcho(probe, way, rttMs),
+    onPunched: () => link.session() && link.toServer({ type: "PUNCHED", peer: name }),
+    onStuck: () => traversal.isOn() || traversal.begin(1),
+    onPunchedOut: () => paths.best() || calls.retryLater(),
+
+    // This is the whole upgrade from relay to path, and the way back. An echo over a path proves that it works in both
+    // directions, and only then does it carry messages alone: until then, and again from the first doubt on, the relay
+    // carries them. What may have been lost on the old way goes at once by the new one.
+    onBest() {
+      traversal.onBest();
+      calls.onPath();
+      resendLate();
+      tellPath();
+    },
+    onSuspect() {
+      link.check();
+      delivery.resendInFlight(); // by both ways, see `waysInUse`
+    },
+    onDoubt: () => calls.ask(), // two probes without an echo: perhaps the peer is at another endpoint by now
+    onLost() {
+      tellPath();
+      calls.again();
+      resendAll();
+    },
+    onAge: () => traversal.begin(RENEWAL),
+  });
+
+  const traversal = createTraversal(io, {
+    ...{ canBeDirect, discovery, hostMayPunch: shared.hostMayPunch, hasSockets: shared.hasSockets },
+    ...{ turn: shared.sprayTurn, session: link.session, best: paths.best, prune: paths.prune },
+    peer: () => identity.peer()!,
+    isFirst: () => isLower(keys.public, identity.peer()!.key),
+    isRetry: () => calls.isRetry(),
+    newProbe: () => paths.newProbe(relay, true),
+    seal: (probe) => channel.punch(probe),
+    tell: (plan) => carry(plan, paths.best() ? [bestWay(), relay] : [relay]),
+    hasSession: () => channel.current() !== null,
+  });
+
+  const channel = createChannel(io, options, {
+    ...{ switchboard, rtt: relay.rtt, peer: identity.peer, isTrusted: (key) => shared.isTrusted(name, key) },
+    self: () => link.session() && { name: options.name, nonce: link.session()!.nonce },
+    payload: () => delivery.oldestPart() ?? { type: "P2PTRASH", probe: paths.newProbe(relay) },
+    isNeeded: (tries) => !delivery.isIdle() || ping.isOn() || (delivery.isAckDue() && tries < MAX_ROUNDS),
+    sendOpening(message, tries) {
+      const mayCall = !delivery.isIdle() || ping.isOn(); // who only answers has been called
+      for (let copy = 0; copy < Math.min(MAX_COPIES, tries); copy++) calls.viaServer(message, mayCall && copy === 0);
+    },
+    onHandshake: () => delivery.onHandshake(),
+    onHandshakeOver: (dueAt) => delivery.onHandshakeOver(dueAt),
+    onStream: (stream) => delivery.openStream(stream),
+    onSession: () => identity.onSession(),
+    onUntrusted: () => identity.warn(),
+    acknowledge: (session) => delivery.acknowledge((ack) => carry(ack, waysInUse(), { session })),
+    onPunch: (probe, origin) => paths.onPunch(probe, origin),
+    onAnswered: () => delivery.owesAck(),
+    onSessionReady,
+    onFrame,
+  });
+
+  const delivery = createDelivery(io, {
+    ...{ name, relay, stream: channel.stream, way: bestWay, carry: carryPart, onTalk },
+    hasSession: () => link.session() !== null && channel.current() !== null,
+    openSession() {
+      if (link.session() && (!channel.current() || channel.isWorn())) channel.open();
+    },
+    onProgress: () => void (lastError = null),
+  });
+
+  const ping = createPing(io, {
+    ...{ name, way: bestWay, hasSession: () => channel.current() !== null, openSession: () => channel.open() },
+    probe(way) {
+      const probe = paths.newProbe(way);
+      carry({ type: "P2PTRASH", probe }, [way]);
+      return probe;
+    },
+    onTimeout: () => failAll("timeout"),
+  });
+
+  return {
+    ...{ name, isWarm, tellPath, failAll, peer: identity.peer, callAgain: calls.again, ask: calls.ask },
+    isDirect: () => paths.best() !== null,
+    isUntrusted: identity.isUntrusted,
+    onVerified: identity.onVerified,
+    onJump: () => delivery.onJump(),
+    /** How dear it is to us, in order of weight; null: something waits to be sent. */
+    rank: () => delivery.isIdle() ? [Number(delivery.hasSent()), Number(paths.best() !== null), talkedAt] : null,
+    onFirst: channel.onFirst,
+    send(text: Uint8Array): void {
+      const isSearching = paths.best() || paths.isPunching() || (calls.isWaiting() && channel.current());
+      if (!isSearching) calls.begin();
+      delivery.push(text);
+    },
+    ping(count: number): void {
+      ping.begin(count);
+      onTalk();
+      ping.wake();
+    },
+    /** The list of users says who that is. */
+    onUser: (user: User) => identity.onUser(user),
+    onLogin(isAgain: boolean): void {
+      channel.dropHandshake(); // it was begun under the nonce of the login before
+      if (isAgain && isWarm()) calls.again();
+      delivery.wake();
+    },
+    onIntroduction(peer: Introduced): void {
+      if (!mayBeIntroduced(io.now)) return;
+      const isCurrent = identity.peer()?.nonce === peer.nonce;
+      if (!identity.renew(peer)) return;
+      lastError = null;
+      calls.onAnswer();
+      // What we sent was for another login, or empty: the peer could do nothing with it, so it does not punch yet.
+      if (isCurrent && channel.canPunch()) startPunching();
+      else resendAll();
+      resendLate();
+    },
+    /** The peer has asked for an introduction; what it sends us with that is for `unwrap`. */
+    onCall(peer: Introduced, unwrap: (() => void) | null): void {
+      if (!paths.best() && !paths.isPunching()) calls.onCalled();
+      if (!identity.renew(peer)) return;
+      lastError = null;
+      calls.onAnswer();
+      unwrap?.();
+      // Sealed for a session that we have not, or no longer; or a call for punches, which we cannot seal any more.
+      if ((unwrap || channel.hasSession()) && !channel.current() && !identity.isUntrusted()) channel.open();
+      if (!mayBeIntroduced(io.now)) return;
+      startPunching();
+      resendLate();
+    },
+    /** The word of the six-step flow: the peer has punched, its hole is open, so our next punch will pass. */
+    onPunched: () => paths.punchAgain(),
+    /** The server cannot pass something on. */
+    onError(reason: "unknown" | "offline"): void {
+      // After the server's restart "unknown" only means that the peer is not back yet.
+      const isFinal = reason === "offline" || !identity.peer() ||
+        (!channel.hasSession() && !delivery.hasHeard() && io.now - link.forgottenAt() > ALL_BACK_MS);
+      lastError = reason === "unknown" && identity.peer() ? "offline" : reason;
+      calls.onAnswer();
+      if (isFinal && !paths.best()) failAll(reason);
+    },
+    close(): void {
+      traversal.end();
+      paths.close();
+      channel.close();
+    },
+    wake(): void {
+      delivery.giveUp(() => identity.isUntrusted() ? "untrusted" : lastError ?? "timeout");
+      for (const room of [channel, paths, traversal, calls, delivery, ping]) room.wake();
+    },
+    wakeAt: () =>
+      Math.min(
+        ...[channel.wakeAt(), paths.wakeAt(), traversal.wakeAt()],
+        ...[calls.wakeAt(), delivery.wakeAt(), ping.wakeAt()],
+      ),
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- paths
+//
+//     trying -- echo of our own punch --> good -- no answer in max(3 SRTT, 400 ms) --> suspect -- six probes --> gone
+//                                          ^----------------- echo ----------------------'
+//
+// A path leads from one of our sockets to one endpoint of the peer. This room punches, holds the hole open while it is
+// wanted, and notices when it is gone. Both sides punch at the same instant, because the first packet of each opens its
+// own NAT for the other's: a packet that comes before is dropped, or taken by the NAT for a flow of its own.
+//
+// Where a punch comes from beats what the server has told of the peer's endpoint: a NAT that gives each destination a port
+// of its own (symmetric) shows the server another one than us, and the source is the port that is open to us. Only the host
+// must be one that the server has seen, or an address on our own LAN: so nobody can aim us at a third party.
+//
+// The room gets sealed bytes: it knows no messages, no keys and no classes of NATs.
+
+/** When we punch after the introduction: quickly at first, as both sides do now; then until the slowest NAT is ready. */
+const PUNCH_AT_MS = [0, 20, 40, 80, 160, 320, 820, 1320, 1820, 2320, 2820, 3320, 3820, 4320];
+/** A plain punch has so long; then fresh sockets, with fresh mappings, have their try. */
+const FRESH_SOCKETS_AFTER_MS = 1_500;
+/** A message went either way so recently: the path is checked all the time, and so often. */
+const ACTIVE_MS = 10_000, ACTIVE_PROBE_MS = 400;
+/** So often while the conversation is warm: under the 30 s after which the strictest NATs forget. */
+const WARM_PROBE_MS = 15_000;
+/** Something on the path unanswered for max(3 SRTT, this): suspect. */
+const SUSPECT_MS = 400;
+/** A suspect path is probed so often; after so many probes without an echo we ask the server again, or give it up. */
+const FAST_PROBE_MS = 150, PROBES_BEFORE_DOUBT = 2, FAST_PROBES = 6;
+/** A path that nobody has answered on for so long is suspect as soon as it is needed. */
+const STALE_PATH_MS = 30_000;
+/**
+ * Some carriers end a mapping at a certain age, whatever the traffic: two paths in a row that die at about the same age,
+ * each after 10 s and under 90 s; then the next one is replaced at 70 % of that age.
+ */
+const ABSOLUTE_LIFETIME_MS = 90_000, RENEWED_MS = 10_000, SAME_LIFETIME = 0.75, RENEW_AT = 0.7;
+/** Of two paths of the same kind the quicker one is taken if it is quicker by this factor and this much. */
+const QUICKER_FACTOR = 0.9, QUICKER_MS = 5;
+const MAX_PATHS = 32, MAX_PROBES = 256;
+/** To one peer, where nothing has come back from yet. Sprays have a limit of their own. */
+const PUNCHES_PER_PEER: Rate = { perSecond: 30, burst: 300 };
+
+interface Path {
+  kind: "direct" | "lan";
+  rtt: Estimator;
+  endpoint: Endpoint;
+  socket: number;
+  state: "trying" | "good" | "suspect"; // only the path in use is more than `trying`
+  waitingSince: number; // since when something sent on it waits for an answer
+  answeredAt: number;
+  bornAt: number;
+  probeAt: number;
+  fastProbes: number; // since it has become suspect
+}
+
+interface PathWiring {
+  relay: Way;
+  candidates(): Endpoint[]; // where the server has seen the peer, and its addresses on our LAN
+  own(): Endpoint | undefined; // as the server sees us
+  seal(probe: number): Uint8Array | null; // a punch, which asks: did this reach you?
+  echo(probe: number, way: Way): boolean;
+  hostMayPunch(): boolean;
+  talkedAt(): number;
+  isNeeded(socket: number): boolean; // for something else
+  isRenewal(path: Path): boolean; // made to replace the one in use
+  onPong(probe: number, way: Way, rttMs: number): void;
+  onPunched(): void;
+  onStuck(): void;
+  onPunchedOut(): void;
+  onBest(): void;
+  onSuspect(): void;
+  onDoubt(): void;
+  onLost(): void;
+  onAge(): void;
+}
 
 function kindOf(endpoint: Endpoint): "direct" | "lan" {
   const scope = scopeOf(hostOf(endpoint));
   return scope === "private" || scope === "loopback" ? "lan" : "direct";
 }
 
-/** Two bits for each part from `from`: missing, or how its first copy came. */
-function packStates(came: Map<number, PathKind>, from: number): Uint8Array {
-  const states = new Uint8Array(WINDOW_MAX / 2);
-  for (const [seq, kind] of came) {
-    const i = seq - from;
-    if (i >= 0 && i < 2 * WINDOW_MAX) states[i >> 2]! |= KINDS.indexOf(kind) << 2 * (i & 3);
-  }
-  return states;
+/** Candidates that may be sent to: nothing on this link, on this host (unless the server sees us there), or nowhere. */
+function isUsable(candidate: Endpoint, own: Endpoint): boolean {
+  const scope = scopeOf(hostOf(candidate));
+  return scope === "public" || scope === "private" || (scope === "loopback" && scopeOf(hostOf(own)) === "loopback");
 }
 
-function stateOf(states: Uint8Array, i: number): PathKind | null {
-  return i < 0 ? null : KINDS[(states[i >> 2] ?? 0) >> 2 * (i & 3) & 3]!;
+const patience = ({ rtt }: Path) => Math.min(RTO_MAX_MS, Math.max(SUSPECT_MS, 3 * (rtt.srtt ?? 0)));
+
+function createPaths(io: Io, wiring: PathWiring) {
+  let paths: Path[] = [], best: Path | null = null;
+  /** Punches and pings that wait for their echo. One `toManyPorts` keeps waiting: whichever port answers is a path. */
+  const probes = new Map<number, { way: Way; at: number; toManyPorts: boolean }>();
+  /** How long the last two paths lived, and when to replace this one before it dies too. */
+  let lifetimes: number[] = [], renewAt = Infinity;
+  const punching = createScript(io), mayPunchMore = createLimit(PUNCHES_PER_PEER);
+  const peerMayPunch = () => mayPunchMore(io.now) && wiring.hostMayPunch();
+
+  const over = (origin: Origin) =>
+    paths.find(({ socket, endpoint }) => socket === origin?.socket && endpoint === origin.from) ?? null;
+
+  /** The path from where something came, or to a candidate; null if the peer has no business there. */
+  function pathTo(origin: Origin & object): Path | null {
+    const found = over(origin), { from: endpoint, socket } = origin, host = hostOf(endpoint);
+    if (found) return found;
+    if (!wiring.candidates().some((candidate) => hostOf(candidate) === host)) return null;
+    if (paths.length >= MAX_PATHS) {
+      const spare = paths.find(({ state }) => state === "trying");
+      drop((path) => path !== spare);
+    }
+    const path: Path = {
+      kind: kindOf(endpoint),
+      rtt: newEstimator(),
+      endpoint,
+      socket,
+      state: "trying",
+      waitingSince: Infinity,
+      answeredAt: io.now,
+      bornAt: io.now,
+      probeAt: Infinity,
+      fastProbes: 0,
+    };
+    paths.push(path);
+    return path;
+  }
+
+  /** Forgets the paths that are not kept, and closes those of their sockets that nothing else needs. */
+  function drop(isKept: (path: Path) => boolean): void {
+    const gone = paths.filter((path) => !isKept(path));
+    paths = paths.filter(isKept);
+    for (const { socket } of gone) {
+      if (!wiring.isNeeded(socket) && !paths.some((path) => path.socket === socket)) io.close(socket);
+    }
+  }
+
+  // -- punching
+
+  function startPunching(afterMs: number): void {
+    const startAt = io.now + afterMs;
+    punching.begin(function* () {
+      for (const at of PUNCH_AT_MS) {
+        yield startAt + at;
+        const good = best?.state === "good" ? best : null;
+        const wanted = wiring.candidates().filter((endpoint) =>
+          isUsable(endpoint, wiring.own() ?? endpoint) && (!good || (kindOf(endpoint) === "lan" && good.kind !== "lan"))
+        );
+        for (const from of wanted) {
+          const path = pathTo({ socket: 0, from });
+          if (path) punch(path);
+        }
+        if (io.now >= startAt + FRESH_SOCKETS_AFTER_MS && !good) wiring.onStuck();
+        if (at === 0) wiring.onPunched();
+        if (wanted.length === 0) break;
+      }
+      wiring.onPunchedOut();
+    }());
+  }
+
+  function newProbe(way: Way, toManyPorts = false): number {
+    const probe = randomNumber(io, 32);
+    if (probes.size >= MAX_PROBES) probes.delete(probes.keys().next().value!);
+    probes.set(probe, { way, at: io.now, toManyPorts });
+    return probe;
+  }
+
+  /** Punches on a path; one in use waits for the echo, even if there is no session any more to seal the punch with. */
+  function punch(path: Path): void {
+    if (path.state === "trying" && !peerMayPunch()) return;
+    const data = wiring.seal(newProbe(path));
+    if (data) io.send(path.socket, path.endpoint, data);
+    if (path.state !== "trying") path.waitingSince = Math.min(path.waitingSince, io.now);
+  }
+
+  function onPunch(probe: number, origin: Origin): void {
+    const path = origin && pathTo(origin);
+    if (origin && !path) return;
+    if (path?.state === "trying" && !peerMayPunch()) return;
+    const isSent = wiring.echo(probe, path ?? wiring.relay);
+    if (isSent && path?.state === "trying") punch(path); // it passed inwards, now ours will pass outwards
+  }
+
+  function onEcho(probe: number, origin: Origin): void {
+    const asked = probes.get(probe);
+    if (!asked) return;
+    const way = asked.toManyPorts && origin ? pathTo(origin) : asked.way;
+    if (!way || (way.kind === "relay" ? origin : way.endpoint !== origin?.from || way.socket !== origin.socket)) return;
+    if (!asked.toManyPorts) probes.delete(probe);
+    sample(way.rtt, io.now - asked.at);
+    wiring.onPong(probe, way, io.now - asked.at);
+    if (way.kind !== "relay") onAnswer(way);
+  }
+
+  // -- the hole while it holds
+
+  /** Something sent on a path has been answered over it: it works in both directions. */
+  function onAnswer(path: Path): void {
+    path.waitingSince = Infinity;
+    path.answeredAt = io.now;
+    const isBetter = !best || best.state !== "good" || (path.kind === "lan" && best.kind !== "lan") ||
+      (path.kind === best.kind && path.rtt.srtt! < best.rtt.srtt! * QUICKER_FACTOR - QUICKER_MS) ||
+      wiring.isRenewal(path);
+    if (path !== best) return isBetter ? use(path) : undefined;
+    path.state = "good";
+    path.probeAt = nextProbeAt();
+  }
+
+  function use(path: Path | null): void {
+    const age = best?.state === "suspect" ? io.now - best.bornAt : 0;
+    if (age > RENEWED_MS) lifetimes = [...lifetimes.slice(-1), age];
+    const [one = Infinity, other = 0] = lifetimes, shorter = Math.min(one, other), longer = Math.max(one, other);
+    const isAbsolute = longer < ABSOLUTE_LIFETIME_MS && shorter > longer * SAME_LIFETIME;
+    renewAt = path && isAbsolute ? io.now + shorter * RENEW_AT : Infinity;
+    if (best) best.state = "trying";
+    best = path;
+    if (!path) return wiring.onLost();
+    path.state = "good";
+    path.probeAt = nextProbeAt();
+    wiring.onBest();
+  }
+
+  function nextProbeAt(): number {
+    const silence = io.now - wiring.talkedAt();
+    return silence >= WARM_MS ? Infinity : io.now + (silence < ACTIVE_MS ? ACTIVE_PROBE_MS : spread(io, WARM_PROBE_MS));
+  }
+
+  // -- the hole when it does not hold
+
+  function suspect(path: Path): void {
+    path.state = "suspect";
+    path.fastProbes = 0;
+    path.probeAt = io.now;
+    wiring.onSuspect();
+  }
+
+  function wakeBest(path: Path): void {
+    if (path.state === "good" && io.now >= path.waitingSince + patience(path)) suspect(path);
+    if (io.now < path.probeAt) return;
+    if (path.state === "good") {
+      punch(path);
+      path.probeAt = nextProbeAt();
+    } else if (path.fastProbes < FAST_PROBES) {
+      punch(path);
+      if (++path.fastProbes === PROBES_BEFORE_DOUBT) wiring.onDoubt();
+      path.probeAt = io.now + (path.fastProbes < FAST_PROBES ? FAST_PROBE_MS : patience(path));
+    } else {
+      paths = paths.filter((other) => other !== path);
+      io.close(path.socket);
+      use(null);
+    }
+  }
+
+  return {
+    over,
+    newProbe,
+    startPunching,
+    onPunch,
+    onEcho,
+    onAnswer,
+    best: () => best,
+    isPunching: punching.isOn,
+    /** The peer's hole is open by now. */
+    punchAgain(): void {
+      if (!punching.isOn() || best) return;
+      for (const path of paths) if (path.state === "trying") punch(path);
+    },
+    /** Something has been sent that the peer answers. */
+    expectAnswer(): void {
+      if (best) best.waitingSince = Math.min(best.waitingSince, io.now);
+    },
+    /** A message goes either way: the path is checked all the time from here on. */
+    onTalk(): void {
+      if (!best) return;
+      if (io.now - best.answeredAt > STALE_PATH_MS && best.state === "good") suspect(best);
+      best.probeAt = Math.min(best.probeAt, io.now + ACTIVE_PROBE_MS);
+    },
+    /** Closes the sockets that nothing came through. */
+    prune(): void {
+      for (const { socket } of paths) if (socket !== best?.socket) io.close(socket);
+      paths = paths.filter(({ socket }) => socket === 0 || socket === best?.socket);
+    },
+    close: () => drop(() => false),
+    wake(): void {
+      punching.wake();
+      if (best) wakeBest(best);
+      if (io.now < renewAt) return;
+      renewAt = Infinity;
+      if (io.now - wiring.talkedAt() < ABSOLUTE_LIFETIME_MS) wiring.onAge();
+    },
+    wakeAt(): number {
+      const suspectAt = best?.state === "good" ? best.waitingSince + patience(best) : Infinity;
+      return Math.min(punching.wakeAt(), renewAt, best?.probeAt ?? Infinity, suspectAt);
+    },
+  };
 }
+
+// ---------------------------------------------------------------------------------------------------- discovery
+//
+// What the NAT before us is like (RFC 4787), found out by asking STUN servers how they see us (RFC 8489, RFC 5780):
+//
+//     the question                               what the answer tells
+//     our socket 0 at the server's second port   another port outside than at the first: each destination gets its own
+//     ... and at another address                 the same port everywhere: EIM; the same for each address: ADM
+//     answer from a port never written to        it arrives: the filter looks at addresses at most, not at ports
+//     answer from an address never written to    it arrives: there is no filter (EIF)
+//     four fresh sockets, one after the other    which outside ports they get: preserving, in sequence, a block, any
+//     two of ours at each other's outside ports  whether two clients behind this NAT can meet there (hairpin)
+//
+// Nothing here spoils a mapping that a punch will need. Classes are hints; packets are facts (see `traversal`). Knows no
+// peers.
+
+/** A question is asked again so often; what is unanswered then has been filtered, or lost. */
+const QUESTION_MS = 250, QUESTION_TRIES = 4;
+/** Three random ports lie within a block by chance once in 80 times, four once in a thousand. */
+const SAMPLES = 4;
+/** Ports of successive mappings this near to each other are a sequence, or this near, a block. */
+const SEQUENCE_STEP = 8, BLOCK_SPAN = 4_096;
+/** How far a block may reach beyond what we have seen of it. */
+const BLOCK_GUESS = 512;
+const LOWEST_PORT = 1_024;
+
+interface Question {
+  socket: number;
+  to: Endpoint;
+  changeIp?: boolean; // to be answered from the server's other address
+  changePort?: boolean; // to be answered from another port of the server's
+}
+
+/** What a discovery has to ask: each of these once. */
+type Topic =
+  | "second port"
+  | "other address"
+  | "observer"
+  | "third port"
+  | "unknown address"
+  | `${"sample" | "hairpin"} ${number}`;
+
+/** What it knows by now. */
+interface Facts {
+  server: Endpoint;
+  secondPort: Endpoint; // of the server
+  observer: Endpoint | undefined;
+  seen: Endpoint; // our public endpoint
+  isNone: boolean; // which is one of our own addresses
+  samples: { socket: number; inside: number }[]; // fresh sockets, in the order of their first packets
+  answers: Map<Topic, Stun | null>; // null: no answer after all tries
+}
+
+/** The outside port of each sample, 0 if there was no answer. */
+const outsidePorts = ({ samples, answers }: Facts) => samples.map((_, i) => portOf(answers.get(`sample ${i}`)));
+const portOf = (answer: Stun | null | undefined) => answer?.mapped ? parseEndpoint(answer.mapped)!.port : 0;
+
+/** All that can be asked with what is known by now. */
+function questions(facts: Facts): [Topic, Question][] {
+  const { server, secondPort, observer, seen, samples, answers } = facts;
+  const asked: [Topic, Question][] = [["second port", { socket: 0, to: secondPort }]];
+  const other = answers.get("second port")?.other, otherOfSample = answers.get("sample 0")?.other;
+  if (other) asked.push(["other address", { socket: 0, to: other }]);
+  if (observer) asked.push(["observer", { socket: 0, to: observer }]);
+  asked.push(["third port", { socket: 0, to: server, changePort: true }]);
+  for (const [i, { socket }] of samples.entries()) asked.push([`sample ${i}`, { socket, to: server }]);
+  // By a socket that has not written to the other address, as socket 0 has.
+  const [first] = samples;
+  if (first && otherOfSample) {
+    asked.push(["unknown address", { socket: first.socket, to: server, changeIp: true, changePort: true }]);
+  }
+  // Both ways at once, since the mappings filter: a hairpin is a hole punched towards oneself.
+  if (samples.length === SAMPLES && outsidePorts(facts).every((port) => port > 0)) {
+    const last = [...answers.keys()].findLast((topic) => topic.startsWith("sample"))!;
+    const { socket } = samples[Number(last.slice(-1))]!, outside = answers.get(last)!.mapped!;
+    asked.push(["hairpin 0", { socket, to: seen }], ["hairpin 1", { socket: 0, to: outside }]);
+  }
+  return asked;
+}
+
+/** Without these answers half a class would mislead. */
+const isEssential = (topic: Topic) => topic === "second port" || topic.startsWith("sample");
 
 /** The class of NAT that the facts leave; what one address of a server cannot tell stays unknown. */
-function classOf({ isNone, secondPort, elsewhere, thirdPort, otherAddress, samples }: Facts, seen: Endpoint): NatClass {
+function classOf(facts: Facts): NatClass {
+  const { isNone, seen, answers } = facts;
+  const second = answers.get("second port")?.mapped;
+  const elsewhere = answers.get("other address")?.mapped ?? answers.get("observer")?.mapped;
   const mapping = isNone
     ? "EIM"
-    : secondPort !== undefined && secondPort !== seen
+    : second !== undefined && second !== seen
     ? "APDM"
     : elsewhere === undefined
     ? "unknown"
     : elsewhere === seen
     ? "EIM"
     : "ADM";
+  const thirdPort = answers.get("third port"), address = answers.get("unknown address");
   const filtering = thirdPort === undefined
     ? "unknown"
-    : !thirdPort
+    : thirdPort === null
     ? "APDF"
-    : otherAddress === undefined
+    : address === undefined
     ? "unknown"
-    : otherAddress
+    : address
     ? "EIF"
     : "ADF";
-  return { mapping, filtering, allocation: allocationOf(samples) };
+  return { mapping, filtering, allocation: allocationOf(facts) };
 }
 
-function allocationOf(samples: Facts["samples"]): NatClass["allocation"] {
-  const ports = samples.filter(({ outside }) => outside > 0);
-  if (ports.length < SAMPLES - 1) return "unknown"; // one may be lost, four times over
-  if (ports.every(({ inside, outside }) => inside === outside)) return "preserving";
-  if (stepOf(ports) !== 0) return "sequential";
-  const outside = ports.map((port) => port.outside);
-  return Math.max(...outside) - Math.min(...outside) <= BLOCK_SPAN ? "block" : "random";
+function allocationOf(facts: Facts): NatClass["allocation"] {
+  const outside = outsidePorts(facts), inside = facts.samples.map(({ inside }) => inside);
+  const known = outside.filter((port) => port > 0);
+  if (known.length < SAMPLES - 1) return "unknown"; // one may be lost, four times over
+  if (outside.every((port, i) => port === 0 || port === inside[i])) return "preserving";
+  if (stepOf(known) !== 0) return "sequential";
+  return Math.max(...known) - Math.min(...known) <= BLOCK_SPAN ? "block" : "random";
 }
 
 /** The step of a sequence of ports, with its sign; 0 if it is none. */
-function stepOf(samples: Facts["samples"]): number {
-  const steps = samples.slice(1).map(({ outside }, i) => outside - samples[i]!.outside);
-  const sign = Math.sign(steps[0] ?? 0);
+function stepOf(ports: number[]): number {
+  const steps = ports.slice(1).map((port, i) => port - ports[i]!), sign = Math.sign(steps[0] ?? 0);
   const isSequence = steps.every((step) => Math.sign(step) === sign && Math.abs(step) <= SEQUENCE_STEP);
   return isSequence ? sign * Math.min(...steps.map(Math.abs)) : 0;
 }
 
-/** Symmetric: a new destination gets a new port. */
-const isSymmetric = ({ mapping }: NatClass) => mapping === "APDM" || mapping === "ADM";
-/** ... and nobody can tell which. */
-const isRandom = (nat: NatClass) => isSymmetric(nat) && !isPredictable(nat);
+interface DiscoveryWiring {
+  observer: Endpoint | undefined;
+  session(): { server: Endpoint; public: Endpoint; secondPort: number } | null;
+  isOwn(host: string): boolean; // an address of this host
+  onClass(): void; // our NAT is of another class than we thought
+}
 
-const isPredictable = ({ allocation }: NatClass) => allocation === "preserving" || allocation === "sequential";
+type Discovery = ReturnType<typeof createDiscovery>;
+function createDiscovery(io: Io, wiring: DiscoveryWiring) {
+  let nat = UNKNOWN_NAT, hairpin: boolean | null = null;
+  /** Of a sequential allocation: the step; of one in blocks: lowest and highest port that may belong to ours. */
+  let stride = 1, block: number[] = [];
+  /** The discovery under way; it is outdated if our endpoint has changed meanwhile, and another one follows. */
+  let current: { facts: Facts; asked: Set<Topic>; isOutdated: boolean } | null = null;
+  const waiting: (() => void)[] = [];
+  /** What can be tried is another matter now, and the server, which tells our peers, is yet to confirm that it knows. */
+  let changeUnconfirmed = false;
+  const open = new Map<
+    string,
+    { question: Question; data: Uint8Array; tries: number; dueAt: number; done(answer: Stun | null): void }
+  >();
+
+  /** Asks a STUN server how it sees one of our sockets; null after all tries: nothing has come back. */
+  function ask(question: Question, done: (answer: Stun | null) => void): void {
+    const transaction = STUN_COOKIE + hex(io.random(12));
+    const data = encodeStunRequest({ ...question, transaction });
+    open.set(transaction, { question, data, tries: 0, dueAt: io.now, done });
+    wake();
+  }
+
+  function wake(): void {
+    for (const [transaction, asked] of open) {
+      if (io.now < asked.dueAt) continue;
+      if (asked.tries++ < QUESTION_TRIES) {
+        asked.dueAt = io.now + QUESTION_MS;
+        io.send(asked.question.socket, asked.question.to, asked.data);
+      } else {
+        open.delete(transaction);
+        asked.done(null);
+      }
+    }
+  }
+
+  function receive(data: Uint8Array): void {
+    const stun = decodeStun(data), asked = stun && open.get(stun.transaction);
+    if (!asked) return;
+    if (stun.kind === "request") hairpin = true; // our own question has come back to us by our public address
+    else {
+      open.delete(stun.transaction);
+      asked.done(stun.kind === "response" ? stun : null);
+    }
+  }
+
+  /** One discovery at a time. */
+  function start(): void {
+    const session = wiring.session();
+    if (!session || isIPv6(session.server)) return;
+    if (current) return void (current.isOutdated = true);
+    const { server, public: seen } = session, host = hostOf(seen);
+    const facts: Facts = {
+      server,
+      secondPort: formatEndpoint(hostOf(server), session.secondPort),
+      observer: wiring.observer,
+      seen,
+      isNone: wiring.isOwn(host) || scopeOf(host) === "loopback",
+      samples: [],
+      answers: new Map(),
+    };
+    current = { facts, asked: new Set(), isOutdated: false };
+    hairpin = null;
+    askAll();
+    for (let i = 0; i < SAMPLES; i++) {
+      io.open((socket, inside) => {
+        facts.samples.push({ socket, inside });
+        askAll();
+      });
+    }
+  }
+
+  /** Asks what can be asked by now and has not been asked yet. */
+  function askAll({ facts, asked } = current!): void {
+    for (const [topic, question] of questions(facts)) {
+      if (asked.has(topic)) continue;
+      asked.add(topic);
+      if (topic === "hairpin 0") hairpin ??= false;
+      ask(question, (answer) => {
+        facts.answers.set(topic, answer);
+        askAll();
+        settle();
+      });
+    }
+  }
+
+  function settle({ facts, asked, isOutdated } = current!): void {
+    const { samples, answers } = facts, isComplete = samples.length === SAMPLES;
+    if (isComplete && !isOutdated && [...asked].every((topic) => !isEssential(topic) || answers.has(topic))) {
+      believe(facts);
+    }
+    if (!isComplete || answers.size < asked.size) return;
+    for (const { socket } of samples) io.close(socket);
+    current = null;
+    if (isOutdated) start();
+    if (!current) { for (const tell of waiting.splice(0)) tell(); }
+  }
+
+  /** What the facts say of our NAT. If that changes what can be tried, calls under way begin again, see `confirm`. */
+  function believe(facts: Facts): void {
+    const found = classOf(facts), ports = outsidePorts(facts).filter((port) => port > 0);
+    stride = stepOf(ports) || 1;
+    block = [
+      Math.max(LOWEST_PORT, Math.max(...ports) - BLOCK_GUESS),
+      Math.min(65_535, Math.min(...ports) + BLOCK_GUESS),
+    ];
+    if (JSON.stringify(found) === JSON.stringify(nat)) return;
+    changeUnconfirmed ||= isSymmetric(found) !== isSymmetric(nat) ||
+      (isSymmetric(found) && found.allocation !== nat.allocation);
+    nat = found;
+    wiring.onClass();
+  }
+
+  return {
+    ask,
+    receive,
+    start,
+    wake,
+    nat: () => nat,
+    hairpin: () => hairpin,
+    stride: () => stride,
+    block: () => block,
+    isAsking: () => open.size > 0,
+    /** Calls back as soon as nothing is being found out. */
+    whenDone: (tell: () => void) => current ? void waiting.push(tell) : tell(),
+    /** The server knows our class; true if that has just changed what can be tried. */
+    confirm(): boolean {
+      const hasChanged = changeUnconfirmed;
+      changeUnconfirmed = false;
+      return hasChanged;
+    },
+    wakeAt: () => [...open.values()].reduce((at, { dueAt }) => Math.min(at, dueAt), Infinity),
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- traversal
+//
+// A symmetric NAT gives each destination another outside port, so the one that the server sees is not the one that the
+// peer can reach. What helps depends on both NATs:
+//
+//     ours \ theirs     EIM                        symmetric, predictable        symmetric, random
+//     EIM               a fresh socket each:       from one socket to all that   spray: to 2,048 ports of theirs,
+//                       their NATs may have been   they tell: one is right       of which 256 are open to us
+//                       spoilt by early packets
+//     symmetric,        open a few, tell which:    the i-th packet of each to    none: the odds are quadratic
+//     predictable       the first try is to hit    the i-th port of the other
+//     symmetric,        open 256, so that every    none                          none
+//     random            250th port is right
+//
+// A spray is the birthday problem: 256 of 64,512 ports are open, and each probe hits one with odds of 1 in 252. 200 probes
+// a second find one after 1.2 s in the median, and 1,024 of them fail once in 60 times: 1 - (1 - 256/64512)^1024 = 98 %.
+// If the ports of both sides are random, both must hit at once: that would take some hundred thousand probes.
+//
+// A symmetric side opens its NAT with packets that die before they arrive: a router with an open INPUT chain would take
+// them for new flows, and lose the very ports that it is about to use.
+//
+// An attempt is one cell of the table, as the other side plays it too; plans, told over the relay, see to that. Each
+// attempt that fails is followed by the next one, which believes the classes less. Knows no messages and no keys.
+
+/** Sockets that we open: one guess each against another symmetric NAT; a few are enough where the peer sends to many ports. */
+const GUESS_SOCKETS = 16, OPENER_SOCKETS = 4, SPRAY_SOCKETS = 256;
+/** Foreign flows that may have taken a port of a sequence since it was sampled: so many are guessed in turn. */
+const FOREIGN_FLOWS = 4;
+/** When an attempt sends; where one side opens its NAT with packets of low TTL, the next ones follow the peer's. */
+const VOLLEYS_MS = [0, 100, 250], OPENER_VOLLEYS_MS = [0, 500], SPRAY_VOLLEYS_MS = [0, 6_200];
+/** When a plan is told again. */
+const TELL_PLAN_MS = 300;
+/** When an attempt has failed, or a spray: all of its time (10.2 s of probes, 1 s of pause), and a little for the last echo. */
+const ATTEMPT_MS = 1_000, SPRAY_ATTEMPT_MS = 13_000, MAX_ATTEMPT = 4;
+/** The number of an attempt that replaces a path which still works. */
+const RENEWAL = 100;
+/** Dies on the way, after it has opened our NAT and before a Linux router at the far end can take offence at it. */
+const OPENER_TTL = 8;
+/** A spray: so many ports, 4 each 20 ms, a little ahead at first; half of them, a pause, the other half; never more. */
+const SPRAY_PORTS = 2_048, SPRAY_BURST = 4, SPRAY_BURST_MS = 20, SPRAY_AHEAD_MS = 60, SPRAY_PAUSE_MS = 1_000;
+/** One spray at a time on this host, so long one after the other. */
+const SPRAY_INTERVAL_MS = 14_000;
+const PORTS = 65_536 - LOWEST_PORT;
+const ATTEMPTS_PER_PEER: Rate = { perSecond: 0.2, burst: 6 };
+
+type Plan = Peer & { type: "P2PPLAN" };
+
+interface Attempt {
+  number: number;
+  startedAt: number;
+  endAt: number;
+  symmetric: boolean; // whom it takes for symmetric: us,
+  peerSymmetric: boolean; // and the peer
+  random: boolean; // our ports cannot be predicted
+  careful: boolean; // all openers of a spray die on the way: not once that has failed, as our own NAT may be farther away
+  sockets: { socket: number; port: number }[]; // opened for it; none: socket 0 serves
+  plan: Plan | null;
+  theirs: Plan | null;
+  tellAt: number; // when our plan is told (again)
+  isSending: boolean;
+  isSpraying: boolean; // or has sprayed
+}
+
+/** Who sprays: one conversation at a time. */
+interface SprayTurn {
+  take(): boolean;
+  giveBack(): void;
+}
 
 /**
  * Whom an attempt takes for symmetric: those who are and, once plain punches and fresh sockets have failed, one whose
@@ -663,1623 +1556,1330 @@ function coprime(start: number): number {
   return stride;
 }
 
+interface TraversalWiring {
+  canBeDirect: boolean;
+  discovery: Discovery;
+  session(): { server: Endpoint; public: Endpoint } | null;
+  peer(): Introduced;
+  isFirst(): boolean; // of the two of us, where both would do the same
+  isRetry(): boolean; // the search has failed before
+  best(): Path | null;
+  newProbe(): number;
+  seal(probe: number): Uint8Array | null;
+  tell(plan: Plan): boolean;
+  hasSession(): boolean;
+  hostMayPunch(): boolean;
+  hasSockets(count: number): boolean;
+  turn: SprayTurn;
+  prune(): void; // paths of sockets that nothing came through
+}
+
+function createTraversal(io: Io, wiring: TraversalWiring) {
+  const { discovery, session, best } = wiring, mayAttempt = createLimit(ATTEMPTS_PER_PEER);
+  const volleys = createScript(io), spray = createScript(io);
+  let attempt: Attempt | null = null;
+
+  /** The attempt replaces a path that still works, and has not yet done so. */
+  const isRenewing = () => attempt?.number === RENEWAL && best()!.bornAt < attempt.startedAt;
+  /** Nothing is left for an attempt to do. */
+  const isSettled = () => best()?.state === "good" && !isRenewing();
+  /** We alone are symmetric: our packets open our NAT to one port of the peer, which finds out where. */
+  const isOpener = ({ symmetric, peerSymmetric }: Attempt) => symmetric && !peerSymmetric;
+  /** Where the server sees the peer, in IPv4. */
+  const target = () => wiring.peer().candidates.findLast((endpoint) => !isIPv6(endpoint));
+
+  function onIntroduction(): void {
+    const nat = discovery.nat(), peerNat = wiring.peer().nat;
+    const isPermissive = ["EIF", "ADF"].includes(isSymmetric(nat) ? peerNat.filtering : nat.filtering);
+    if (best() || !(isSymmetric(nat) || isSymmetric(peerNat)) || isPermissive) return; // plain punches will do
+    if (!attempt) return begin(0);
+    const fits = attempt.symmetric === isSymmetric(nat) && attempt.peerSymmetric === isSymmetric(peerNat);
+    if (attempt.number > 1 || fits) return;
+    // Begun before somebody's class of NAT was known: with other sockets, or other targets.
+    if (isSymmetric(nat)) begin(attempt.number + 1);
+    else if (!attempt.isSpraying) begin(attempt.number, attempt.theirs);
+  }
+
+  /** Begins an attempt, if it is not hopeless. */
+  function begin(number: number, theirs: Plan | null = null): void {
+    const nat = discovery.nat(), peerNat = wiring.peer().nat, isFirst = wiring.isFirst();
+    const symmetric = isTakenForSymmetric(nat, peerNat, { number, isFirst });
+    const peerSymmetric = isTakenForSymmetric(peerNat, nat, { number, isFirst: !isFirst });
+    const random = symmetric && !isPredictable(nat), peerRandom = peerSymmetric && !isPredictable(peerNat);
+    end();
+    if (!mayAttempt(io.now)) return;
+    // Behind our own NAT, which does not hairpin: nothing that is sent to its public address arrives.
+    const own = session(), to = target();
+    if (own && to && hostOf(to) === hostOf(own.public) && discovery.hairpin() === false) return;
+    if (number === RENEWAL && (isRandom(nat) || isRandom(peerNat))) return; // a spray each minute is no way to live
+    if (symmetric && peerSymmetric && (random || peerRandom)) return; // the odds are quadratic
+    if ((number > MAX_ATTEMPT && number !== RENEWAL) || !wiring.canBeDirect) return;
+    const ofSymmetric = random ? SPRAY_SOCKETS : peerSymmetric ? GUESS_SOCKETS : OPENER_SOCKETS;
+    const count = symmetric ? ofSymmetric : peerSymmetric ? 0 : 1;
+    if (!wiring.hasSockets(count)) return;
+    const mine: Attempt = attempt = {
+      number,
+      startedAt: io.now,
+      endAt: io.now + (random || peerRandom ? SPRAY_ATTEMPT_MS : ATTEMPT_MS),
+      symmetric,
+      peerSymmetric,
+      random,
+      careful: random && !wiring.isRetry(),
+      sockets: [],
+      plan: null,
+      theirs,
+      tellAt: Infinity,
+      isSending: false,
+      isSpraying: false,
+    };
+    beginSending(mine);
+    if (count === 0) makePlan(mine);
+    let left = count;
+    for (let i = 0; i < count; i++) {
+      io.open((socket, port) => {
+        if (attempt !== mine) return io.close(socket);
+        if (port > 0) mine.sockets.push({ socket, port });
+        if (--left === 0) makePlan(mine);
+      });
+    }
+  }
+
+  // -- plans: which outside ports our next packets to the peer will have, each from a socket that has sent nothing yet
+
+  function makePlan(mine: Attempt): void {
+    const own = session(), { allocation } = discovery.nat(), inside = mine.sockets.map(({ port }) => port);
+    if (!own) return;
+    const [first] = mine.sockets;
+    const askOutside = (socket: number, then: (port: number) => void) =>
+      discovery.ask({ socket, to: own.server }, (answer) => then(portOf(answer)));
+    if (!first) { // nothing to predict; but the peer, who has something, must hear that the path is to be replaced
+      if (mine.number === RENEWAL) announce(mine, [parseEndpoint(own.public)!.port]);
+    } else if (!mine.symmetric) askOutside(first.socket, (port) => port > 0 && announce(mine, [port]));
+    else if (mine.random) announce(mine, allocation === "block" ? discovery.block() : [], 1);
+    else if (allocation === "preserving") announce(mine, inside);
+    else {
+      // A socket that is good for nothing else shows the counter as it stands now.
+      io.open((socket) =>
+        askOutside(socket, (last) => {
+          io.close(socket);
+          const next = Array.from({ length: MAX_PLANNED_PORTS }, (_, i) => last + (i + 1) * discovery.stride());
+          if (last > 0) announce(mine, next.filter((port) => port > 0 && port < 65_536));
+        })
+      );
+    }
+  }
+
+  function announce(mine: Attempt, ports: number[], spray = 0): void {
+    if (attempt !== mine) return;
+    mine.plan = { type: "P2PPLAN", attempt: mine.number, spray, ports };
+    tellPlan(mine);
+    beginSending(mine);
+  }
+
+  function onPlan(theirs: Plan): void {
+    const path = best();
+    const isWanted = path?.state !== "good" || (theirs.attempt === RENEWAL && io.now - path.bornAt > RENEWED_MS);
+    if (!wiring.canBeDirect || !isWanted) return;
+    if (!attempt || theirs.attempt > attempt.number) begin(theirs.attempt);
+    if (!attempt || attempt.theirs || theirs.attempt !== attempt.number) return;
+    attempt.theirs = theirs;
+    beginSending(attempt);
+  }
+
+  function tellPlan(mine: Attempt): void {
+    if (mine.plan) mine.tellAt = wiring.tell(mine.plan) ? io.now + TELL_PLAN_MS : Infinity; // until there is a session
+  }
+
+  // -- sending
+
+  /** Sends as soon as both sides know where. */
+  function beginSending(mine: Attempt): void {
+    const isReady = mine.plan !== null || (!mine.symmetric && mine.peerSymmetric);
+    if (mine.isSending || !isReady || !(mine.theirs || isOpener(mine))) return;
+    mine.isSending = true;
+    const times = !isOpener(mine) ? VOLLEYS_MS : mine.random ? SPRAY_VOLLEYS_MS : OPENER_VOLLEYS_MS, startAt = io.now;
+    volleys.begin(function* () {
+      for (const at of times) {
+        yield startAt + at;
+        sendVolley(mine, at === 0);
+      }
+    }());
+  }
+
+  function sendVolley(mine: Attempt, isFirstOne: boolean): void {
+    const to = target(), ports = mine.theirs?.ports ?? [];
+    if (!to || isSettled()) return;
+    if (mine.theirs?.spray && !mine.symmetric) return startSpray(mine, ports);
+    const both = mine.symmetric && mine.peerSymmetric, opens = isOpener(mine);
+    const ttl = opens && (isFirstOne || mine.careful) ? OPENER_TTL : undefined;
+    // Against another counter: ours may be off by foreign flows, hence one side guesses how many there were.
+    const guesses = wiring.peer().nat.allocation === "sequential" &&
+      (discovery.nat().allocation === "preserving" || wiring.isFirst());
+    const probe = wiring.newProbe();
+    for (const [i, { socket }] of (mine.sockets.length > 0 ? mine.sockets : [{ socket: 0 }]).entries()) {
+      const ith = i + (guesses ? i % FOREIGN_FLOWS : 0);
+      const targets = both ? ports.slice(ith, ith + 1) : opens ? [ports[0] ?? parseEndpoint(to)!.port] : ports;
+      for (const port of targets) sendProbe(probe, { socket, to: formatEndpoint(hostOf(to), port), ttl });
+    }
+  }
+
+  /** A punch to a port that nobody has announced as open. False: that would be too many. */
+  function sendProbe(probe: number, at: { socket: number; to: Endpoint; ttl?: number | undefined }): boolean {
+    if (!wiring.hostMayPunch()) return false;
+    const data = wiring.seal(probe);
+    if (data) io.send(at.socket, at.to, data, at.ttl);
+    return true;
+  }
+
+  /** Sends to 2,048 ports in bursts: those of the peer's block first, then any, none twice. */
+  function startSpray(mine: Attempt, [low = 0, high = -1]: number[]): void {
+    if (mine.isSpraying || !wiring.turn.take()) return;
+    mine.isSpraying = true;
+    mine.endAt = io.now + SPRAY_ATTEMPT_MS;
+    const first = randomNumber(io, 16), stride = coprime(randomNumber(io, 16)), span = Math.max(0, high - low + 1);
+    let at = io.now - SPRAY_AHEAD_MS;
+    spray.begin(function* () {
+      for (let next = 0; next < SPRAY_PORTS;) {
+        yield at;
+        const to = target(), probe = wiring.newProbe(), isFirstHalf = next < SPRAY_PORTS / 2;
+        if (!to) return; // the peer is not there any more
+        for (let sent = 0; sent < SPRAY_BURST; sent++, next++) {
+          const port = next < span ? low + next : LOWEST_PORT + (first + next * stride) % PORTS;
+          if (!sendProbe(probe, { socket: 0, to: formatEndpoint(hostOf(to), port) })) break;
+        }
+        at += isFirstHalf && next >= SPRAY_PORTS / 2 ? SPRAY_PAUSE_MS : SPRAY_BURST_MS;
+      }
+    }());
+  }
+
+  /** Closes the sockets that nothing came through. */
+  function end(): void {
+    for (const { socket } of attempt?.sockets ?? []) if (socket !== best()?.socket) io.close(socket);
+    if (attempt) wiring.prune();
+    attempt = null;
+    volleys.stop();
+    spray.stop();
+  }
+
+  return {
+    begin,
+    end,
+    onIntroduction,
+    onPlan,
+    isRenewing,
+    isOn: () => attempt !== null,
+    startedAt: () => attempt?.startedAt ?? Infinity,
+    holds: (socket: number) => attempt?.sockets.some((one) => one.socket === socket) ?? false,
+    onBest() {
+      if (attempt?.isSpraying) wiring.turn.giveBack();
+    },
+    onSessionReady() {
+      if (attempt?.plan && attempt.tellAt === Infinity && wiring.hasSession()) attempt.tellAt = io.now;
+    },
+    wake(): void {
+      if (!attempt) return;
+      if (io.now >= attempt.tellAt) tellPlan(attempt);
+      volleys.wake();
+      if (!isSettled()) spray.wake();
+      if (io.now < attempt.endAt) return;
+      // The odds of a spray do not get better by another one right away.
+      const again = !best() && attempt.number < RENEWAL && ![discovery.nat(), wiring.peer().nat].some(isRandom);
+      if (again) begin(attempt.number + 1);
+      else end();
+    },
+    wakeAt: () =>
+      !attempt
+        ? Infinity
+        : Math.min(attempt.endAt, attempt.tellAt, volleys.wakeAt(), isSettled() ? Infinity : spray.wakeAt()),
+  };
+}
+
+// ==================================================================================================== reference
+//
+// The lesson ends here. What follows can be skipped at first reading: keys, delivery, lists and the command line.
+
+// ---------------------------------------------------------------------------------------------------- identity
+//
+// Who the peer is: the server's latest word on its key and its login, and the user's, who may have verified a key.
+
+interface IdentityWiring {
+  name: string;
+  isSelf: boolean;
+  known: User | undefined; // from the list of users
+  ownKey: Uint8Array;
+  isTrusted(key: Uint8Array): boolean;
+  mayWarn(): boolean;
+  onOtherLogin(): void;
+  onUntrusted(): void;
+}
+
+function createIdentity(io: Io, { name, known, ...wiring }: IdentityWiring) {
+  let peer: Introduced | null = known ? { ...known, candidates: [], nat: UNKNOWN_NAT, punchAfterMs: 0 } : null;
+  const isTrusted = () => !peer || wiring.isTrusted(peer.key);
+  /** It has another key than the one that was verified, or does not know our secret; and the login that we warned of. */
+  let untrusted = !isTrusted(), warnedOf: string | null = null;
+
+  /** Takes the server's word on who the peer is now; false if it cannot be. */
+  function renew(now: Introduced): boolean {
+    const key = hex(now.key), before = peer && hex(peer.key);
+    if (key === hex(wiring.ownKey) && !wiring.isSelf) return false; // our own messages would come back as somebody else's
+    if (before !== null && before !== key) {
+      const message = `The key of "${name}" has changed: it was started again, or somebody else is in its place. ` +
+        `Compare again with: verify ${name}`;
+      io.emit({ event: "error", code: "key-changed", message, notice: true });
+    }
+    if (peer && (peer.nonce !== now.nonce || before !== key)) wiring.onOtherLogin();
+    peer = now;
+    untrusted = !isTrusted();
+    if (untrusted) wiring.onUntrusted();
+    return !untrusted;
+  }
+
+  return {
+    renew,
+    peer: () => peer,
+    isUntrusted: () => untrusted,
+    onSession: () => void (untrusted = !isTrusted()),
+    onVerified: () => void (untrusted = false),
+    onUser(user: User): void {
+      if (peer && peer.nonce !== user.nonce) renew({ ...peer, nonce: user.nonce, key: user.key });
+    },
+    /** Somebody who passes for the peer does not know what it must know. */
+    warn(): void {
+      untrusted = true;
+      if (warnedOf === peer!.nonce || !wiring.mayWarn()) return;
+      warnedOf = peer!.nonce;
+      const message =
+        `"${name}" tries to talk to us but holds other keys or another secret: compare your --secret-file`;
+      io.emit({ event: "error", code: "untrusted", message, notice: true });
+    },
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- channel
+//
+//     P2PFIRST  ----------->   Noise KKpsk0; the oldest message travels inside, so it costs no round trip
+//     <----------- P2PSECOND   with something sealed behind it; until this has arrived, copies of the first are our punches
+//     sealed  <----------->    from here on everything has an index, a counter and a tag
+//
+// Sessions with the peer: keys that only the two of us know, made anew with each login. Knows no sequence numbers, no
+// paths and no server.
+
+/** AES-GCM keys are changed long before 2^32 messages. */
+const REKEY_AFTER = 2 ** 30;
+const HANDSHAKES_PER_PEER: Rate = { perSecond: 5, burst: 20 };
+/** Sessions of one peer, first messages that we remember, and bytes of the name of a stream. */
+const MAX_SESSIONS = 4, MAX_EPHEMERALS = 4_096, STREAM_BYTES = 8;
+
+interface PeerSession {
+  index: number; // ours, in what we receive
+  theirs: number; // in what we send
+  keys: NoiseKeys;
+  window: ReplayWindow;
+  sent: number;
+  peerNonce: string; // the peer's login and key when it began
+  peerKey: Uint8Array;
+  stream: string; // what numbers the peer's parts
+  second: Uint8Array | null; // we answered, and the peer has not shown yet that it knows: all that we send carries this
+}
+
+/** We are opening a session: first by asking the server who that is, then with a handshake. */
+interface Opening {
+  tries: number;
+  dueAt: number;
+  handshake: { index: number; initiation: Initiation } | null;
+}
+
+/** One side of a handshake. */
+type Party = Pick<User, "name" | "nonce">;
+type First = Handshake & { type: "P2PFIRST" };
+type Second = Handshake & { type: "P2PSECOND" };
+
+/** What a channel takes from the peer. */
+interface Intake {
+  onSecond(second: Second): void;
+  onSealed(session: PeerSession, data: Uint8Array, origin: Origin): void;
+  onCopy(session: PeerSession, probe: number, origin: Origin): void;
+  onSessionReady(): void;
+}
+
+/** Whom a peer's datagram is for, and in which session; null: there is only a handshake. */
+interface Line {
+  intake: Intake;
+  session: PeerSession | null;
+}
+
+/** Finds the line of a datagram: by the index that we chose, or for the first one by its ephemeral key. */
+interface Switchboard {
+  newIndex(): number;
+  byIndex: Map<number, Line>;
+  byEphemeral: Map<string, Line>;
+}
+
+function createSwitchboard(io: Io): Switchboard {
+  const byIndex = new Map<number, Line>();
+  return {
+    byIndex,
+    byEphemeral: new Map(),
+    newIndex() {
+      let index = randomNumber(io, 32);
+      while (byIndex.has(index)) index = randomNumber(io, 32);
+      return index;
+    },
+  };
+}
+
 /** What a handshake is about: who with whom, in which login of each. Names have no blanks. */
 const prologue = (initiator: Party, responder: Party) =>
   utf8.encode(`punch ${initiator.name} ${initiator.nonce} ${responder.name} ${responder.nonce}`);
-const isLower = (one: Uint8Array, other: Uint8Array) => hex(one) < hex(other);
+const ephemeralOf = ({ noise }: First) => hex(noise.subarray(0, 32));
 
-/** Candidates that may be sent to: nothing on this link, this host (unless the server sees us there), or nowhere. */
-function usable(candidate: Endpoint, own: Endpoint): boolean {
-  const scope = scopeOf(hostOf(candidate));
-  return scope === "public" || scope === "private" || (scope === "loopback" && scopeOf(hostOf(own)) === "loopback");
+interface ChannelWiring {
+  switchboard: Switchboard;
+  rtt: Estimator; // of the relay
+  self(): Party | null; // null: not logged in
+  peer(): Introduced | null;
+  isTrusted(key: Uint8Array): boolean;
+  payload(): Peer; // what travels inside the first message
+  isNeeded(tries: number): boolean; // whether anything still waits for a session
+  sendOpening(message: Uint8Array, tries: number): void;
+  onHandshake(): void; // it has begun, and sees to the payload
+  onHandshakeOver(dueAt: number): void; // who has waited for it is due then
+  onStream(stream: string): void;
+  onSession(): void;
+  onAnswered(): void;
+  onUntrusted(): void;
+  onSessionReady(): void;
+  onFrame(frame: Peer, origin: Origin, stream: string): void;
+  onPunch(probe: number, origin: Origin): void;
+  acknowledge(session: PeerSession): void;
 }
 
-// ---------------------------------------------------------------------------------------------------- machine
+function createChannel(io: Io, options: ClientOptions, { switchboard, peer, ...wiring }: ChannelWiring) {
+  const { keys, psk = new Uint8Array(32) } = options, { byIndex, byEphemeral } = switchboard;
+  const ownStream = io.random(STREAM_BYTES), mayBegin = createLimit(HANDSHAKES_PER_PEER);
+  /** Sessions that the peer may still use, newest first; and the one that we use. */
+  let sessions: PeerSession[] = [], inUse: PeerSession | null = null;
+  let opening: Opening | null = null;
 
-/** Makes a client; it logs in as soon as its socket 0 is open. */
-export function createClient(options: ClientOptions): Client {
-  const { name, keys, servers, random, psk = new Uint8Array(32), direct = true } = options;
-  const conversations = new Map<string, Conversation>();
-  /** Of each session and handshake: by the index that we chose for it. */
-  const byIndex = new Map<number, { conversation: Conversation; secure: Secure | null }>();
-  /** First messages of handshakes seen, by their ephemeral key: a second one is a copy, never a new handshake. */
-  const ephemerals = new Map<string, { conversation: Conversation; secure: Secure | null }>();
-  const known = new Map<string, User>();
-  /** Keys, as hex, that `verify` has shown to the user: no other key counts for that name from then on. */
-  const verified = new Map<string, string>();
-  const listings: Listing[] = [];
-  const serverRtt = newEstimator();
-  let session: Session | null = null, login: Login | null = null;
-  let addresses: string[] = [], port = 0;
-  let nat = UNKNOWN_NAT, hairpin: boolean | null = null;
-  /** Of a sequential allocation: the step; of one in blocks: lowest and highest port that may belong to ours. */
-  let stride = 1, block: number[] = [];
-  /** Under way; `again`: what it finds is of yesterday. And who waits for what comes of it. */
-  let discovery: { again: boolean } | null = null;
-  const waitingForNat: (() => void)[] = [];
-  /** Our class of NAT is another one, and the server is yet to confirm that it knows. */
-  let isNews = false;
-  const queries = new Map<string, Query>();
-  /** Sockets that are being opened; who wants them. */
-  const opening = new Map<number, (port: number) => void>();
-  const openSockets = new Set<number>();
-  let sockets = 1, sprayedAt = -Infinity;
-  const punches = fullBucket(PUNCHES, 0), warnings = fullBucket(WARNINGS, 0);
-  /** When the server has last been restarted, as far as we can tell. */
-  let forgottenAt = -Infinity;
-  /** Logged out, refused, or no server found: nothing happens any more. */
-  let isClosed = false;
-  /** Of the event that is being handled, in ms; and what it has led to so far. */
-  let now = 0, effects: Effect<ClientEvent>[] = [];
-
-  const emit = (event: ClientEvent) => void effects.push({ kind: "event", event });
-  const send = (socket: number, to: Endpoint, data: Uint8Array, ttl?: number) =>
-    void effects.push(ttl === undefined ? { kind: "send", socket, to, data } : { kind: "send", socket, to, data, ttl });
-  const randomNumber = (bits: number) => random(4).reduce((sum, byte) => sum * 256 + byte, 0) % 2 ** bits;
-  const spread = (ms: number) => ms * (1 - SPREAD + 2 * SPREAD * randomNumber(16) / 2 ** 16);
-  const rttForServer = () => Math.min(65_535, Math.round(serverRtt.srtt ?? 0));
-  const local = () =>
-    addresses.filter((address) => scopeOf(address) === "private").slice(0, MAX_CANDIDATES)
-      .map((address) => formatEndpoint(address, port));
-
-  // -- the server: logging in and staying in
-
-  function tell(message: ControlBody, to = session!.server): number {
-    const counter = ++session!.sent;
-    send(0, to, encode(message, { id: session!.token, counter, key: session!.keys.toServer }));
-    return counter;
+  /** The session that we seal with; none if the peer has logged in again since. */
+  function current(): PeerSession | null {
+    const now = peer();
+    return inUse && now && inUse.peerNonce === now.nonce && sameKey(inUse.peerKey, now.key) ? inUse : null;
   }
 
-  function beginLogin(delay = 0): void {
-    login = {
-      id: hex(random(8)),
-      clock: Math.floor(now),
-      since: now,
-      tries: 0,
-      nextAt: now + delay,
-      challenges: 0,
-      askedAt: now,
-      cookie: null,
-    };
+  // -- opening
+
+  function dropHandshake(): void {
+    if (!opening?.handshake) return;
+    byIndex.delete(opening.handshake.index);
+    opening = { tries: 0, dueAt: 0, handshake: null };
+    wiring.onHandshakeOver(0);
   }
 
-  function sendLogin(): void {
-    const { id, clock, cookie } = login!;
-    login!.nextAt = now + Math.min(LOGIN_RETRY_MAX_MS, LOGIN_RETRY_MS * RTO_GROWTH ** login!.tries);
-    // The IP versions take turns until one of them has answered.
-    const to = cookie?.server ?? servers[login!.tries % servers.length]!;
-    login!.tries++;
-    login!.askedAt = now;
-    const proof = cookie && options.password ? passwordProof(cookie.shared, { password: options.password, id }) : NO_ID;
-    const message = {
-      type: "LOGIN",
-      cookie: cookie?.cookie ?? NO_ID,
-      key: keys.public,
-      proof,
-      keepName: Number(options.keepName ?? false),
-      rttMs: rttForServer(),
-      name,
-      local: local(),
-    } as const;
-    const key = cookie ? loginKey(cookie.shared, id) : undefined;
-    send(0, to, encode(message, { id, counter: clock, key }));
+  function open(): void {
+    if (opening || !wiring.self()) return;
+    opening = { tries: 0, dueAt: io.now, handshake: null };
+    sendOpening(opening);
   }
 
-  function onCookie(message: Control & { type: "COOKIE" }, from: Endpoint): void {
-    if (login && message.id === login.id && message.counter === login.clock) {
-      const shared = diffieHellman(keys.secret, message.key);
-      if (!shared || login.challenges++ >= MAX_CHALLENGES) return;
-      if (login.tries === 1) sample(serverRtt, now - login.askedAt);
-      login.cookie = { cookie: message.cookie, server: from, shared };
-      sendLogin();
-    } else if (session && message.id === session.token) {
-      if (message.known) { // we have moved
-        if (session.challenges++ < MAX_CHALLENGES) keepalive(message.cookie, from);
-      } else if (!session.asked) keepalive(); // a hint, but anybody on the way could have replayed it
-      else if (message.counter >= session.asked.first && !login) { // the question itself is answered so: it is true
-        const shared = diffieHellman(keys.secret, message.key);
-        reconnect("the server has forgotten us");
-        forgottenAt = now;
-        if (!shared) return;
-        login!.cookie = { cookie: message.cookie, server: from, shared };
-        sendLogin();
-      }
-    }
+  function sendOpening(opening: Opening): void {
+    const now = peer();
+    opening.handshake ??= now && beginHandshake(now);
+    opening.dueAt = io.now + timeout(wiring.rtt, ++opening.tries);
+    wiring.sendOpening(firstMessage(), opening.tries);
   }
 
-  function onWelcome(message: Control & { type: "WELCOME" }, data: Uint8Array): void {
-    if (!login?.cookie || message.id !== login.id) return;
-    const { shared, server } = login.cookie;
-    const macs = controlKeys(shared, message.token);
-    if (!verifies(data, macs.toClient)) return;
-    if (login.tries === 2) sample(serverRtt, now - login.askedAt);
-    const before = session;
-    session = {
-      server,
-      token: message.token,
-      nonce: publicNonce(message.id),
-      keys: macs,
-      window: replayWindow(),
-      sent: login.clock,
-      public: message.public,
-      secondPort: message.secondPort,
-      keepaliveAt: now + spread(KEEPALIVE_MS),
-      asked: null,
-      challenges: 0,
-    };
-    login = null;
-    for (const user of message.users) learn(user);
-    if (before) emit({ event: "reconnected", name, reason: "" });
-    else emit({ event: "login", name, server, public: message.public, local: local(), users: message.total });
-    discover();
-    const other = servers.find((endpoint) => isIPv6(endpoint) !== isIPv6(server));
-    if (other) keepalive(NO_ID, other);
-    for (const conversation of conversations.values()) {
-      dropHandshake(conversation); // begun under the nonce of the login before
-      if (before && isWarm(conversation)) callAgain(conversation);
-      pump(conversation);
-    }
-    if (before) { for (const listing of listings) listing.dueAt = now; }
-  }
-
-  function onRefusal(message: Control & { type: "ERROR" }, data: Uint8Array): void {
-    if (!login?.cookie || !verifies(data, loginKey(login.cookie.shared, login.id))) return;
-    const texts: Record<string, string> = {
-      "name-taken": `Somebody else is "${name}": choose another name` +
-        (message.seconds > 0 ? `, or try again in ${message.seconds} s` : ""),
-      "bad-name": `The server does not accept the name "${name}": 1 to 32 bytes without blanks`,
-      "bad-password": "The server asks for its password: give it with --password-file",
-      "full": "The server is full: try again later",
-    };
-    isClosed = !session;
-    const fatal = isClosed ? { fatal: true as const } : {};
-    emit({ event: "error", code: message.reason, message: texts[message.reason] ?? "The server refuses us", ...fatal });
-  }
-
-  function reconnect(reason: string, delay = 0): void {
-    if (!login) emit({ event: "reconnecting", name, reason });
-    beginLogin(delay);
-  }
-
-  function keepalive(cookie = NO_ID, to = session!.server): void {
-    const counter = tell({ type: "KEEPALIVE", cookie, rttMs: rttForServer(), nat, local: local() }, to);
-    if (to !== session!.server) return;
-    const { first, tries } = session!.asked ?? { first: counter, tries: 0 };
-    session!.asked = { first, counter, at: now, tries: tries + 1 };
-    session!.keepaliveAt = now + timeout(serverRtt, session!.asked.tries);
-  }
-
-  function onAlive(message: Control & { type: "ALIVE" }, from: Endpoint): void {
-    session!.challenges = 0;
-    if (from !== session!.server) return;
-    const isLatest = session!.asked?.counter === message.asked;
-    if (isLatest) sample(serverRtt, now - session!.asked!.at);
-    session!.asked = null;
-    session!.keepaliveAt = now +
-      spread(onRelay() ? RELAY_KEEPALIVE_MS : warm().length > 0 ? WARM_KEEPALIVE_MS : KEEPALIVE_MS);
-    if (login) { // it was there all the time
-      login = null;
-      emit({ event: "reconnected", name, reason: "" });
-    }
-    if (isNews && isLatest) {
-      isNews = false;
-      for (const c of warm()) if (!c.best) askForIntroduction(c);
-    }
-    if (message.public !== session!.public) {
-      session!.public = message.public;
-      discover();
-      for (const conversation of warm()) callAgain(conversation);
-    }
-  }
-
-  const warm = () => [...conversations.values()].filter(isWarm);
-  const onRelay = () => warm().some(({ best }) => !best);
-
-  function wakeLink(): void {
-    if (login && now >= loginWakeAt()) {
-      if (!session && !options.patient && now - login.since >= FIRST_LOGIN_MS) {
-        const message = `No answer from the server at ${servers.join(" or ")}: is it running, and is UDP let through?`;
-        emit({ event: "error", code: "unreachable", message, fatal: true });
-        isClosed = true;
-        return;
-      }
-      if (!session && options.patient && login.tries === 5) {
-        emit({ event: "error", code: "unreachable", message: `No answer yet from ${servers.join(" or ")}, trying on` });
-      }
-      login.challenges = 0;
-      if (login.tries > 0 && login.tries % TRIES_BEFORE_ANEW === 0) { // perhaps another address or IP version by now
-        login.cookie = null;
-        login.id = hex(random(8));
-        login.clock = Math.max(login.clock + 1, Math.floor(now));
-      }
-      sendLogin();
-    }
-    if (!session || login || now < session.keepaliveAt) return;
-    if ((session.asked?.tries ?? 0) >= KEEPALIVE_TRIES) return reconnect("the server does not answer");
-    keepalive();
-    const other = servers.find((endpoint) => isIPv6(endpoint) !== isIPv6(session!.server));
-    if (other && session.asked!.tries === 1 && !onRelay()) keepalive(NO_ID, other);
-  }
-
-  const linkWakeAt = () => login ? loginWakeAt() : session ? session.keepaliveAt : Infinity;
-  const loginWakeAt = () =>
-    !session && !options.patient ? Math.min(login!.nextAt, login!.since + FIRST_LOGIN_MS) : login!.nextAt;
-
-  function learn(user: User): void {
-    known.delete(user.name);
-    if (known.size >= MAX_KNOWN_USERS) known.delete(known.keys().next().value!);
-    known.set(user.name, user);
-    const conversation = conversations.get(user.name);
-    if (conversation?.peer && conversation.peer.nonce !== user.nonce) {
-      renew(conversation, { ...conversation.peer, nonce: user.nonce, key: user.key });
-    }
-  }
-
-  // -- conversations: who the peer is, and the session with it
-
-  function conversationWith(peerName: string): Conversation | null {
-    const found = conversations.get(peerName);
-    if (found) return found;
-    if (conversations.size >= MAX_CONVERSATIONS) {
-      // Those that only the other side has spoken in go first; of them those without a path, and the longest silent.
-      const idle = [...conversations].filter(([, c]) => c.parts.length === 0);
-      const [oldest] = idle.sort(([, a], [, b]) =>
-        Math.sign(a.nextSeq) - Math.sign(b.nextSeq) || Number(a.best !== null) - Number(b.best !== null) ||
-        a.talkedAt - b.talkedAt
-      );
-      if (!oldest) return null;
-      forget(oldest[1]);
-      conversations.delete(oldest[0]);
-    }
-    // What we send to ourselves comes back to somebody who is not us: the conversation with no name.
-    const user = known.get(peerName || name);
-    const conversation: Conversation = {
-      name: peerName || name,
-      peer: user ? { ...user, candidates: [], nat: UNKNOWN_NAT, punchAfterMs: 0 } : null,
-      untrusted: false,
-      warnedOf: null,
-      sessions: [],
-      secure: null,
-      opening: null,
-      handshakes: fullBucket(HANDSHAKES_PER_PEER, now),
-      attempts: fullBucket(ATTEMPTS_PER_PEER, now),
-      punches: fullBucket(PUNCHES_PER_PEER, now),
-      introductions: fullBucket(INTRODUCTIONS_PER_PEER, now),
-      stream: hex(random(8)),
-      nextSeq: 0,
-      parts: [],
-      window: WINDOW_FIRST,
-      progressAt: now,
-      incoming: null,
-      ackDue: false,
-      lastError: null,
-      calledAt: now,
-      rounds: 0,
-      askAt: Infinity,
-      punching: null,
-      attempt: null,
-      retries: 0,
-      retryAt: Infinity,
-      paths: [],
-      best: null,
-      lifetimes: [],
-      renewAt: Infinity,
-      relayRtt: newEstimator(),
-      talkedAt: -Infinity,
-      probes: new Map(),
-      ping: null,
-    };
-    conversation.untrusted = !isTrusted(conversation);
-    conversations.set(peerName, conversation);
-    return conversation;
-  }
-
-  /** As the user has typed the name; null if it is none. */
-  function conversationTo(typed: string): Conversation | null {
-    const peerName = userName(typed);
-    return peerName === null ? null : conversationWith(peerName);
-  }
-
-  const isWarm = (c: Conversation) => now - c.talkedAt < WARM_MS;
-  const isMirror = (c: Conversation) => c.name === name;
-
-  function forget(c: Conversation): void {
-    dropHandshake(c);
-    if (c.attempt) endAttempt(c);
-    dropPaths(c, () => false);
-    for (const { index } of c.sessions) byIndex.delete(index);
-  }
-
-  /** No other key than the one that the user has seen, if he has. */
-  const isTrusted = ({ name, peer }: Conversation) =>
-    !peer || !verified.has(name) || verified.get(name) === hex(peer.key);
-
-  /** The server's word on who the peer is now; false if it cannot be. */
-  function renew(c: Conversation, peer: Introduced): boolean {
-    const key = hex(peer.key), before = c.peer && hex(c.peer.key);
-    if (key === hex(keys.public) && !isMirror(c)) return false; // our own messages would come back as somebody else's
-    if (before !== null && before !== key) {
-      const message = `The key of "${c.name}" has changed: it was started anew, or somebody else is in its place. ` +
-        `Compare again with: verify ${c.name}`;
-      emit({ event: "error", code: "key-changed", message, notice: true });
-    }
-    if (c.peer && (c.peer.nonce !== peer.nonce || before !== key)) {
-      dropHandshake(c);
-      c.rounds = 0;
-    }
-    c.peer = peer;
-    c.untrusted = !isTrusted(c);
-    if (c.untrusted) failAll(c, "untrusted");
-    return !c.untrusted;
-  }
-
-  /** The session that what we send is sealed with; none if the peer has logged in anew since. */
-  const sealing = ({ secure, peer }: Conversation) =>
-    secure && peer && secure.peerNonce === peer.nonce && secure.peerKey === hex(peer.key) ? secure : null;
-
-  function dropHandshake(c: Conversation): void {
-    if (!c.opening?.handshake) return;
-    byIndex.delete(c.opening.handshake.index);
-    c.opening = { tries: 0, dueAt: 0, handshake: null };
-    for (const part of c.parts.filter(isInHandshake)) part.dueAt = 0;
-  }
-
-  /** Opens a session with the peer, for what waits to be sent. */
-  function open(c: Conversation): void {
-    if (c.opening || !session) return;
-    c.opening = { tries: 0, dueAt: now, handshake: null };
-    sendOpening(c);
-  }
-
-  function sendOpening(c: Conversation): void {
-    const opening = c.opening!;
-    opening.handshake ??= c.peer && beginHandshake(c, c.peer);
-    opening.dueAt = now + timeout(c.relayRtt, ++opening.tries);
-    const calls = c.parts.length > 0 || c.ping !== null; // who only answers has been called
-    for (let copy = 0; copy < Math.min(MAX_COPIES, opening.tries); copy++) {
-      relay(c, opening.handshake ? firstMessage(c, 0) : NO_BYTES, { calls: calls && copy === 0 });
-    }
-  }
-
-  /** Begins a handshake, with the oldest part inside if there is one. */
-  function beginHandshake(c: Conversation, peer: Introduced): Opening["handshake"] {
-    const part = oldest(c);
-    const inner = part ? asMessage(c, part) : { type: "P2PTRASH", probe: newProbe(c, null) } as const;
-    const initiation = initiate({
-      own: keys,
-      peer: peer.key,
-      psk,
-      prologue: prologue({ name, nonce: session!.nonce }, peer),
-      ephemeral: options.generateKeys(),
-    }, concat(Buffer.from(c.stream, "hex"), encodeInner(inner)));
+  function beginHandshake(now: Introduced): Opening["handshake"] {
+    const own = { name: options.name, nonce: wiring.self()!.nonce }, payload = encodeInner(wiring.payload());
+    const ephemeral = options.generateKeys();
+    const handshake = { own: keys, peer: now.key, psk, prologue: prologue(own, now), ephemeral };
+    const initiation = initiate(handshake, concat(ownStream, payload));
     if (!initiation) return null;
-    if (part) mark(part, { over: null, dueAt: Infinity }); // from here on the handshake sees to it
-    const index = newIndex();
-    byIndex.set(index, { conversation: c, secure: null });
+    wiring.onHandshake();
+    const index = switchboard.newIndex();
+    byIndex.set(index, { intake, session: null });
     return { index, initiation };
   }
 
-  function newIndex(): number {
-    let index = randomNumber(32);
-    while (byIndex.has(index)) index = randomNumber(32);
-    return index;
-  }
-
-  function firstMessage(c: Conversation, probe: number): Uint8Array {
-    const { index, initiation } = c.opening!.handshake!;
+  /** No bytes if there is no handshake under way. */
+  function firstMessage(probe = 0): Uint8Array {
+    if (!opening?.handshake) return NO_BYTES;
+    const { index, initiation } = opening.handshake;
     return encodeHandshake({ type: "P2PFIRST", from: index, probe, noise: initiation.message });
   }
 
-  function onFirst(c: Conversation, message: Handshake & { type: "P2PFIRST" }): void {
-    const ephemeral = ephemeralOf(message);
-    if (!c.peer || !session || !isTrusted(c) || !spend(c.handshakes, HANDSHAKES_PER_PEER, { now })) return;
-    const response = respond({
-      own: keys,
-      peer: c.peer.key,
-      psk,
-      prologue: prologue(c.peer, { name, nonce: session.nonce }),
-      ephemeral: options.generateKeys(),
-    }, message.noise);
-    const inner = response && response.payload.length > 8 ? decodeInner(response.payload.subarray(8)) : null;
-    if (!response || !inner) return distrust(c);
-    const stream = hex(response.payload.subarray(0, 8));
-    let secure: Secure | null = null;
-    if (!c.opening?.handshake || !isLower(keys.public, c.peer.key)) { // else ours goes on, and this one only brings its payload
-      const { message: second, keys: made } = response.answer(Buffer.from(c.stream, "hex"));
-      secure = newSecure(c, { index: newIndex(), theirs: message.from, keys: made, stream, second });
-      dropHandshake(c);
-      c.opening = null;
+  function onFirst(message: First): void {
+    const now = peer(), self = wiring.self();
+    if (!now || !self || !wiring.isTrusted(now.key) || !mayBegin(io.now)) return;
+    const ephemeral = options.generateKeys();
+    const response = respond(
+      { own: keys, peer: now.key, psk, prologue: prologue(now, self), ephemeral },
+      message.noise,
+    );
+    const inner = response && decodeInner(response.payload.subarray(STREAM_BYTES));
+    if (!response || !inner) return wiring.onUntrusted();
+    const stream = hex(response.payload.subarray(0, STREAM_BYTES));
+    let session: PeerSession | null = null;
+    // If we have begun too, the handshake of the lower key goes on, and the other one only brings its payload.
+    if (!opening?.handshake || !isLower(keys.public, now.key)) {
+      const { message: second, keys: made } = response.answer(ownStream);
+      session = newSession({ index: switchboard.newIndex(), theirs: message.from, keys: made, stream, second });
+      dropHandshake();
+      opening = null;
     }
-    if (ephemerals.size >= MAX_EPHEMERALS) ephemerals.delete(ephemerals.keys().next().value!);
-    ephemerals.set(ephemeral, { conversation: c, secure });
-    openStream(c, stream);
-    onFrame(c, { frame: inner, origin: null, stream });
-    if (secure && secure !== c.secure) acknowledge(c, null, secure);
+    if (byEphemeral.size >= MAX_EPHEMERALS) byEphemeral.delete(byEphemeral.keys().next().value!);
+    byEphemeral.set(ephemeralOf(message), { intake, session });
+    wiring.onStream(stream);
+    wiring.onFrame(inner, null, stream);
+    if (session && session !== inUse) wiring.acknowledge(session);
   }
 
   /**
    * A session that the peer began replaces a working one only when the peer has used it: its first message may have
    * been long on the way, and the peer have forgotten it.
    */
-  function newSecure(c: Conversation, made: Pick<Secure, "index" | "theirs" | "keys" | "stream" | "second">): Secure {
-    const { nonce: peerNonce, key } = c.peer!;
-    const secure: Secure = { ...made, window: replayWindow(), sent: 0, peerNonce, peerKey: hex(key) };
-    const works = sealing(c) && !c.secure!.second;
-    c.sessions.unshift(secure);
-    for (const { index } of c.sessions.splice(MAX_SESSIONS)) byIndex.delete(index);
-    if (!secure.second || !works) c.secure = secure;
-    c.untrusted = !isTrusted(c);
-    byIndex.set(secure.index, { conversation: c, secure });
-    return secure;
+  function newSession(made: Pick<PeerSession, "index" | "theirs" | "keys" | "stream" | "second">): PeerSession {
+    const { nonce: peerNonce, key: peerKey } = peer()!;
+    const session: PeerSession = { ...made, window: replayWindow(), sent: 0, peerNonce, peerKey };
+    const works = current() && !inUse!.second;
+    sessions.unshift(session);
+    for (const { index } of sessions.splice(MAX_SESSIONS)) byIndex.delete(index);
+    if (!session.second || !works) inUse = session;
+    byIndex.set(session.index, { intake, session });
+    wiring.onSession();
+    return session;
   }
 
-  function onSecond(message: Handshake & { type: "P2PSECOND" }, origin: Origin): void {
-    const entry = byIndex.get(message.to);
-    const handshake = entry?.conversation.opening?.handshake;
-    if (entry && handshake?.index === message.to) {
-      const c = entry.conversation;
-      const finished = handshake.initiation.finish(message.noise);
-      if (!finished || finished.payload.length !== 8) return;
-      const stream = hex(finished.payload);
-      c.opening = null;
-      newSecure(c, { index: handshake.index, theirs: message.from, keys: finished.keys, stream, second: null });
-      openStream(c, stream);
-      c.ackDue = true; // the peer takes the new session when we have used it, see `newSecure`
-      for (const part of c.parts.filter(isInHandshake)) part.dueAt = now + timeout(c.relayRtt, 1);
-    }
-    onSealed(message.sealed, origin);
-    if (entry) settle(entry.conversation);
+  function onSecond(message: Second): void {
+    if (opening?.handshake?.index !== message.to) return;
+    const finished = opening.handshake.initiation.finish(message.noise);
+    if (finished?.payload.length !== STREAM_BYTES) return;
+    const { keys, payload } = finished, stream = hex(payload);
+    opening = null;
+    newSession({ index: message.to, theirs: message.from, keys, stream, second: null });
+    wiring.onStream(stream);
+    wiring.onAnswered(); // the peer takes the new session when we have used it, see `newSession`
+    wiring.onHandshakeOver(io.now + timeout(wiring.rtt, 1));
   }
 
-  /** What waited for a session. */
-  function settle(c: Conversation): void {
-    if (c.ackDue && sealing(c)) acknowledge(c, null);
-    if (c.attempt?.plan && c.attempt.tellAt === Infinity && sealing(c)) c.attempt.tellAt = now;
-    pump(c);
+  // -- sealing
+
+  function seal(frame: Peer, session: PeerSession): Uint8Array {
+    const { theirs: to, index: from, second: noise, keys } = session;
+    const sealed = sealPeer(frame, { index: to, counter: session.sent++, key: keys.send });
+    return noise ? encodeHandshake({ type: "P2PSECOND", to, from, noise, sealed }) : sealed;
   }
 
-  /** Somebody who passes for the peer does not know what it must know. */
-  function distrust(c: Conversation): void {
-    c.untrusted = true;
-    if (c.warnedOf === c.peer!.nonce || !spend(warnings, WARNINGS, { now })) return;
-    c.warnedOf = c.peer!.nonce;
-    const message =
-      `"${c.name}" tries to talk to us but holds other keys or another secret: compare your --secret-file`;
-    emit({ event: "error", code: "untrusted", message, notice: true });
+  function onSealed(session: PeerSession, data: Uint8Array, origin: Origin): void {
+    if (!wiring.isTrusted(session.peerKey)) return;
+    const frame = openPeer(data, session.keys.receive);
+    if (!frame || !accept(session.window, peerHeader(data)!.counter)) return;
+    if (session.second) inUse = session;
+    session.second = null;
+    wiring.onFrame(frame, origin, session.stream);
+    wiring.onSessionReady();
   }
 
-  function sealed(c: Conversation, frame: Peer, secure = sealing(c)): Uint8Array | null {
-    if (!secure) return null;
-    const data = sealPeer(frame, { index: secure.theirs, counter: secure.sent++, key: secure.keys.send });
-    const { theirs: to, index: from, second: noise } = secure;
-    return noise ? encodeHandshake({ type: "P2PSECOND", to, from, noise, sealed: data }) : data;
+  /** Another copy of the first message of a session. */
+  function onCopy(session: PeerSession, probe: number, origin: Origin): void {
+    if (!session.second) return; // the peer has our answer
+    if (!origin) wiring.acknowledge(session); // our answer was lost
+    else if (session === inUse) wiring.onPunch(probe, origin);
   }
 
-  function onSealed(data: Uint8Array, origin: Origin): void {
-    const header = peerHeader(data);
-    const entry = header && byIndex.get(header.index);
-    if (!entry?.secure) return;
-    const { conversation, secure } = entry;
-    if ((verified.get(conversation.name) ?? secure.peerKey) !== secure.peerKey) return;
-    const frame = openPeer(data, secure.keys.receive);
-    if (!frame || !accept(secure.window, header!.counter)) return;
-    if (secure.second) conversation.secure = secure;
-    secure.second = null;
-    onFrame(conversation, { frame, origin, stream: secure.stream });
-    settle(conversation);
+  const intake: Intake = { onSecond, onSealed, onCopy, onSessionReady: wiring.onSessionReady };
+  return {
+    current,
+    dropHandshake,
+    open,
+    onFirst,
+    seal,
+    stream: hex(ownStream),
+    firstMessage: () => opening?.handshake ? firstMessage() : null,
+    hasSession: () => inUse !== null,
+    isWorn: () => inUse !== null && inUse.sent > REKEY_AFTER,
+    canPunch: () => current() !== null || !!opening?.handshake,
+    /** A punch. Until the peer has answered the handshake it is a copy of the first message. */
+    punch(probe: number): Uint8Array | null {
+      const session = current();
+      return session ? seal({ type: "P2PTRASH", probe }, session) : opening?.handshake ? firstMessage(probe) : null;
+    },
+    /** Sends the first message again at once, if there is no session yet. */
+    hurry(): void {
+      if (current()) return;
+      if (opening) sendOpening(opening);
+      else open();
+    },
+    close(): void {
+      dropHandshake();
+      for (const { index } of sessions) byIndex.delete(index);
+    },
+    wake(): void {
+      if (!opening || !wiring.self() || io.now < opening.dueAt) return;
+      if (wiring.isNeeded(opening.tries)) return sendOpening(opening);
+      dropHandshake();
+      opening = null;
+    },
+    wakeAt: () => wiring.self() ? opening?.dueAt ?? Infinity : Infinity,
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- delivery
+//
+//     parts    0  1  2  3  4  5  6  7  ...        a message is cut into parts of 800 bytes, numbered for good
+//              |acked |  in flight  | waiting     P2PMESSAGEACK: all before `next`, and 2 bits for each part around it
+//
+// Each message once, whole and in the order sent, whatever is lost, doubled or overtaken on the way, and whichever way it
+// takes. Knows no keys, no paths and no server: `carry` sends a frame and says by which way.
+
+/** Longest chat message in bytes of UTF-8. */
+export const MAX_MESSAGE_BYTES = 65_536;
+/** Nothing acknowledged for so long: Send Failure! */
+const GIVE_UP_MS = 15_000;
+/** A tail is not sent again sooner than the clocks of two runtimes can tell (a tail loss probe, RFC 8985, section 7.2). */
+const TAIL_MIN_MS = 20;
+/** What all else waits for is sent again in as many copies as it has been tried, up to this. */
+const MAX_COPIES = 4;
+/** Sent so much before a part that has been acknowledged: lost (a fraction of SRTT, as in RACK, RFC 8985). */
+const REORDERING = 0.25;
+/** Parts on their way at a time: at first, at least, at most. Twice the most fits into one acknowledgement. */
+const WINDOW_FIRST = 16, WINDOW_MIN = 4, WINDOW_MAX = 64;
+/** What two bits of an acknowledgement say of a part: it is missing, or how its first copy has arrived. */
+const ARRIVALS: (PathKind | null)[] = [null, "relay", "direct", "lan"];
+
+interface Message {
+  id: string;
+  startedAt: number;
+}
+
+/** A piece of a message, which fits into a datagram. */
+interface Part {
+  seq: number;
+  left: number; // so many more follow
+  bytes: Uint8Array;
+  message: Message;
+  tries: number;
+  sentAt: number;
+  dueAt: number; // when to send it again; Infinity: it has arrived, or travels in a handshake, which sees to it
+  over: Way | null; // which way it went last
+  arrival: PathKind | null; // the peer has it; how its first copy came
+}
+
+interface Incoming {
+  stream: string; // of the peer's program: a new run numbers its parts from 0 again
+  next: number; // all before this has been delivered or given up
+  parts: Map<number, { left: number; part: Uint8Array }>;
+  arrivals: Map<number, PathKind>; // how the first copy of each recent part came
+  message: Uint8Array[]; // the parts so far of the message that comes next
+}
+
+type MessageFrame = Peer & { type: "P2PMESSAGE" };
+type AckFrame = Peer & { type: "P2PMESSAGEACK" };
+
+/** The last part has none behind it whose acknowledgement would tell of its loss: it is sent again sooner, once. */
+function tailTimeout({ srtt, rttvar }: Estimator): number {
+  return srtt === null ? RTO_FIRST_MS : Math.min(RTO_MAX_MS, Math.max(TAIL_MIN_MS, 2 * srtt, srtt + 4 * rttvar));
+}
+
+/** Two bits for each part from `from`. */
+function packArrivals(arrivals: Map<number, PathKind>, from: number): Uint8Array {
+  const states = new Uint8Array(WINDOW_MAX / 2);
+  for (const [seq, kind] of arrivals) {
+    const i = seq - from;
+    if (i >= 0 && i < 2 * WINDOW_MAX) states[i >> 2]! |= ARRIVALS.indexOf(kind) << 2 * (i & 3);
   }
+  return states;
+}
 
-  function onFrame(c: Conversation, { frame, origin, stream }: { frame: Peer; origin: Origin; stream: string }): void {
-    if (frame.type === "P2PMESSAGE") onPart(c, frame, { origin, stream });
-    else if (frame.type === "P2PMESSAGEACK") onAck(c, frame, origin);
-    else if (frame.type === "P2PTRASH") onPunch(c, frame.probe, origin);
-    else if (frame.type === "P2PPLAN") onPlan(c, frame);
-    else onEcho(c, frame.probe, origin);
-  }
+const arrivalOf = ({ states, from }: AckFrame, { seq }: Part): PathKind | null =>
+  seq < from ? null : ARRIVALS[(states[(seq - from) >> 2] ?? 0) >> 2 * ((seq - from) & 3) & 3]!;
 
-  // -- paths: introduction, punching, and what becomes of a hole
+const isInFlight = ({ tries, arrival }: Part) => tries > 0 && arrival === null;
+const isInHandshake = ({ dueAt, arrival }: Part) => dueAt === Infinity && arrival === null;
 
-  /** Has the server pass bytes on; `call`: and introduce us, which is asked for again should the answer be lost. */
-  function passOn(c: Conversation, body: Uint8Array, call: boolean): void {
-    tell({ type: "P2PTRANS", to: c.name, nonce: c.peer?.nonce ?? NO_ID, call: Number(call), body });
-    if (!call) return;
-    c.rounds++;
-    c.askAt = Infinity;
-    if (!direct || isMirror(c)) return;
-    if (c.rounds < MAX_ROUNDS) c.askAt = now + timeout(serverRtt, c.rounds);
-    else if (!c.best && !c.punching && c.retryAt === Infinity) retryLater(c);
-  }
+interface DeliveryWiring {
+  name: string; // of the peer
+  stream: string; // ours, which names the messages
+  relay: Way; // carries handshakes
+  way(): Way; // the one in use
+  hasSession(): boolean;
+  openSession(): void; // if there is none, or if it is worn
+  carry(frame: Peer, isLate: boolean): Way | null;
+  onTalk(): void; // a message goes either way
+  onProgress(): void;
+}
 
-  function retryLater(c: Conversation): void {
-    c.retryAt = now + RETRY_DIRECT_MS[Math.min(c.retries++, RETRY_DIRECT_MS.length - 1)]!;
-  }
-
-  /**
-   * Passes bytes on to the peer over the server; `calls`: and asks for an introduction, up to five times, or as long as
-   * nothing comes back: the peer may have no idea any more who we are.
-   */
-  function relay(c: Conversation, body: Uint8Array, { calls }: { calls: boolean }): void {
-    if (!session) return;
-    const isForgotten = (oldest(c)?.tries ?? 0) > FORGOTTEN_AFTER;
-    passOn(c, body, calls && !c.best && (isForgotten || (c.rounds < MAX_ROUNDS && (direct || !sealing(c)))));
-  }
-
-  /** Sends the same sealed bytes every way given; the peer takes the first copy. */
-  function transmit(
-    c: Conversation,
-    frame: Peer,
-    routes: (Path | null)[],
-    { calls = false, secure = sealing(c) } = {},
-  ): boolean {
-    const data = sealed(c, frame, secure);
-    if (!data) return false;
-    for (const path of routes) {
-      if (path) send(path.socket, path.endpoint, data);
-      else relay(c, data, { calls });
-    }
-    return true;
-  }
-
-  const routes = (c: Conversation): (Path | null)[] =>
-    !c.best ? [null] : c.best.state === "suspect" ? [c.best, null] : [c.best];
-
-  /** Looks for a path as if for the first time. */
-  function beginAnew(c: Conversation): void {
-    c.calledAt = now;
-    c.rounds = c.retries = 0;
-  }
-
-  /** Something has changed: ask for a new introduction, and be quick with retries again. */
-  function callAgain(c: Conversation): void {
-    beginAnew(c);
-    askForIntroduction(c);
-  }
-
-  function askForIntroduction(c: Conversation): void {
-    if (!session || !direct || isMirror(c)) return;
-    const body = !sealing(c) && c.opening?.handshake ? firstMessage(c, 0) : NO_BYTES;
-    passOn(c, body, true);
-  }
-
-  function onIntroduction(peer: Introduced): void {
-    const c = conversations.get(peer.name);
-    if (!c || !spend(c.introductions, INTRODUCTIONS_PER_PEER, { now })) return;
-    const isCurrent = c.peer?.nonce === peer.nonce;
-    if (!renew(c, peer)) return;
-    c.lastError = null;
-    c.askAt = Infinity;
-    // What we sent was for another login, or empty: the peer could do nothing with it, so it does not punch yet.
-    if (isCurrent && (c.opening?.handshake || sealing(c))) startPunching(c);
-    else resendAll(c);
-    resendLate(c);
-  }
-
-  function onCall(peer: Introduced, body: Uint8Array): void {
-    const c = conversationWith(peer.name === name ? "" : peer.name);
-    if (!c) return;
-    if (!c.best && !c.punching) c.calledAt = now;
-    if (!renew(c, peer)) return;
-    c.lastError = null;
-    c.askAt = Infinity;
-    if (body.length > 0) onPeerDatagram(body, null, c);
-    // Sealed for a session that we have not, or no longer; or a call for punches, which we cannot seal any more.
-    if ((body.length > 0 || c.secure) && !sealing(c) && !c.untrusted) open(c);
-    if (!spend(c.introductions, INTRODUCTIONS_PER_PEER, { now })) return;
-    if (c.opening?.handshake || sealing(c)) startPunching(c);
-    resendLate(c);
-  }
-
-  function startPunching(c: Conversation): void {
-    if (!direct || isMirror(c)) return;
-    c.punching = { from: now + c.peer!.punchAfterMs, step: 0 };
-    c.retryAt = Infinity;
-    wakePunching(c);
-    const isPermissive = ["EIF", "ADF"].includes(isSymmetric(nat) ? c.peer!.nat.filtering : nat.filtering);
-    if (c.best || !(isSymmetric(nat) || isSymmetric(c.peer!.nat)) || isPermissive) return;
-    const { attempt } = c;
-    if (!attempt) return startAttempt(c, 0);
-    const fits = attempt.symmetric === isSymmetric(nat) && attempt.peerSymmetric === isSymmetric(c.peer!.nat);
-    if (attempt.number > 1 || fits) return;
-    // Begun before somebody's class of NAT was known: with other sockets, or other targets.
-    if (isSymmetric(nat)) startAttempt(c, attempt.number + 1);
-    else if (!attempt.spray) startAttempt(c, attempt.number, attempt.theirs);
-  }
-
-  function wakePunching(c: Conversation): void {
-    while (c.punching && now >= c.punching.from + PUNCH_AT_MS[c.punching.step]!) {
-      const best = c.best?.state === "good" ? c.best : null;
-      const wanted = c.peer!.candidates.filter((endpoint) =>
-        usable(endpoint, session?.public ?? endpoint) && (!best || (kindOf(endpoint) === "lan" && best.kind !== "lan"))
-      );
-      for (const endpoint of wanted) {
-        const path = pathTo(c, { socket: 0, from: endpoint });
-        if (path) probe(c, path);
-      }
-      if (now >= c.punching.from + FRESH_SOCKETS_AFTER_MS && !c.attempt && !best) startAttempt(c, 1);
-      if (c.punching.step === 0 && session) tell({ type: "PUNCHED", peer: c.name });
-      if (++c.punching.step < PUNCH_AT_MS.length && wanted.length > 0) continue;
-      c.punching = null;
-      if (!c.best) retryLater(c);
-    }
-  }
-
-  const pathOver = (c: Conversation, origin: Origin) =>
-    c.paths.find(({ socket, endpoint }) => socket === origin?.socket && endpoint === origin.from) ?? null;
-
-  /** The path to an endpoint; null if the peer has no business there. */
-  function pathTo(c: Conversation, origin: Origin & object): Path | null {
-    const found = pathOver(c, origin);
-    if (found) return found;
-    const host = hostOf(origin.from);
-    // Only where the server has seen the peer, or on our own LAN: nobody can have us send to a third party elsewhere.
-    if (!c.peer?.candidates.some((candidate) => hostOf(candidate) === host)) return null;
-    if (c.paths.length >= MAX_PATHS) {
-      const spare = c.paths.find(({ state }) => state === "trying");
-      dropPaths(c, (path) => path !== spare);
-    }
-    const path: Path = {
-      endpoint: origin.from,
-      socket: origin.socket,
-      kind: kindOf(origin.from),
-      state: "trying",
-      rtt: newEstimator(),
-      waitingSince: Infinity,
-      answeredAt: now,
-      bornAt: now,
-      probeAt: Infinity,
-      fastProbes: 0,
-    };
-    c.paths.push(path);
-    return path;
-  }
-
-  /** Forgets the paths that are not kept, and closes those of their sockets that nothing else needs. */
-  function dropPaths(c: Conversation, isKept: (path: Path) => boolean): void {
-    const gone = c.paths.filter((path) => !isKept(path));
-    c.paths = c.paths.filter(isKept);
-    const needed = [...c.paths, ...c.attempt?.sockets ?? []].map(({ socket }) => socket);
-    for (const { socket } of gone) if (socket !== 0 && !needed.includes(socket)) closeSocket(socket);
-  }
-
-  function newProbe(c: Conversation, path: Path | null, kind: "punch" | "ping" | "swept" = "punch"): number {
-    const id = randomNumber(32);
-    if (c.probes.size >= MAX_PROBES) c.probes.delete(c.probes.keys().next().value!);
-    c.probes.set(id, { path, at: now, kind });
-    return id;
-  }
-
-  /** A punch, which asks: did this reach you? Until the peer has answered the handshake, a copy of its first message. */
-  const punch = (c: Conversation, probe: number) =>
-    sealed(c, { type: "P2PTRASH", probe }) ?? (c.opening?.handshake ? firstMessage(c, probe) : null);
-
-  /** Punches on a path; one in use waits for the echo, even if there is no session any more to seal the punch with. */
-  function probe(c: Conversation, path: Path): void {
-    if (path.state === "trying" && !mayTry(c)) return;
-    const data = punch(c, newProbe(c, path));
-    if (data) send(path.socket, path.endpoint, data);
-    if (path.state !== "trying") path.waitingSince = Math.min(path.waitingSince, now);
-  }
-
-  const mayPunch = () => spend(punches, PUNCHES, { now });
-  /** On a path that is no more than an address which the peer, or the server, has named. */
-  const mayTry = (c: Conversation) => spend(c.punches, PUNCHES_PER_PEER, { now }) && mayPunch();
-
-  function onPunch(c: Conversation, id: number, origin: Origin): void {
-    const path = origin && direct ? pathTo(c, origin) : null;
-    if (origin && !path) return;
-    if (path?.state === "trying" && !mayTry(c)) return;
-    if (!transmit(c, { type: "P2PECHO", probe: id }, [path])) return open(c); // one of us has logged in anew
-    if (path?.state === "trying") probe(c, path); // it passed inwards, now ours will pass outwards
-  }
-
-  function onEcho(c: Conversation, id: number, origin: Origin): void {
-    const asked = c.probes.get(id);
-    if (!asked) return;
-    const path = asked.kind === "swept" && origin ? pathTo(c, origin) : asked.path;
-    if (path ? path.endpoint !== origin?.from || path.socket !== origin.socket : origin) return;
-    if (asked.kind !== "swept") c.probes.delete(id);
-    const rttMs = now - asked.at;
-    sample(path?.rtt ?? c.relayRtt, rttMs);
-    if (asked.kind === "ping" && c.ping?.waiting === id) onPong(c, { path, rttMs });
-    if (path) answered(c, path);
-  }
-
-  /** Something sent on a path has been answered over it: it works in both directions. */
-  function answered(c: Conversation, path: Path): void {
-    path.waitingSince = Infinity;
-    path.answeredAt = now;
-    const { best } = c;
-    const better = !best || best.state !== "good" || (path.kind === "lan" && best.kind !== "lan") ||
-      (path.kind === best.kind && path.rtt.srtt! < best.rtt.srtt! * QUICKER_FACTOR - QUICKER_MS) ||
-      (isRenewing(c) && path.bornAt >= c.attempt!.startedAt);
-    if (path !== best) return better ? use(c, path) : undefined;
-    path.state = "good";
-    path.probeAt = nextProbeAt(c);
-  }
-
-  function use(c: Conversation, path: Path | null): void {
-    const age = c.best?.state === "suspect" ? now - c.best.bornAt : 0;
-    if (age > RENEWED_MS) c.lifetimes = [...c.lifetimes.slice(-1), age];
-    if (c.best) c.best.state = "trying";
-    c.best = path;
-    if (path) {
-      if (c.attempt?.spray) sprayedAt = -Infinity; // it is over
-      path.state = "good";
-      c.retryAt = c.askAt = Infinity;
-      c.retries = c.rounds = 0;
-      path.probeAt = nextProbeAt(c);
-      resendLate(c);
-    }
-    // Some carriers end a mapping at a certain age, whatever the traffic: then move before that, not after.
-    const [one = Infinity, other = 0] = c.lifetimes, shorter = Math.min(one, other), longer = Math.max(one, other);
-    const isAbsolute = longer < ABSOLUTE_LIFETIME_MS && shorter > longer * SAME_LIFETIME;
-    c.renewAt = path && isAbsolute ? now + shorter * RENEW_AT : Infinity;
-    tellPath(c);
-  }
-
-  function tellPath(c: Conversation): void {
-    const path = c.best;
-    const rttMs = path ? path.rtt.srtt : c.relayRtt.srtt;
-    emit({
-      event: "path",
-      peer: c.name,
-      path: path?.kind ?? "relay",
-      address: path?.endpoint ?? session?.server ?? servers[0]!,
-      rttMs: rttMs === null ? null : tenths(rttMs),
-      ms: tenths(now - c.calledAt),
-    });
-  }
-
-  const nextProbeAt = (c: Conversation) =>
-    !isWarm(c) ? Infinity : now + (now - c.talkedAt < ACTIVE_MS ? ACTIVE_PROBE_MS : spread(WARM_PROBE_MS));
-
-  function suspect(c: Conversation, path: Path): void {
-    path.state = "suspect";
-    path.fastProbes = 0;
-    path.probeAt = now;
-    if (session && !login && !session.asked) keepalive(); // re-opens the way to the server, should the NAT have forgotten
-    for (const part of c.parts.filter(isInFlight)) sendPart(c, part);
-  }
-
-  function wakePath(c: Conversation, path: Path): void {
-    if (path.state === "good" && now >= path.waitingSince + patience(path)) suspect(c, path);
-    if (now < path.probeAt) return;
-    if (path.state === "good") {
-      probe(c, path);
-      path.probeAt = nextProbeAt(c);
-    } else if (path.fastProbes < FAST_PROBES) {
-      probe(c, path);
-      if (++path.fastProbes === FAST_PROBES_BEFORE_CALL) askForIntroduction(c);
-      path.probeAt = now + (path.fastProbes < FAST_PROBES ? FAST_PROBE_MS : patience(path));
-    } else {
-      c.paths = c.paths.filter(({ socket, endpoint }) => socket !== path.socket || endpoint !== path.endpoint);
-      if (path.socket !== 0) closeSocket(path.socket);
-      use(c, null);
-      callAgain(c);
-      resendAll(c);
-    }
-  }
-
-  // -- knowing our NAT: as RFC 5780 has it, but nothing here can spoil a mapping that a punch will need
-
-  function openSocket(then: (socket: number, port: number) => void): void {
-    const socket = sockets++;
-    openSockets.add(socket);
-    opening.set(socket, (port) => {
-      if (port === 0) openSockets.delete(socket);
-      then(socket, port);
-    });
-    effects.push({ kind: "open", socket });
-  }
-
-  function closeSocket(socket: number): void {
-    if (openSockets.delete(socket)) effects.push({ kind: "close", socket });
-  }
-
-  /** Asks a STUN server how it sees one of our sockets; null after some tries: nothing came back. */
-  function ask(question: Question, done: (answer: Stun | null) => void): void {
-    const transaction = STUN_COOKIE + hex(random(12));
-    const data = encodeStunRequest({ ...question, transaction });
-    queries.set(transaction, { ...question, data, tries: 0, dueAt: now, done });
-    wakeQueries();
-  }
-
-  function wakeQueries(): void {
-    for (const [transaction, query] of queries) {
-      if (now < query.dueAt) continue;
-      if (query.tries++ < QUERY_TRIES) {
-        query.dueAt = now + QUERY_MS;
-        send(query.socket, query.to, query.data);
-      } else {
-        queries.delete(transaction);
-        query.done(null);
-      }
-    }
-  }
-
-  function onStun(data: Uint8Array): void {
-    const stun = decodeStun(data);
-    const query = stun && queries.get(stun.transaction);
-    if (!query) return;
-    if (stun.kind === "request") hairpin = true; // our own question came back to us by our public address
-    else {
-      queries.delete(stun.transaction);
-      query.done(stun.kind === "response" ? stun : null);
-    }
-  }
-
-  /**
-   * Finds out our class of NAT: the mapping and the allocation in one round trip, the filtering when silence proves it.
-   * One discovery at a time: if our endpoint changes meanwhile, another one follows.
-   */
-  function discover(): void {
-    if (!session || isIPv6(session.server)) return;
-    if (discovery) return void (discovery.again = true);
-    const { server, public: seen, secondPort } = session;
-    const facts: Facts = {
-      isNone: addresses.includes(hostOf(seen)) || scopeOf(hostOf(seen)) === "loopback",
-      samples: [],
-    };
-    const mine = discovery = { again: false };
-    hairpin = null;
-    // Answers that are awaited, and those of them without which half a class would mislead.
-    let awaited = 1 + SAMPLES, needed = awaited;
-    const settle = (isNeeded: boolean) => {
-      awaited--;
-      if (isNeeded) needed--;
-      if (needed === 0 && !mine.again) believe(facts, seen);
-      if (awaited > 0) return;
-      for (const { socket } of facts.samples) closeSocket(socket);
-      discovery = null;
-      if (mine.again) discover();
-      if (!discovery) { for (const tell of waitingForNat.splice(0)) tell(); }
-    };
-    const askFor = (question: Question, note: (answer: Stun | null) => void, isNeeded = false) =>
-      ask(question, (answer) => {
-        note(answer);
-        settle(isNeeded);
-      });
-    const find = (question: Question, note: (answer: Stun | null) => void) => {
-      awaited++;
-      askFor(question, note);
-    };
-    const elsewhere = (to: Endpoint) => find({ socket: 0, to }, (answer) => facts.elsewhere = answer?.mapped);
-    askFor({ socket: 0, to: formatEndpoint(hostOf(server), secondPort) }, (answer) => {
-      facts.secondPort = answer?.mapped;
-      if (answer?.other) elsewhere(answer.other);
-    }, true);
-    if (options.observer) elsewhere(options.observer);
-    find({ socket: 0, to: server, changePort: true }, (answer) => facts.thirdPort = answer !== null);
-    for (let i = 0; i < SAMPLES; i++) {
-      openSocket((socket, inside) => {
-        const sample = { socket, inside, outside: 0 };
-        facts.samples.push(sample); // in the order of the questions: answers overtake each other
-        askFor({ socket, to: server }, (answer) => {
-          const outside = answer?.mapped;
-          if (sample === facts.samples[0] && answer?.other) { // asked by a socket that has not written there, as socket 0 has
-            find({ socket, to: server, changeIp: true, changePort: true }, (answer) => {
-              facts.otherAddress = answer !== null;
-            });
-          }
-          if (!outside) return;
-          sample.outside = parseEndpoint(outside)!.port;
-          if (facts.samples.length < SAMPLES || facts.samples.some(({ outside }) => outside === 0)) return;
-          hairpin ??= false;
-          // Both ways at once, since the mappings filter: a hairpin is a hole punched towards oneself.
-          find({ socket, to: seen }, () => {});
-          find({ socket: 0, to: outside }, () => {});
-        }, true);
-      });
-    }
-  }
-
-  /** What the facts say of our NAT. If that changes what can be tried, calls under way begin anew, see `onAlive`. */
-  function believe(facts: Facts, seen: Endpoint): void {
-    const found = classOf(facts, seen);
-    const outside = facts.samples.map((sample) => sample.outside).filter((port) => port > 0);
-    stride = stepOf(facts.samples) || 1;
-    block = [
-      Math.max(LOWEST_PORT, Math.max(...outside) - BLOCK_GUESS),
-      Math.min(65_535, Math.min(...outside) + BLOCK_GUESS),
-    ];
-    if (JSON.stringify(found) === JSON.stringify(nat)) return;
-    isNews ||= isSymmetric(found) !== isSymmetric(nat) || (isSymmetric(found) && found.allocation !== nat.allocation);
-    nat = found;
-    if (session && !login) keepalive();
-  }
-
-  function reportNat(): void {
-    emit({ event: "nat", ...nat, public: session?.public ?? "", hairpin, udp: session !== null });
-  }
-
-  // -- harder NATs: attempts with more sockets, predicted ports and sprays
-  //
-  //     ours \ theirs     EIM                        symmetric, foreseeable        symmetric, random
-  //     EIM               a fresh socket each:       from one socket to all that   spray: to 2,048 ports of theirs,
-  //                       their NATs may have been   they tell: one is right       of which 256 are open to us
-  //                       spoilt by early packets
-  //     symmetric,        open a few, tell which:    the i-th packet of each to    none: the odds are quadratic
-  //     foreseeable       the first try is to hit    the i-th port of the other
-  //     symmetric,        open 256, so that every    none                          none
-  //     random            250th port is right
-  //
-  // A symmetric side opens its NAT with packets that die before they arrive: a router with an open INPUT chain would
-  // take them for new flows, and lose the very ports that it is about to use.
-
-  /** Begins attempt `number`: one cell of the table, as the other side plays it too; its plan, or ours, sees to that. */
-  function startAttempt(c: Conversation, number: number, theirs: Attempt["theirs"] = null): void {
-    const peerNat = c.peer!.nat;
-    const isFirst = isLower(keys.public, c.peer!.key);
-    const symmetric = isTakenForSymmetric(nat, peerNat, { number, isFirst });
-    const peerSymmetric = isTakenForSymmetric(peerNat, nat, { number, isFirst: !isFirst });
-    const random = symmetric && !isPredictable(nat), peerRandom = peerSymmetric && !isPredictable(peerNat);
-    const isHopeless = symmetric && peerSymmetric && (random || peerRandom); // the odds are quadratic
-    if (c.attempt) endAttempt(c);
-    if (!spend(c.attempts, ATTEMPTS_PER_PEER, { now })) return;
-    // Behind our own NAT, which does not hairpin: nothing that is sent to its public address arrives.
-    const target = publicOf(c), isBehindOurs = target && session && hostOf(target) === hostOf(session.public);
-    if (isBehindOurs && hairpin === false) return;
-    if (number === RENEWAL && (isRandom(nat) || isRandom(peerNat))) return; // a spray each minute is no way to live
-    if (isHopeless || (number > MAX_ATTEMPT && number !== RENEWAL) || isMirror(c)) return;
-    const count = random ? SPRAY_SOCKETS : symmetric ? (peerSymmetric ? GUESSES : FEW) : peerSymmetric ? 0 : 1;
-    if (openSockets.size + count > MAX_SOCKETS) return;
-    const attempt: Attempt = c.attempt = {
-      number,
-      startedAt: now,
-      endAt: now + (random || peerRandom ? SPRAY_ATTEMPT_MS : ATTEMPT_MS),
-      symmetric,
-      peerSymmetric,
-      random,
-      careful: random && c.retries === 0,
-      sockets: [],
-      plan: null,
-      theirs,
-      tellAt: Infinity,
-      volley: 0,
-      volleyAt: Infinity,
-      spray: null,
-    };
-    aim(c);
-    if (count === 0) plan(c, attempt);
-    let left = count;
-    for (let i = 0; i < count; i++) {
-      openSocket((socket, port) => {
-        if (c.attempt !== attempt) return closeSocket(socket);
-        if (port > 0) attempt.sockets.push({ socket, port });
-        if (--left === 0) plan(c, attempt);
-      });
-    }
-  }
-
-  /** Foretells the outside ports of our next packets to the peer, each from a socket that has sent nothing yet. */
-  function plan(c: Conversation, attempt: Attempt): void {
-    if (!session) return;
-    const { server } = session;
-    const announce = (ports: number[], spray = 0) => {
-      if (c.attempt !== attempt) return;
-      attempt.plan = { type: "P2PPLAN", attempt: attempt.number, spray, ports };
-      attempt.tellAt = now;
-      aim(c);
-      wakeAttempt(c);
-    };
-    const inside = attempt.sockets.map(({ port }) => port);
-    const outside = (socket: number, then: (port: number) => void) =>
-      ask({ socket, to: server }, (answer) => answer?.mapped && then(parseEndpoint(answer.mapped)!.port));
-    if (inside.length === 0) {
-      // Nothing to foretell; but the peer, who has, must hear that the path is to be renewed.
-      if (attempt.number === RENEWAL) announce([parseEndpoint(session.public)!.port]);
-      return;
-    }
-    if (!attempt.symmetric) outside(attempt.sockets[0]!.socket, (port) => announce([port]));
-    else if (attempt.random) announce(nat.allocation === "block" ? block : [], 1);
-    else if (nat.allocation === "preserving") announce(inside);
-    else {
-      // A socket that is good for nothing else shows the counter as it stands now.
-      openSocket((socket) =>
-        ask({ socket, to: server }, (answer) => {
-          closeSocket(socket);
-          const last = answer?.mapped && parseEndpoint(answer.mapped)!.port;
-          if (!last) return;
-          const next = Array.from({ length: MAX_PLANNED_PORTS }, (_, i) => last + (i + 1) * stride);
-          announce(next.filter((port) => port > 0 && port < 65_536));
-        })
-      );
-    }
-  }
-
-  function onPlan(c: Conversation, theirs: Peer & { type: "P2PPLAN" }): void {
-    const isWanted = c.best?.state !== "good" || (theirs.attempt === RENEWAL && now - c.best.bornAt > RENEWED_MS);
-    if (!direct || !isWanted) return;
-    if (!c.attempt || theirs.attempt > c.attempt.number) startAttempt(c, theirs.attempt);
-    if (!c.attempt || c.attempt.theirs || theirs.attempt !== c.attempt.number) return;
-    c.attempt.theirs = theirs;
-    aim(c);
-    wakeAttempt(c);
-  }
-
-  /** We alone are symmetric: our packets open our NAT to one port of the peer, which finds out where. */
-  const isOpener = (attempt: Attempt) => attempt.symmetric && !attempt.peerSymmetric;
-
-  /** Whether both sides know where to send; if so, now. */
-  function aim(c: Conversation): void {
-    const attempt = c.attempt!;
-    const isReady = attempt.plan !== null || (!attempt.symmetric && attempt.peerSymmetric);
-    const knowsWhere = attempt.theirs !== null || isOpener(attempt);
-    if (isReady && knowsWhere && attempt.volleyAt === Infinity && attempt.volley === 0) attempt.volleyAt = now;
-  }
-
-  /** Where the server sees the peer, in IPv4. */
-  const publicOf = (c: Conversation) => c.peer!.candidates.findLast((endpoint) => !isIPv6(endpoint));
-
-  function volley(c: Conversation): void {
-    const attempt = c.attempt!, target = publicOf(c);
-    if (!target || isSettled(c)) return;
-    const host = hostOf(target), ports = attempt.theirs?.ports ?? [];
-    const both = attempt.symmetric && attempt.peerSymmetric, opens = isOpener(attempt);
-    if (attempt.theirs?.spray && !attempt.symmetric) {
-      if (attempt.spray || now - sprayedAt < SPRAY_INTERVAL_MS) return; // one at a time, on this host
-      sprayedAt = now;
-      attempt.spray = {
-        next: 0,
-        at: now - SPRAY_AHEAD_MS,
-        first: randomNumber(16),
-        stride: coprime(randomNumber(16)),
-        block: ports,
-      };
-      attempt.endAt = now + SPRAY_ATTEMPT_MS;
-      return;
-    }
-    const guess = nat.allocation === "preserving" || isLower(keys.public, c.peer!.key);
-    const sweep = newProbe(c, null, "swept");
-    for (const [i, { socket }] of (attempt.sockets.length > 0 ? attempt.sockets : [{ socket: 0 }]).entries()) {
-      // Against another counter: ours may be off by foreign flows, hence one side guesses how many there were.
-      const skip = c.peer!.nat.allocation === "sequential" && guess ? i % FOREIGN_FLOWS : 0;
-      const to = both ? ports.slice(i + skip, i + skip + 1) : opens ? [ports[0] ?? parseEndpoint(target)!.port] : ports;
-      const ttl = opens && (attempt.volley === 0 || attempt.careful) ? OPENER_TTL : undefined;
-      for (const port of to) sweepTo(c, sweep, { socket, to: formatEndpoint(host, port), ttl });
-    }
-  }
-
-  function sweepTo(
-    c: Conversation,
-    probe: number,
-    { socket, to, ttl }: { socket: number; to: Endpoint; ttl?: number | undefined },
-  ): boolean {
-    if (!mayPunch()) return false;
-    const data = punch(c, probe);
-    if (data) send(socket, to, data, ttl);
-    return true;
-  }
-
-  /** A burst of the spray: ports that have not been tried, those of the peer's block first. */
-  function spray(c: Conversation): void {
-    const spray = c.attempt!.spray!, host = hostOf(publicOf(c)!);
-    const [low = 0, high = -1] = spray.block, span = Math.max(0, high - low + 1);
-    const sweep = newProbe(c, null, "swept");
-    const isFirstHalf = spray.next < SPRAY_PORTS / 2;
-    for (let sent = 0; sent < SPRAY_BURST; sent++, spray.next++) {
-      const i = spray.next;
-      const port = i < span ? low + i : LOWEST_PORT + (spray.first + i * spray.stride) % PORTS;
-      if (!sweepTo(c, sweep, { socket: 0, to: formatEndpoint(host, port) })) break;
-    }
-    spray.at += isFirstHalf && spray.next >= SPRAY_PORTS / 2 ? SPRAY_PAUSE_MS : SPRAY_BURST_MS;
-  }
-
-  function wakeAttempt(c: Conversation): void {
-    const { attempt } = c;
-    if (!attempt) return;
-    if (attempt.plan && now >= attempt.tellAt) {
-      attempt.tellAt = transmit(c, attempt.plan, c.best ? [c.best, null] : [null]) ? now + TELL_PLAN_MS : Infinity;
-    }
-    while (now >= attempt.volleyAt) {
-      volley(c);
-      const times = !isOpener(attempt) ? VOLLEYS_MS : attempt.random ? SPRAY_VOLLEYS_MS : OPENER_VOLLEYS_MS;
-      attempt.volleyAt += (times[attempt.volley + 1] ?? Infinity) - times[attempt.volley]!;
-      attempt.volley++;
-    }
-    while (now >= burstAt(c)) spray(c);
-    if (now < attempt.endAt) return;
-    const again = !c.best && attempt.number < RENEWAL && !isRandom(nat) && !isRandom(c.peer!.nat);
-    if (again) startAttempt(c, attempt.number + 1);
-    else endAttempt(c);
-  }
-
-  const isRenewing = (c: Conversation) => c.attempt?.number === RENEWAL && c.best!.bornAt < c.attempt.startedAt;
-  /** Nothing is left for an attempt to do. */
-  const isSettled = (c: Conversation) => c.best?.state === "good" && !isRenewing(c);
-
-  /** When the next burst of a spray leaves. */
-  const burstAt = (c: Conversation, spray = c.attempt?.spray) =>
-    spray && spray.next < SPRAY_PORTS && !isSettled(c) ? spray.at : Infinity;
-
-  const attemptWakeAt = (c: Conversation, { attempt } = c) =>
-    attempt ? Math.min(attempt.endAt, attempt.volleyAt, attempt.tellAt, burstAt(c)) : Infinity;
-
-  /** Closes the sockets that nothing came through. */
-  function endAttempt(c: Conversation): void {
-    const isKept = ({ socket }: { socket: number }) => socket === 0 || socket === c.best?.socket;
-    for (const one of [...c.attempt!.sockets, ...c.paths]) if (!isKept(one)) closeSocket(one.socket);
-    c.paths = c.paths.filter(isKept);
-    c.attempt = null;
-  }
-
-  // -- messages: split, sent, acknowledged, put together again
-
-  function enqueue(to: string, text: string): void {
-    const bytes = utf8.encode(text), c = conversationTo(to);
-    const refuse = (reason: Reason) =>
-      emit({ event: "sent", to, id: `${hex(random(4))}-0`, ok: false, ms: 0, path: "relay", reason });
-    if (bytes.length === 0) return refuse("empty");
-    if (bytes.length > MAX_MESSAGE_BYTES) return refuse("too-long");
-    if (!c) return refuse("unknown");
-    if (c.untrusted) return refuse("untrusted");
-    if (c.parts.length === 0) c.progressAt = now;
-    if (!c.best && !c.punching && (c.retryAt === Infinity || !sealing(c))) beginAnew(c);
-    touch(c);
-    const count = Math.ceil(bytes.length / MAX_PART_BYTES);
-    const message: Message = { id: `${c.stream.slice(0, 8)}-${c.nextSeq + count - 1}`, startedAt: now };
-    for (let i = 0; i < count; i++) {
-      const part = bytes.subarray(i * MAX_PART_BYTES, (i + 1) * MAX_PART_BYTES), left = count - 1 - i;
-      const unsent = { tries: 0, sentAt: 0, dueAt: 0, over: null, came: null };
-      c.parts.push({ seq: c.nextSeq++, left, bytes: part, message, ...unsent });
-    }
-    pump(c);
-  }
-
-  /** A message goes either way: the path is checked all the time from here on. */
-  function touch(c: Conversation): void {
-    const { best } = c;
-    c.talkedAt = now;
-    if (!best && session) session.keepaliveAt = Math.min(session.keepaliveAt, now + RELAY_KEEPALIVE_MS);
-    if (!best) return;
-    if (now - best.answeredAt > STALE_PATH_MS && best.state === "good") suspect(c, best);
-    best.probeAt = Math.min(best.probeAt, now + ACTIVE_PROBE_MS);
-  }
+/**
+ * Makes the delivery to and from one peer.
+ *
+ * @ignore
+ */
+export function createDelivery(io: Io, { name, stream, relay, ...wiring }: DeliveryWiring) {
+  let nextSeq = 0, parts: Part[] = [], window = WINDOW_FIRST;
+  /** When something was acknowledged last. */
+  let progressAt = io.now;
+  let incoming: Incoming | null = null;
+  /** To be acknowledged as soon as there is a session. */
+  let ackDue = false;
 
   /** The part that all others wait for. */
-  const oldest = (c: Conversation) => c.parts.find(({ came }) => came === null);
+  const oldest = () => parts.find(({ arrival }) => arrival === null);
+  const asFrame = ({ seq, left, bytes }: Part): MessageFrame => ({
+    type: "P2PMESSAGE",
+    seq,
+    base: parts[0]!.seq,
+    left,
+    part: bytes,
+  });
 
-  function asMessage(c: Conversation, { seq, left, bytes }: Part): Peer {
-    return { type: "P2PMESSAGE", seq, base: c.parts[0]!.seq, left, part: bytes };
-  }
+  // -- outwards
 
-  function mark(part: Part, { over, dueAt }: { over: Path | null; dueAt: number }): void {
-    part.tries++;
-    part.sentAt = now;
-    part.over = over;
-    part.dueAt = dueAt;
-  }
-
-  const isInFlight = ({ tries, came }: Part) => tries > 0 && came === null;
-  const isInHandshake = ({ dueAt, came }: Part) => dueAt === Infinity && came === null;
-
-  /** The peer does not have any more what it has acknowledged: sent again. */
-  function takeBack(parts: Part[], dueAt = now): void {
-    for (const part of parts) if (part.came) Object.assign(part, { came: null, dueAt });
-  }
-
-  function sendPart(c: Conversation, part: Part): void {
-    const again = part.tries > 0;
-    const over = again && c.best ? [c.best, null] : routes(c);
-    // The one that all others wait for: where so much is lost, copies are what gets it through.
-    const copies = part === oldest(c) ? Math.min(MAX_COPIES, Math.max(1, part.tries)) : 1;
-    for (let i = 0; i < copies; i++) if (!transmit(c, asMessage(c, part), over, { calls: true })) return;
-    const estimator = c.best?.rtt ?? c.relayRtt;
-    const isTail = part.tries === 0 && part === c.parts.at(-1);
-    const wait = isTail ? tailTimeout(estimator) : timeout(estimator, Math.max(1, part.tries));
-    mark(part, { over: c.best, dueAt: now + wait });
-    if (c.best) c.best.waitingSince = Math.min(c.best.waitingSince, now);
+  function push(text: Uint8Array): void {
+    if (parts.length === 0) progressAt = io.now;
+    wiring.onTalk();
+    const count = Math.ceil(text.length / MAX_PART_BYTES);
+    const message: Message = { id: `${stream.slice(0, 8)}-${nextSeq + count - 1}`, startedAt: io.now };
+    for (let left = count - 1, at = 0; left >= 0; left--, at += MAX_PART_BYTES) {
+      const bytes = text.subarray(at, at + MAX_PART_BYTES);
+      parts.push({ seq: nextSeq++, left, bytes, message, tries: 0, sentAt: 0, dueAt: 0, over: null, arrival: null });
+    }
+    pump();
   }
 
   /** Sends what may be sent now: what is due again, and what is new as far as the window allows. */
-  function pump(c: Conversation): void {
-    if (c.parts.length === 0 || !session) return;
-    if (!sealing(c) || c.secure!.sent > REKEY_AFTER) open(c);
-    if (!sealing(c)) return;
-    const base = oldest(c)?.seq ?? 0;
-    let inFlight = c.parts.filter(isInFlight).length, late = false;
-    for (const part of c.parts) {
+  function pump(): void {
+    if (parts.length === 0) return;
+    wiring.openSession();
+    if (!wiring.hasSession()) return;
+    const base = oldest()?.seq ?? 0;
+    let inFlight = parts.filter(isInFlight).length, isLate = false;
+    for (const part of parts) {
       if (part.tries === 0) {
-        if (inFlight >= c.window || part.seq >= base + WINDOW_MAX) break;
+        if (inFlight >= window || part.seq >= base + WINDOW_MAX) break;
         inFlight++;
-        sendPart(c, part);
-      } else if (now >= part.dueAt) {
-        late = true;
-        sendPart(c, part);
+        send(part);
+      } else if (io.now >= part.dueAt) {
+        isLate = true;
+        send(part);
       }
     }
-    if (late) c.window = Math.max(WINDOW_MIN, c.window / 2);
+    if (isLate) window = Math.max(WINDOW_MIN, window / 2);
   }
 
-  /** Whether anything waits for a session with the peer. */
-  const isNeeded = (c: Conversation) =>
-    c.parts.length > 0 || c.ping !== null || (c.ackDue && c.opening!.tries < MAX_ROUNDS);
+  function send(part: Part): void {
+    // The one that all others wait for: where so much is lost, copies are what gets it through.
+    const copies = part === oldest() ? Math.min(MAX_COPIES, Math.max(1, part.tries)) : 1;
+    let over: Way | null = null;
+    for (let copy = 0; copy < copies; copy++) over = wiring.carry(asFrame(part), part.tries > 0);
+    if (!over) return;
+    const isTail = part.tries === 0 && part === parts.at(-1);
+    mark(part, over, isTail ? tailTimeout(over.rtt) : timeout(over.rtt, Math.max(1, part.tries)));
+  }
 
-  /** The peer can be reached again: no need to wait out a time-out that has grown meanwhile. */
-  function resendLate(c: Conversation, sentBefore = now - (c.relayRtt.srtt ?? RTO_FIRST_MS)): void {
-    for (const part of c.parts) {
-      if (part.sentAt < sentBefore && part.dueAt !== Infinity) part.dueAt = Math.min(part.dueAt, now);
+  function mark(part: Part, over: Way, waitMs: number): void {
+    part.tries++;
+    part.sentAt = io.now;
+    part.over = over;
+    part.dueAt = io.now + waitMs;
+  }
+
+  /** Sends again what was sent before that time and has not been acknowledged. */
+  function resend(sentBefore: number): void {
+    for (const part of parts) {
+      if (part.sentAt < sentBefore && part.dueAt !== Infinity) part.dueAt = Math.min(part.dueAt, io.now);
     }
-    pump(c);
+    pump();
   }
 
-  function resendAll(c: Conversation): void {
-    if (!sealing(c) && c.opening) sendOpening(c);
-    else if (!sealing(c)) open(c);
-    resendLate(c, Infinity);
+  /** The peer does not have any more what it has acknowledged: that is sent again. */
+  function unacknowledge(those: Part[], dueAt = io.now): void {
+    for (const part of those) if (part.arrival) Object.assign(part, { arrival: null, dueAt });
   }
 
-  function onAck(c: Conversation, ack: Peer & { type: "P2PMESSAGEACK" }, origin: Origin): void {
-    const path = pathOver(c, origin);
-    if (path && path.state !== "trying") answered(c, path);
-    const cameOf = ({ seq }: Part) => stateOf(ack.states, seq - ack.from);
-    const news = c.parts.filter((part) => isInFlight(part) && (part.seq < ack.next || cameOf(part) !== null));
+  function onAck(ack: AckFrame, via: Way): void {
+    const news = parts.filter((part) => isInFlight(part) && (part.seq < ack.next || arrivalOf(ack, part) !== null));
     if (news.length > 0) {
-      c.progressAt = now;
-      c.lastError = null;
-      c.window = Math.min(WINDOW_MAX, c.window + news.length / 4);
+      progressAt = io.now;
+      window = Math.min(WINDOW_MAX, window + news.length / 4);
+      wiring.onProgress();
     }
-    const margin = REORDERING * ((path ? path.rtt : c.relayRtt).srtt ?? RTO_FIRST_MS);
-    const newest = Math.max(...news.map(({ sentAt }) => sentAt)) - margin;
+    const newest = Math.max(...news.map(({ sentAt }) => sentAt)) - REORDERING * (via.rtt.srtt ?? RTO_FIRST_MS);
     for (const part of news) {
       const { tries, sentAt, over } = part;
-      if (tries === 1 && over === path) sample(over?.rtt ?? c.relayRtt, now - sentAt); // Karn's algorithm
-      part.came = cameOf(part) ?? over?.kind ?? "relay";
+      if (tries === 1 && over === via) sample(via.rtt, io.now - sentAt); // Karn's algorithm
+      part.arrival = arrivalOf(ack, part) ?? over!.kind;
       part.dueAt = Infinity;
     }
-    for (const part of c.parts.filter(isInFlight)) {
-      if (part.sentAt < newest) part.dueAt = Math.min(part.dueAt, now);
+    for (const part of parts.filter(isInFlight)) {
+      if (part.sentAt < newest) part.dueAt = Math.min(part.dueAt, io.now);
     }
-    // What has not been shown yet is kept, even if it is there: the parts of a message that is not whole, and what is
-    // behind a gap. A new run of the peer needs it, and so does the peer itself, with a new base, if the gap is given up.
-    for (let last; (last = c.parts.find(({ left }) => left === 0)) && last.came && last.seq < ack.next;) {
-      c.parts.splice(0, c.parts.indexOf(last) + 1);
+    // What the peer has not shown to its user is kept, even if it has arrived: the parts of a message that is not whole,
+    // and what is behind a gap. A new run of the peer needs it, and so does the peer itself if the gap is given up.
+    for (let last; (last = parts.find(({ left }) => left === 0)) && last.arrival && last.seq < ack.next;) {
+      parts.splice(0, parts.indexOf(last) + 1);
       const { id, startedAt } = last.message;
-      emit({ event: "sent", to: c.name, id, ok: true, ms: tenths(now - startedAt), path: last.came });
+      io.emit({ event: "sent", to: name, id, ok: true, ms: tenths(io.now - startedAt), path: last.arrival });
     }
-    // What all else waits for is there, and yet not counted: what came before was given up, or the peer has forgotten
-    // it, and then all that it does not name any more.
-    const [head] = c.parts;
-    if (!head?.came || head.seq < ack.next) return;
-    const gone = c.parts.filter((part) => part === head || cameOf(part) === null);
-    takeBack(gone, now + timeout(c.best?.rtt ?? c.relayRtt, 1));
+    // The first part has arrived, and yet is not counted: what came before was given up, or the peer has forgotten it,
+    // and then all that it does not name any more.
+    const [head] = parts;
+    if (!head?.arrival || head.seq < ack.next) return;
+    const gone = parts.filter((part) => part === head || arrivalOf(ack, part) === null);
+    unacknowledge(gone, io.now + timeout(wiring.way().rtt, 1));
   }
 
-  function openStream(c: Conversation, stream: string): void {
-    if (c.incoming?.stream === stream) return;
-    c.incoming = { stream, next: 0, parts: new Map(), came: new Map(), message: [] };
+  function fail(message: Message, reason: Reason): void {
+    parts = parts.filter((part) => part.message !== message);
+    if (parts[0]?.arrival) progressAt = io.now;
+    unacknowledge(parts.slice(0, 1));
+    const { id, startedAt } = message, path = wiring.way().kind;
+    io.emit({ event: "sent", to: name, id, ok: false, ms: tenths(io.now - startedAt), path, reason });
+  }
+
+  const giveUpAt = ([first] = parts) => first ? Math.max(first.message.startedAt, progressAt) + GIVE_UP_MS : Infinity;
+
+  // -- inwards
+
+  function openStream(stream: string): void {
+    if (incoming?.stream === stream) return;
+    incoming = { stream, next: 0, parts: new Map(), arrivals: new Map(), message: [] };
   }
 
   function onPart(
-    c: Conversation,
-    { seq, base, left, part }: Peer & { type: "P2PMESSAGE" },
-    { origin, stream }: { origin: Origin; stream: string },
+    { seq, base, left, part }: MessageFrame,
+    { kind, stream, back }: { kind: PathKind; stream: string; back: (ack: AckFrame) => boolean },
   ): void {
-    const { incoming } = c;
-    if (!incoming || incoming.stream !== stream || base > seq || part.length > MAX_PART_BYTES) return;
+    if (incoming?.stream !== stream || base > seq || part.length > MAX_PART_BYTES) return;
     if (left > 0 && part.length < MAX_PART_BYTES) return; // only the last part of a message may be short
-    if (incoming.next < base) skipTo(incoming, base); // what came before has been given up, or was for a run before ours
+    if (incoming.next < base) skipTo(incoming, base); // what came before was given up, or was for a run before ours
     if (seq >= incoming.next + 2 * WINDOW_MAX) return;
     if (seq >= incoming.next && !incoming.parts.has(seq)) {
       incoming.parts.set(seq, { left, part });
-      incoming.came.set(seq, origin ? kindOf(origin.from) : "relay");
-      touch(c);
+      incoming.arrivals.set(seq, kind);
+      wiring.onTalk();
     }
-    deliver(c, incoming);
-    acknowledge(c, origin);
+    deliver(incoming);
+    acknowledge(back);
   }
 
   function skipTo(incoming: Incoming, base: number): void {
     incoming.message = [];
     incoming.next = base;
     for (const seq of incoming.parts.keys()) if (seq < base) incoming.parts.delete(seq);
-    for (const seq of incoming.came.keys()) if (seq < base - WINDOW_MAX) incoming.came.delete(seq);
+    for (const seq of incoming.arrivals.keys()) if (seq < base - WINDOW_MAX) incoming.arrivals.delete(seq);
   }
 
-  function deliver(c: Conversation, incoming: Incoming): void {
-    for (let found; (found = incoming.parts.get(incoming.next)); incoming.next++) {
-      incoming.parts.delete(incoming.next);
-      incoming.came.delete(incoming.next - WINDOW_MAX);
+  function deliver(incoming: Incoming): void {
+    const { stream, parts, arrivals } = incoming;
+    for (let found; (found = parts.get(incoming.next)); incoming.next++) {
+      parts.delete(incoming.next);
+      arrivals.delete(incoming.next - WINDOW_MAX);
       incoming.message.push(found.part);
       // All parts but the last are full, see `onPart`.
       const isTooLong = (incoming.message.length - 1) * MAX_PART_BYTES + found.part.length > MAX_MESSAGE_BYTES;
       if (found.left > 0 && !isTooLong) continue;
       if (!isTooLong) {
-        emit({
-          event: "message",
-          from: c.name,
-          text: fromUtf8.decode(concat(...incoming.message)),
-          path: incoming.came.get(incoming.next)!,
-          id: `${incoming.stream.slice(0, 8)}-${incoming.next}`,
-        });
+        const text = fromUtf8.decode(concat(...incoming.message)), path = arrivals.get(incoming.next)!;
+        io.emit({ event: "message", from: name, text, path, id: `${stream.slice(0, 8)}-${incoming.next}` });
       }
       incoming.message = [];
     }
   }
 
-  function acknowledge(c: Conversation, origin: Origin, secure = sealing(c)): void {
-    const { next, came } = c.incoming!;
-    const from = Math.max(0, next - WINDOW_MAX);
-    const path = pathOver(c, origin);
-    const frame: Peer = { type: "P2PMESSAGEACK", next, from, states: packStates(came, from) };
-    c.ackDue = !transmit(c, frame, path?.state === "good" ? [path] : routes(c), { secure });
-    if (c.ackDue) open(c);
+  /** `back` is the way back to where a part came from; false: there is no session yet. */
+  function acknowledge(back: (ack: AckFrame) => boolean): void {
+    const { next, arrivals } = incoming!, from = Math.max(0, next - WINDOW_MAX);
+    ackDue = !back({ type: "P2PMESSAGEACK", next, from, states: packArrivals(arrivals, from) });
+    if (ackDue) wiring.openSession();
   }
 
-  function fail(c: Conversation, message: Message, reason: Reason): void {
-    c.parts = c.parts.filter((part) => part.message !== message);
-    if (c.parts[0]?.came) c.progressAt = now;
-    takeBack(c.parts.slice(0, 1));
-    const ms = tenths(now - message.startedAt);
-    emit({ event: "sent", to: c.name, id: message.id, ok: false, ms, path: c.best?.kind ?? "relay", reason });
+  return {
+    push,
+    resend,
+    onAck,
+    openStream,
+    onPart,
+    acknowledge,
+    isIdle: () => parts.length === 0,
+    hasSent: () => nextSeq > 0,
+    hasHeard: () => incoming !== null,
+    isAckDue: () => ackDue,
+    /** The peer is to hear from us in the new session. */
+    owesAck: () => void (ackDue = true),
+    triesOfOldest: () => oldest()?.tries ?? 0,
+    resendInFlight(): void {
+      for (const part of parts.filter(isInFlight)) send(part);
+    },
+
+    // A handshake takes the oldest part along, and sees to it until it is over.
+    oldestPart(): MessageFrame | null {
+      const part = oldest();
+      return part ? asFrame(part) : null;
+    },
+    onHandshake(): void {
+      const part = oldest();
+      if (part) mark(part, relay, Infinity);
+    },
+    onHandshakeOver(dueAt: number): void {
+      for (const part of parts.filter(isInHandshake)) part.dueAt = dueAt;
+    },
+
+    /** The clock has jumped: the time that it left out does not count. */
+    onJump: () => void (progressAt = io.now),
+    failAll(reason: Reason): void {
+      for (const message of new Set(parts.map(({ message }) => message))) fail(message, reason);
+    },
+    giveUp(reason: () => Reason): void {
+      while (io.now >= giveUpAt()) fail(parts[0]!.message, reason());
+    },
+    wake: pump,
+    wakeAt(): number {
+      const sent = wiring.hasSession() ? parts.filter(({ tries }) => tries > 0) : [];
+      return sent.reduce((at, { dueAt }) => Math.min(at, dueAt), giveUpAt());
+    },
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- ping
+//
+// Round trips that the user asked for: a punch by the way in use, once or several times, and how long its echo took.
+
+const PING_INTERVAL_MS = 500, PING_LOST_MS = 2_000;
+
+interface PingWiring {
+  name: string; // of the peer
+  way(): Way; // the one in use
+  hasSession(): boolean;
+  openSession(): void;
+  probe(way: Way): number; // sends one
+  onTimeout(): void;
+}
+
+function createPing(io: Io, { name, ...wiring }: PingWiring) {
+  let ping: { since: number; left: number; lost: number; nextAt: number; waiting: number | null } | null = null;
+
+  function tell(current: NonNullable<typeof ping>, way: Way, rttMs: number | null): void {
+    io.emit({
+      event: "ping",
+      peer: name,
+      path: way.kind,
+      rttMs: rttMs === null ? null : tenths(rttMs),
+      lost: current.lost,
+    });
+    current.waiting = null;
+    current.nextAt = rttMs === null ? io.now : io.now + PING_INTERVAL_MS;
+    if (--current.left === 0) ping = null;
   }
 
-  function failAll(c: Conversation, reason: Reason): void {
-    for (const message of new Set(c.parts.map(({ message }) => message))) fail(c, message, reason);
-    if (c.ping) {
-      c.ping = null;
-      emit({ event: "error", code: reason, message: `"${c.name}" is not there` });
-    }
-  }
-
-  /** The server cannot pass something on. */
-  function onError({ reason, about }: Control & { type: "ERROR" }): void {
-    const c = conversations.get(about);
-    if (!c || (reason !== "unknown" && reason !== "offline")) return;
-    // After the server's restart "unknown" only means that the peer is not back yet.
-    const isFinal = reason === "offline" || !c.peer ||
-      (c.secure === null && c.incoming === null && now - forgottenAt > ALL_BACK_MS);
-    c.lastError = reason === "unknown" && c.peer ? "offline" : reason;
-    c.askAt = Infinity;
-    if (isFinal && !c.best) failAll(c, reason);
-  }
-
-  // -- pings
-
-  function wakePing(c: Conversation): void {
-    const { ping } = c;
-    if (!ping || now < ping.nextAt) return;
-    if (!sealing(c)) {
-      if (now - ping.since > GIVE_UP_MS) return failAll(c, "timeout");
-      open(c);
-      ping.nextAt = now + RTO_MIN_MS;
-      return;
-    }
-    if (ping.waiting !== null) {
+  function wake(): void {
+    if (!ping || io.now < ping.nextAt) return;
+    if (!wiring.hasSession()) {
+      if (io.now - ping.since > GIVE_UP_MS) return wiring.onTimeout();
+      wiring.openSession();
+      ping.nextAt = io.now + RTO_MIN_MS;
+    } else if (ping.waiting !== null) {
       ping.lost++;
-      onPong(c, { path: c.best, rttMs: null });
-      return wakePing(c);
+      tell(ping, wiring.way(), null);
+      wake();
+    } else {
+      ping.nextAt = io.now + PING_LOST_MS;
+      ping.waiting = wiring.probe(wiring.way());
     }
-    ping.nextAt = now + PING_LOST_MS;
-    ping.waiting = newProbe(c, c.best, "ping");
-    transmit(c, { type: "P2PTRASH", probe: ping.waiting }, [c.best]);
   }
 
-  function onPong(c: Conversation, pong: { path: Path | null; rttMs: number | null }): void {
-    const ping = c.ping!;
-    const rttMs = pong.rttMs === null ? null : tenths(pong.rttMs);
-    emit({ event: "ping", peer: c.name, path: pong.path?.kind ?? "relay", rttMs, lost: ping.lost });
-    ping.waiting = null;
-    ping.nextAt = pong.rttMs === null ? now : now + PING_INTERVAL_MS;
-    if (--ping.left === 0) c.ping = null;
-  }
+  return {
+    wake,
+    wakeAt: () => ping?.nextAt ?? Infinity,
+    isOn: () => ping !== null,
+    begin: (count: number) => void (ping = { since: io.now, left: count, lost: 0, nextAt: io.now, waiting: null }),
+    onEcho(probe: number, way: Way, rttMs: number): void {
+      if (ping?.waiting === probe) tell(ping, way, rttMs);
+    },
+    fail(reason: Reason): void {
+      if (ping) io.emit({ event: "error", code: reason, message: `"${name}" is not there` });
+      ping = null;
+    },
+  };
+}
 
-  // -- the list of users
+// ---------------------------------------------------------------------------------------------------- list
+//
+// The list of users comes in pages of one datagram each, several to a question; questions wait for each other.
 
-  function list(prefix: string, done: (users: User[]) => void): void {
-    listings.push({ prefix, after: "", users: [], pages: new Map(), asked: 0, tries: 0, dueAt: now, done });
-    wakeListing();
-  }
+const LIST_RETRY_MS = 500, LIST_TRIES = 8;
+const MAX_LISTED = 1_000_000;
 
-  function wakeListing(): void {
-    const listing = listings[0];
-    if (!listing || !session || now < listing.dueAt) return;
+interface Listing {
+  prefix: string;
+  after: string; // those up to here have come
+  users: User[];
+  pages: Map<number, User[]>; // of the last question
+  asked: number;
+  tries: number;
+  dueAt: number;
+  done(users: User[]): void;
+}
+
+function createList(io: Io, link: Link) {
+  const listings: Listing[] = [];
+
+  function wake(): void {
+    const [listing] = listings;
+    if (!listing || !link.session() || io.now < listing.dueAt) return;
     if (listing.tries++ >= LIST_TRIES) {
       listings.shift();
-      emit({ event: "error", code: "unreachable", message: "The server does not answer with the list of users" });
-      return wakeListing();
+      io.emit({ event: "error", code: "unreachable", message: "The server does not answer with the list of users" });
+      return wake();
     }
     listing.pages.clear();
-    listing.asked = tell({ type: "GETALLUSER", prefix: listing.prefix, after: listing.after });
-    listing.dueAt = now + LIST_RETRY_MS;
+    listing.asked = link.toServer({ type: "GETALLUSER", prefix: listing.prefix, after: listing.after });
+    listing.dueAt = io.now + LIST_RETRY_MS;
   }
 
-  function onUsers(message: Control & { type: "USERS" }): void {
-    for (const user of message.users) learn(user);
-    const listing = listings[0];
-    if (!listing || message.asked !== listing.asked) return;
-    listing.pages.set(message.page, message.users);
-    // Pages that are here without a gap count, even if a later one was lost.
-    for (let page = 0; listing.pages.has(page); page++) {
-      const users = listing.pages.get(page)!.filter(({ name }) => listing.after === "" || name > listing.after);
-      listing.users.push(...users);
-      listing.after = users.at(-1)?.name ?? listing.after;
-      if (page < message.last) continue;
-      if (message.more && listing.users.length < MAX_LISTED) {
-        listing.tries = 0;
-        listing.dueAt = now;
-      } else {
-        listings.shift();
-        listing.done(listing.users);
+  return {
+    wake,
+    wakeAt: () => link.session() ? listings[0]?.dueAt ?? Infinity : Infinity,
+    ask(prefix: string, done: (users: User[]) => void): void {
+      listings.push({ prefix, after: "", users: [], pages: new Map(), asked: 0, tries: 0, dueAt: io.now, done });
+      wake();
+    },
+    /** We are in again: what was asked before is lost. */
+    askAgain(): void {
+      for (const listing of listings) listing.dueAt = io.now;
+    },
+    onUsers(message: Control & { type: "USERS" }): void {
+      const [listing] = listings;
+      if (!listing || message.asked !== listing.asked) return;
+      listing.pages.set(message.page, message.users);
+      // Pages without a gap before them count, even if a later one was lost.
+      for (let page = 0; listing.pages.has(page); page++) {
+        const users = listing.pages.get(page)!.filter(({ name }) => listing.after === "" || name > listing.after);
+        listing.users.push(...users);
+        listing.after = users.at(-1)?.name ?? listing.after;
+        if (page < message.last) continue;
+        if (message.more && listing.users.length < MAX_LISTED) {
+          listing.tries = 0;
+          listing.dueAt = io.now;
+        } else {
+          listings.shift();
+          listing.done(listing.users);
+        }
+        return wake();
       }
-      return wakeListing();
-    }
-  }
-
-  // -- events in, effects out
-
-  function onControl(message: Control, { from, data }: Datagram): void {
-    if (message.type === "COOKIE") return onCookie(message, from);
-    if (message.type === "WELCOME") return onWelcome(message, data);
-    if (message.type === "ERROR" && message.id === login?.id) return onRefusal(message, data);
-    if (message.id !== session?.token || !verifies(data, session.keys.toClient)) return;
-    if (!accept(session.window, message.counter)) return;
-    if (session.asked) session.asked.tries = 1; // it is there, whatever became of our keepalives
-    switch (message.type) {
-      case "ALIVE":
-        return onAlive(message, from);
-      case "USERS":
-        return onUsers(message);
-      case "INTRODUCTION":
-        return onIntroduction(message.peer);
-      case "P2PSOMEONEWANTTOCALLYOU":
-        return onCall(message.peer, message.body);
-      case "RELAYED": {
-        const c = conversations.get(message.from === name ? "" : message.from);
-        if (c && c.peer?.nonce === message.nonce) onPeerDatagram(message.body, null, c);
-        return;
-      }
-      case "PUNCHED": { // the word of the six-step flow: the peer's hole is open now, so this one will pass
-        const c = conversations.get(message.peer);
-        if (!c?.punching || c.best) return;
-        for (const path of c.paths) if (path.state === "trying") probe(c, path);
-        return;
-      }
-      case "ERROR":
-        return onError(message);
-      case "LOGOUT":
-        return reconnect("the server is going down", LOGIN_RETRY_MS);
-    }
-  }
-
-  const ephemeralOf = ({ noise }: Handshake & { type: "P2PFIRST" }) => hex(noise.subarray(0, 32));
-
-  /** What a peer sent; `caller` is who the server says it is, if it came over the relay. */
-  function onPeerDatagram(data: Uint8Array, origin: Origin, caller?: Conversation): void {
-    const handshake = decodeHandshake(data);
-    if (!handshake) return onSealed(data, origin);
-    if (handshake.type === "P2PSECOND") return onSecond(handshake, origin);
-    const copy = ephemerals.get(ephemeralOf(handshake));
-    if (!copy) return caller && onFirst(caller, handshake);
-    const { conversation, secure } = copy;
-    if (!secure?.second) return; // the peer has our answer
-    if (!origin) acknowledge(conversation, null, secure); // our answer was lost
-    else if (secure === conversation.secure) onPunch(conversation, handshake.probe, origin);
-  }
-
-  function conversationWakeAt(c: Conversation): number {
-    const at = Math.min(
-      c.punching ? c.punching.from + PUNCH_AT_MS[c.punching.step]! : Infinity,
-      c.retryAt,
-      c.renewAt,
-      c.ping?.nextAt ?? Infinity,
-      attemptWakeAt(c),
-      c.best?.probeAt ?? Infinity,
-      c.best?.state === "good" ? c.best.waitingSince + patience(c.best) : Infinity,
-      giveUpAt(c),
-    );
-    if (!session) return at;
-    const sent = c.parts.length > 0 && sealing(c) ? c.parts.filter(({ tries }) => tries > 0) : [];
-    return Math.min(at, c.askAt, c.opening?.dueAt ?? Infinity, ...sent.map(({ dueAt }) => dueAt));
-  }
-
-  const giveUpAt = ({ parts: [first], progressAt }: Conversation) =>
-    first ? Math.max(first.message.startedAt, progressAt) + GIVE_UP_MS : Infinity;
-
-  function wakeConversation(c: Conversation): void {
-    while (now >= giveUpAt(c)) {
-      fail(c, c.parts[0]!.message, c.untrusted ? "untrusted" : c.lastError ?? "timeout");
-    }
-    if (c.opening && session && now >= c.opening.dueAt) {
-      if (isNeeded(c)) sendOpening(c);
-      else {
-        dropHandshake(c);
-        c.opening = null;
-      }
-    }
-    wakePunching(c);
-    if (c.best) wakePath(c, c.best);
-    wakeAttempt(c);
-    if (now >= c.renewAt) {
-      c.renewAt = Infinity;
-      if (now - c.talkedAt < ABSOLUTE_LIFETIME_MS) startAttempt(c, RENEWAL);
-    }
-    if (session && now >= c.askAt) askForIntroduction(c);
-    if (now >= c.retryAt) {
-      c.retryAt = Infinity;
-      c.rounds = 0;
-      if (isWarm(c)) {
-        retryLater(c);
-        askForIntroduction(c);
-      }
-    }
-    pump(c);
-    wakePing(c);
-  }
-
-  const nextDueAt = () => {
-    let at = Math.min(linkWakeAt(), session ? listings[0]?.dueAt ?? Infinity : Infinity);
-    for (const { dueAt } of queries.values()) at = Math.min(at, dueAt);
-    for (const conversation of conversations.values()) at = Math.min(at, conversationWakeAt(conversation));
-    return isClosed ? Infinity : at;
+    },
   };
+}
 
-  /** Reckoned once for each event: with a thousand conversations that is not little. */
-  let dueAt: number | null = null;
-  const wakeAt = () => dueAt ??= nextDueAt();
+// ---------------------------------------------------------------------------------------------------- sockets
+//
+// Sockets beyond the first one: each has a mapping of its own in our NAT.
 
-  const nobody = (peer: string) => emit({ event: "error", code: "unknown", message: `There is no "${peer}" here` });
+/** At a time: two sprays, and what else is going on. */
+const MAX_SOCKETS = 600;
 
-  function carryOut(command: Command): void {
+function createSockets(effect: (effect: Effect<ClientEvent>) => void) {
+  const open = new Set<number>(), opening = new Map<number, (port: number) => void>();
+  let last = 0;
+  return {
+    open(then: (socket: number, port: number) => void): void {
+      const socket = ++last;
+      open.add(socket);
+      opening.set(socket, (port) => {
+        if (port === 0) open.delete(socket);
+        then(socket, port);
+      });
+      effect({ kind: "open", socket });
+    },
+    close(socket: number): void {
+      if (open.delete(socket)) effect({ kind: "close", socket });
+    },
+    opened(socket: number, port: number): void {
+      opening.get(socket)?.(port);
+      opening.delete(socket);
+    },
+    hasRoom: (count: number) => open.size + count <= MAX_SOCKETS,
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- commands
+
+interface CommandWiring {
+  name: string;
+  ownKey: Uint8Array;
+  link: Link;
+  discovery: Discovery;
+  list: ReturnType<typeof createList>;
+  conversations: Map<string, Conversation>;
+  conversationTo(typed: string): Conversation | null;
+  onVerified(peer: string, key: Uint8Array): void;
+  onExit(): void;
+}
+
+/** Carries out what the user asks for. */
+function createCommands(io: Io, { link, discovery, list, conversations, ...wiring }: CommandWiring) {
+  const nobody = (peer: string) => io.emit({ event: "error", code: "unknown", message: `There is no "${peer}" here` });
+
+  function send(to: string, text: string): void {
+    const bytes = utf8.encode(text), c = wiring.conversationTo(to);
+    const tooLong = bytes.length > MAX_MESSAGE_BYTES;
+    const reason = bytes.length === 0 ? "empty" : tooLong ? "too-long" : c?.isUntrusted() ? "untrusted" : "unknown";
+    if (c && bytes.length > 0 && !tooLong && !c.isUntrusted()) return c.send(bytes);
+    io.emit({ event: "sent", to, id: `${hex(io.random(4))}-0`, ok: false, ms: 0, path: "relay", reason });
+  }
+
+  function path(typed: string | null): void {
+    const peer = typed && userName(typed), found = [...conversations.values()].filter((c) => !typed || c.name === peer);
+    for (const c of found) c.tellPath();
+    if (found.length > 0 || !typed) return;
+    io.emit({ event: "error", code: "unknown", message: `No conversation with "${typed}" yet: send something first` });
+  }
+
+  function ping(peer: string, count: number): void {
+    const c = wiring.conversationTo(peer);
+    if (c) c.ping(count);
+    else nobody(peer);
+  }
+
+  function verify(typed: string): void {
+    const peer = userName(typed);
+    if (peer === null) return nobody(typed);
+    list.ask(peer, (users) => {
+      const key = conversations.get(peer)?.peer()?.key ?? users.find(({ name }) => name === peer)?.key; // the one in use
+      if (!key) return nobody(peer);
+      wiring.onVerified(peer, key);
+      io.emit({ event: "verify", peer, code: safetyCode(wiring.ownKey, key) });
+    });
+  }
+
+  function getu(prefix: string): void {
+    if (utf8.encode(prefix).length > MAX_NAME_BYTES) return io.emit({ event: "users", users: [] });
+    list.ask(prefix, (users) => {
+      io.emit({ event: "users", users: users.map(({ name, public: endpoint }) => ({ name, public: endpoint })) });
+    });
+  }
+
+  function nat(): void {
+    const session = link.session(), hairpin = discovery.hairpin();
+    io.emit({ event: "nat", ...discovery.nat(), public: session?.public ?? "", hairpin, udp: session !== null });
+  }
+
+  return (command: Command): void => {
     switch (command.command) {
       case "send":
-        return enqueue(command.to, command.text);
+        return send(command.to, command.text);
       case "getu":
-        if (utf8.encode(command.prefix).length > MAX_NAME_BYTES) return emit({ event: "users", users: [] });
-        return list(command.prefix, (users) => {
-          emit({ event: "users", users: users.map(({ name, public: endpoint }) => ({ name, public: endpoint })) });
-        });
-      case "path": {
-        const peer = command.peer && userName(command.peer);
-        const found = [...conversations.values()].filter((c) => !command.peer || c.name === peer);
-        for (const c of found) tellPath(c);
-        if (found.length > 0 || !command.peer) return;
-        const message = `No conversation with "${command.peer}" yet: send something first`;
-        return emit({ event: "error", code: "unknown", message });
-      }
-      case "ping": {
-        const c = conversationTo(command.peer);
-        if (!c) return nobody(command.peer);
-        c.ping = { since: now, left: command.count, lost: 0, nextAt: now, waiting: null };
-        touch(c);
-        return wakePing(c);
-      }
-      case "verify": {
-        const peer = userName(command.peer);
-        if (peer === null) return nobody(command.peer);
-        return list(peer, (users) => {
-          const c = conversations.get(peer);
-          const key = c?.peer?.key ?? users.find(({ name }) => name === peer)?.key; // the one in use comes first
-          if (!key) return nobody(peer);
-          verified.set(peer, hex(key));
-          if (c) c.untrusted = false;
-          emit({ event: "verify", peer, code: safetyCode(keys.public, key) });
-        });
-      }
+        return getu(command.prefix);
+      case "path":
+        return path(command.peer);
+      case "ping":
+        return ping(command.peer, command.count);
+      case "verify":
+        return verify(command.peer);
       case "nat":
-        return discovery ? void waitingForNat.push(reportNat) : reportNat();
+        return discovery.whenDone(nat);
       case "exit":
-        if (session) tell({ type: "LOGOUT" });
-        emit({ event: "logout", name, reason: "exit" });
-        isClosed = true;
+        if (link.session()) link.toServer({ type: "LOGOUT" });
+        io.emit({ event: "logout", name: wiring.name, reason: "exit" });
+        wiring.onExit();
     }
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- client
+//
+// Puts the rooms together: tells each datagram's conversation, and each room what others have found out.
+
+const MAX_CONVERSATIONS = 1_000, MAX_KNOWN_USERS = 20_000;
+/** Datagrams to where nothing has come back from yet, whoever named the place. */
+const PUNCHES: Rate = { perSecond: 300, burst: 1_500 };
+/** Of peers who do not know what they must know. */
+const WARNINGS: Rate = { perSecond: 0.2, burst: 10 };
+
+/** Makes a client; it logs in as soon as its socket 0 is open. */
+export function createClient(options: ClientOptions): Client {
+  const { name, keys, servers } = options;
+  const conversations = new Map<string, Conversation>(), known = new Map<string, User>();
+  /** Keys that `verify` has shown to the user: no other key counts for that name from then on. */
+  const verified = new Map<string, Uint8Array>();
+  let addresses: string[] = [], port = 0, sprayedAt = -Infinity;
+  /** Logged out, refused, or no server found: nothing happens any more. */
+  let isClosed = false;
+  /** What the event that is being handled has led to so far. */
+  let effects: Effect<ClientEvent>[] = [];
+
+  const sockets = createSockets((effect) => effects.push(effect));
+  const io = {
+    now: 0,
+    random: options.random,
+    emit: (event: ClientEvent) => void effects.push({ kind: "event", event }),
+    send: (socket: number, to: Endpoint, data: Uint8Array, ttl?: number) =>
+      void effects.push(
+        ttl === undefined ? { kind: "send", socket, to, data } : { kind: "send", socket, to, data, ttl },
+      ),
+    open: sockets.open,
+    close: sockets.close,
+  } satisfies Io;
+  const switchboard = createSwitchboard(io), mayPunch = createLimit(PUNCHES), mayWarn = createLimit(WARNINGS);
+
+  const warm = () => [...conversations.values()].filter((c) => c.isWarm());
+  const learn = (user: User) => {
+    known.delete(user.name);
+    if (known.size >= MAX_KNOWN_USERS) known.delete(known.keys().next().value!);
+    known.set(user.name, user);
+    conversations.get(user.name)?.onUser(user);
+  };
+
+  // -- the rooms, and what one finds out and another must do
+
+  const link = createLink(io, options, {
+    local: () =>
+      addresses.filter((address) => scopeOf(address) === "private").slice(0, MAX_CANDIDATES)
+        .map((address) => formatEndpoint(address, port)),
+    nat: () => discovery.nat(),
+    pace() {
+      const talking = warm();
+      return talking.some((c) => !c.isDirect()) ? "relay" : talking.length > 0 ? "warm" : "idle";
+    },
+    onUsers: (users) => users.forEach(learn),
+    onPublic: () => discovery.start(),
+    onSession(isAgain) {
+      for (const c of conversations.values()) c.onLogin(isAgain);
+      if (isAgain) list.askAgain();
+    },
+    onMoved() {
+      for (const c of warm()) c.callAgain();
+    },
+    onConfirmed() { // the server knows our class of NAT, and so will those whom we have it introduce to us
+      if (!discovery.confirm()) return;
+      for (const c of warm()) if (!c.isDirect()) c.ask();
+    },
+    onMessage,
+    onRefused: () => void (isClosed = true),
+  });
+  const discovery = createDiscovery(io, {
+    observer: options.observer,
+    session: link.session,
+    isOwn: (host) => addresses.includes(host),
+    onClass: link.report,
+  });
+  const list = createList(io, link);
+  const carryOut = createCommands(io, {
+    ...{ name, link, discovery, list, conversations, ownKey: keys.public },
+    conversationTo(typed) {
+      const peer = userName(typed);
+      return peer === null ? null : conversationWith(peer);
+    },
+    onVerified(peer, key) {
+      verified.set(peer, key);
+      conversations.get(peer)?.onVerified();
+    },
+    onExit: () => void (isClosed = true),
+  });
+  const shared: Shared = {
+    ...{ options, link, discovery, switchboard, hasSockets: sockets.hasRoom },
+    isTrusted: (name, key) => !verified.has(name) || sameKey(verified.get(name)!, key),
+    mayWarn: () => mayWarn(io.now),
+    hostMayPunch: () => mayPunch(io.now),
+    sprayTurn: {
+      take() {
+        if (io.now - sprayedAt < SPRAY_INTERVAL_MS) return false;
+        sprayedAt = io.now;
+        return true;
+      },
+      giveBack: () => void (sprayedAt = -Infinity),
+    },
+  };
+
+  // -- whom a datagram is for
+
+  /** What we send to ourselves comes back to somebody who is not us: the conversation with no name. */
+  const nameOf = (peer: string) => peer === name ? "" : peer;
+
+  function conversationWith(peer: string): Conversation | null {
+    const found = conversations.get(peer);
+    if (found) return found;
+    if (conversations.size >= MAX_CONVERSATIONS) {
+      // Those that only the other side has spoken in go first; of them those without a path, and the longest silent.
+      const idle = [...conversations].map(([name, c]) => ({ name, c, rank: c.rank() }));
+      const compare = (one: number[], other: number[]) =>
+        one.map((n, i) => n - other[i]!).find((n) => n !== 0 && n === n) ?? 0;
+      const [oldest] = idle.filter(({ rank }) => rank).sort((a, b) => compare(a.rank!, b.rank!));
+      if (!oldest) return null;
+      oldest.c.close();
+      conversations.delete(oldest.name);
+    }
+    const c = createConversation(io, { ...shared, name: peer || name, known: known.get(peer || name) });
+    conversations.set(peer, c);
+    return c;
+  }
+
+  function onMessage(message: Control): void {
+    if (message.type === "USERS") {
+      message.users.forEach(learn);
+      list.onUsers(message);
+    } else if (message.type === "INTRODUCTION") conversations.get(message.peer.name)?.onIntroduction(message.peer);
+    else if (message.type === "P2PSOMEONEWANTTOCALLYOU") {
+      const c = conversationWith(nameOf(message.peer.name));
+      c?.onCall(message.peer, message.body.length > 0 ? () => onPeerDatagram(message.body, null, c) : null);
+    } else if (message.type === "RELAYED") {
+      const c = conversations.get(nameOf(message.from));
+      if (c && c.peer()?.nonce === message.nonce) onPeerDatagram(message.body, null, c);
+    } else if (message.type === "PUNCHED") conversations.get(message.peer)?.onPunched();
+    else if (message.type === "ERROR" && (message.reason === "unknown" || message.reason === "offline")) {
+      conversations.get(message.about)?.onError(message.reason);
+    }
+  }
+
+  /** `caller` is who the server says it is, if it came over the relay. */
+  function onPeerDatagram(data: Uint8Array, origin: Origin, caller?: Conversation): void {
+    const handshake = decodeHandshake(data);
+    if (!handshake) onSealed(data, origin);
+    else if (handshake.type === "P2PSECOND") {
+      const line = switchboard.byIndex.get(handshake.to);
+      line?.intake.onSecond(handshake);
+      onSealed(handshake.sealed, origin);
+      line?.intake.onSessionReady();
+    } else {
+      const copyOf = switchboard.byEphemeral.get(ephemeralOf(handshake));
+      if (!copyOf) caller?.onFirst(handshake);
+      else if (copyOf.session) copyOf.intake.onCopy(copyOf.session, handshake.probe, origin);
+    }
+  }
+
+  function onSealed(data: Uint8Array, origin: Origin): void {
+    const header = peerHeader(data), line = header && switchboard.byIndex.get(header.index);
+    if (line?.session) line.intake.onSealed(line.session, data, origin);
   }
 
   /** Whether nobody whom we know can have sent that: then it costs no more than this look, however many we know. */
   function isNobodys({ data, from }: Datagram): boolean {
-    if (data[0]! < 4) return queries.size === 0;
+    if (data[0]! < 4) return !discovery.isAsking();
     if (controlHeader(data)) return !servers.includes(from);
     const handshake = decodeHandshake(data);
-    if (!handshake) return !byIndex.has(peerHeader(data)?.index ?? -1);
-    return handshake.type === "P2PSECOND" ? !byIndex.has(handshake.to) : !ephemerals.has(ephemeralOf(handshake));
+    if (!handshake) return !switchboard.byIndex.has(peerHeader(data)?.index ?? -1);
+    return handshake.type === "P2PSECOND"
+      ? !switchboard.byIndex.has(handshake.to)
+      : !switchboard.byEphemeral.has(ephemeralOf(handshake));
+  }
+
+  // -- events in, effects out
+
+  /** Computed once for each event. */
+  let dueAt: number | null = null;
+  function wakeAt(): number {
+    if (dueAt !== null) return dueAt;
+    dueAt = Math.min(link.wakeAt(), list.wakeAt(), discovery.wakeAt());
+    for (const c of conversations.values()) dueAt = Math.min(dueAt, c.wakeAt());
+    return dueAt = isClosed ? Infinity : dueAt;
   }
 
   /** Handles an event that happened `at` some time; `work` says how. */
   function step(at: number, work: () => void): Effect<ClientEvent>[] {
-    now = at;
+    io.now = at;
     effects = [];
     if (isClosed) return effects;
-    if (now - wakeAt() > JUMP_MS) { for (const conversation of conversations.values()) conversation.progressAt = now; }
+    if (at - wakeAt() > JUMP_MS) { for (const c of conversations.values()) c.onJump(); }
     dueAt = null;
     work();
     return effects;
@@ -2288,28 +2888,20 @@ export function createClient(options: ClientOptions): Client {
   return {
     opened: (socket, openedPort, at) =>
       step(at, () => {
-        if (socket !== 0) {
-          opening.get(socket)?.(openedPort);
-          opening.delete(socket);
-          return;
-        }
+        if (socket !== 0) return sockets.opened(socket, openedPort);
         port = openedPort;
-        beginLogin();
-        wakeLink();
+        link.begin();
       }),
     receive: (datagram, at) =>
       isNobodys(datagram) ? [] : step(at, () => {
-        if (datagram.data[0]! < 4) return onStun(datagram.data);
+        if (datagram.data[0]! < 4) return discovery.receive(datagram.data);
         const control = decode(datagram.data);
-        if (control) onControl(control, datagram);
+        if (control) link.receive(control, datagram);
         else onPeerDatagram(datagram.data, { socket: datagram.socket, from: datagram.from });
       }),
     wake: (at) =>
       step(at, () => {
-        wakeLink();
-        wakeListing();
-        wakeQueries();
-        for (const conversation of conversations.values()) wakeConversation(conversation);
+        for (const room of [link, list, discovery, ...conversations.values()]) room.wake();
       }),
     wakeAt,
     command: (command, at) => step(at, () => carryOut(command)),
@@ -2317,7 +2909,7 @@ export function createClient(options: ClientOptions): Client {
       step(at, () => {
         if (found.join() === addresses.join()) return;
         addresses = found;
-        if (session && !login) keepalive();
+        link.report();
       }),
   };
 }
