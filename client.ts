@@ -737,7 +737,7 @@ function createConversation(io: Io, { name, known, ...shared }: Shared & { name:
 
   const paths = createPaths(io, {
     ...{ relay, talkedAt: () => talkedAt, hostMayPunch: shared.hostMayPunch },
-    candidates: () => identity.peer()?.candidates ?? [],
+    candidates: () => canBeDirect ? identity.peer()?.candidates ?? [] : [],
     own: () => link.session()?.public,
     seal: (probe) => channel.punch(probe),
     echo(probe, way) {
@@ -1683,6 +1683,7 @@ function createTraversal(io: Io, wiring: TraversalWiring) {
     if (!attempt || theirs.attempt > attempt.number) begin(theirs.attempt);
     if (!attempt || attempt.theirs || theirs.attempt !== attempt.number) return;
     attempt.theirs = theirs;
+    if (io.now >= attempt.tellAt) tellPlan(attempt);
     beginSending(attempt);
   }
 
@@ -1824,7 +1825,7 @@ function createIdentity(io: Io, { name, known, ...wiring }: IdentityWiring) {
     const key = hex(now.key), before = peer && hex(peer.key);
     if (key === hex(wiring.ownKey) && !wiring.isSelf) return false; // our own messages would come back as somebody else's
     if (before !== null && before !== key) {
-      const message = `The key of "${name}" has changed: it was started again, or somebody else is in its place. ` +
+      const message = `The key of "${name}" has changed: it was started anew, or somebody else is in its place. ` +
         `Compare again with: verify ${name}`;
       io.emit({ event: "error", code: "key-changed", message, notice: true });
     }

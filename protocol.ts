@@ -964,12 +964,8 @@ export type Limit = (now: number, cost?: number) => boolean;
 
 /** Makes a limit that nothing has been taken from. */
 export function createLimit(rate: Rate): Limit {
-  let tat = 0;
-  return (now, cost) => {
-    const next = conform(tat, rate, now, cost);
-    tat = next ?? tat;
-    return next !== null;
-  };
+  let b: Bucket | null = null;
+  return (now, cost) => spend(b ??= fullBucket(rate, now), rate, { cost, now });
 }
 
 /** A token bucket: so much at once, so much a second from then on. */
