@@ -225,49 +225,49 @@ const KEEPALIVE_TRIES = 8;
 /** Cookies that we bring back without anything between that shows progress; more would be a loop. */
 const MAX_CHALLENGES = 5;
 
-/** All times are those of `io.now`, all counters those of the seals. */
-interface ServerSession {
-  server: Endpoint;
-  token: string;
-  nonce: string; // of this login, as other users know it
-  keys: { toServer: Uint8Array; toClient: Uint8Array };
-  window: ReplayWindow;
-  sent: number; // the counter that we used last
-  public: Endpoint; // as the server sees us
-  secondPort: number;
-  keepaliveAt: number;
-  asked: { first: number; counter: number; at: number; tries: number } | null; // keepalives that wait for an answer
-  challenges: number; // cookies that we have brought back since the last ALIVE
-}
-
 /** A login under way, the first one or another. */
-interface Login {
-  id: string; // known to us and the server alone
-  clock: number; // its counter: of two logins with one key the greater is the later
-  since: number;
-  tries: number;
-  nextAt: number;
-  challenges: number;
-  askedAt: number;
-  cookie: { cookie: string; server: Endpoint; shared: Uint8Array } | null; // once the server has challenged us
-}
+const newLogin = (id: string, now: number, delayMs: number) => ({
+  id, // known to us and the server alone
+  clock: Math.floor(now), // its counter: of two logins with one key the greater is the later
+  since: now,
+  tries: 0,
+  nextAt: now + delayMs,
+  askedAt: now,
+  challenges: 0,
+  cookie: null as { cookie: string; server: Endpoint; shared: Uint8Array } | null, // once the server has challenged us
+});
 
-/** What the link tells of us, and what it finds out. */
-interface LinkWiring {
-  local(): Endpoint[]; // our addresses on the LAN
-  nat(): NatClass;
-  pace(): keyof typeof KEEPALIVE_MS;
-  onUsers(users: User[]): void;
-  onPublic(): void; // where the server sees us is known, or has changed
-  onSession(isAgain: boolean): void;
-  onMoved(): void;
-  onConfirmed(): void; // the server has heard our latest keepalive
-  onMessage(message: Control): void;
-  onRefused(): void; // nothing can happen any more
-}
+/** A session, from the login that it comes of and the message that welcomes us. */
+const newServerSession = ({ clock, cookie }: Login, { id, token, public: endpoint, secondPort }: Welcome) => ({
+  server: cookie!.server,
+  token,
+  nonce: publicNonce(id), // of this login, as other users know it
+  keys: controlKeys(cookie!.shared, token),
+  window: replayWindow(),
+  sent: clock, // the counter that we used last
+  public: endpoint, // as the server sees us
+  secondPort,
+  keepaliveAt: Infinity,
+  asked: null as { first: number; counter: number; at: number; tries: number } | null, // keepalives without an answer yet
+  challenges: 0, // cookies that we have brought back since the last ALIVE
+});
 
+type Login = ReturnType<typeof newLogin>;
+type Welcome = Control & { type: "WELCOME" };
+type ServerSession = ReturnType<typeof newServerSession>;
 type Link = ReturnType<typeof createLink>;
-function createLink(io: Io, options: ClientOptions, wiring: LinkWiring) {
+
+function createLink(
+  io: Io,
+  options: ClientOptions,
+  self: { local(): Endpoint[]; nat(): NatClass; pace(): keyof typeof KEEPALIVE_MS }, // what the server is to know of us
+  on: { users(users: User[]): void; message(message: Control): void; session(isAgain: boolean): void } & {
+    endpoint(): void; // where the server sees us is known, or has changed:
+    moved(): void; // it has changed
+    confirmed(): void; // the server has heard our latest keepalive
+    refused(): void; // nothing can happen any more
+  },
+) {
   const { name, keys, servers, password, patient = false } = options;
   const rtt = newEstimator();
   let session: ServerSession | null = null, login: Login | null = null, forgottenAt = -Infinity;
@@ -284,19 +284,7 @@ function createLink(io: Io, options: ClientOptions, wiring: LinkWiring) {
 
   // -- getting in
 
-  function beginLogin(delay = 0): void {
-    const { now } = io, id = hex(io.random(8));
-    login = {
-      id,
-      clock: Math.floor(now),
-      since: now,
-      tries: 0,
-      nextAt: now + delay,
-      challenges: 0,
-      askedAt: now,
-      cookie: null,
-    };
-  }
+  const beginLogin = (delayMs = 0) => void (login = newLogin(hex(io.random(8)), io.now, delayMs));
 
   function sendLogin({ id, clock, cookie, tries } = login!): void {
     // The IP versions take turns until one of them has answered.
@@ -312,7 +300,7 @@ function createLink(io: Io, options: ClientOptions, wiring: LinkWiring) {
       keepName: Number(options.keepName ?? false),
       rttMs: rttMs(),
       name,
-      local: wiring.local(),
+      local: self.local(),
     } as const;
     const key = cookie ? loginKey(cookie.shared, id) : undefined;
     io.send(0, to, encode(message, { id, counter: clock, key }));
@@ -340,31 +328,21 @@ function createLink(io: Io, options: ClientOptions, wiring: LinkWiring) {
     }
   }
 
-  function onWelcome(message: Control & { type: "WELCOME" }, data: Uint8Array): void {
+  function onWelcome(message: Welcome, data: Uint8Array): void {
     if (!login?.cookie || message.id !== login.id) return;
-    const { shared, server } = login.cookie, { token, id, secondPort, public: endpoint } = message;
-    const macs = controlKeys(shared, token);
-    if (!verifies(data, macs.toClient)) return;
+    const next = newServerSession(login, message), { server, public: endpoint } = next, isAgain = session !== null;
+    if (!verifies(data, next.keys.toClient)) return;
     if (login.tries === 2) sample(rtt, io.now - login.askedAt);
-    const isAgain = session !== null;
-    session = {
-      ...{ server, token, nonce: publicNonce(id), keys: macs, window: replayWindow(), sent: login.clock },
-      ...{
-        public: endpoint,
-        secondPort,
-        keepaliveAt: io.now + spread(io, KEEPALIVE_MS.idle),
-        asked: null,
-        challenges: 0,
-      },
-    };
+    session = next;
+    session.keepaliveAt = io.now + spread(io, KEEPALIVE_MS.idle);
     login = null;
-    wiring.onUsers(message.users);
+    on.users(message.users);
     if (isAgain) io.emit({ event: "reconnected", name, reason: "" });
-    else io.emit({ event: "login", name, server, public: endpoint, local: wiring.local(), users: message.total });
-    wiring.onPublic();
+    else io.emit({ event: "login", name, server, public: endpoint, local: self.local(), users: message.total });
+    on.endpoint();
     const other = otherVersion();
     if (other) keepalive(NO_ID, other);
-    wiring.onSession(isAgain);
+    on.session(isAgain);
   }
 
   function onRefusal(message: Control & { type: "ERROR" }, data: Uint8Array): void {
@@ -376,14 +354,9 @@ function createLink(io: Io, options: ClientOptions, wiring: LinkWiring) {
       "bad-password": "The server asks for its password: give it with --password-file",
       "full": "The server is full: try again later",
     };
-    const fatal = session ? {} : { fatal: true as const };
-    if (!session) wiring.onRefused();
-    io.emit({
-      event: "error",
-      code: message.reason,
-      message: texts[message.reason] ?? "The server refuses us",
-      ...fatal,
-    });
+    const { reason: code } = message, text = texts[code] ?? "The server refuses us";
+    if (!session) on.refused();
+    io.emit({ event: "error", code, message: text, ...session ? {} : { fatal: true } });
   }
 
   /** The session goes on, and direct conversations with it, until the server says that we are in again. */
@@ -395,7 +368,7 @@ function createLink(io: Io, options: ClientOptions, wiring: LinkWiring) {
   // -- staying in
 
   function keepalive(cookie = NO_ID, to = session!.server): void {
-    const message = { type: "KEEPALIVE", cookie, rttMs: rttMs(), nat: wiring.nat(), local: wiring.local() } as const;
+    const message = { type: "KEEPALIVE", cookie, rttMs: rttMs(), nat: self.nat(), local: self.local() } as const;
     const counter = toServer(message, to);
     if (to !== session!.server) return;
     const { first, tries } = session!.asked ?? { first: counter, tries: 0 };
@@ -409,16 +382,16 @@ function createLink(io: Io, options: ClientOptions, wiring: LinkWiring) {
     const isLatest = session!.asked?.counter === message.asked;
     if (isLatest) sample(rtt, io.now - session!.asked!.at);
     session!.asked = null;
-    session!.keepaliveAt = io.now + spread(io, KEEPALIVE_MS[wiring.pace()]);
+    session!.keepaliveAt = io.now + spread(io, KEEPALIVE_MS[self.pace()]);
     if (login) { // the server knew us all the time
       login = null;
       io.emit({ event: "reconnected", name, reason: "" });
     }
-    if (isLatest) wiring.onConfirmed();
+    if (isLatest) on.confirmed();
     if (message.public === session!.public) return;
     session!.public = message.public;
-    wiring.onPublic();
-    wiring.onMoved();
+    on.endpoint();
+    on.moved();
   }
 
   function receive(message: Control, { from, data }: Datagram): void {
@@ -430,7 +403,7 @@ function createLink(io: Io, options: ClientOptions, wiring: LinkWiring) {
     if (session.asked) session.asked.tries = 1; // the server lives, whatever became of our keepalives
     if (message.type === "ALIVE") onAlive(message, from);
     else if (message.type === "LOGOUT") reconnect("the server is going down", LOGIN_RETRY_MS);
-    else wiring.onMessage(message);
+    else on.message(message);
   }
 
   function wake(): void {
@@ -438,14 +411,14 @@ function createLink(io: Io, options: ClientOptions, wiring: LinkWiring) {
       const other = otherVersion();
       if ((session.asked?.tries ?? 0) >= KEEPALIVE_TRIES) reconnect("the server does not answer");
       else keepalive();
-      if (other && !login && session.asked!.tries === 1 && wiring.pace() !== "relay") keepalive(NO_ID, other);
+      if (other && !login && session.asked!.tries === 1 && self.pace() !== "relay") keepalive(NO_ID, other);
     }
     if (!login || io.now < loginAt(login)) return;
     const isFirst = !session, where = servers.join(" or ");
     if (isFirst && !patient && io.now - login.since >= FIRST_LOGIN_MS) {
       const message = `No answer from the server at ${where}: is it running, and is UDP let through?`;
       io.emit({ event: "error", code: "unreachable", message, fatal: true });
-      return wiring.onRefused();
+      return on.refused();
     }
     if (isFirst && patient && login.tries === 5) {
       io.emit({ event: "error", code: "unreachable", message: `No answer yet from ${where}, trying on` });
@@ -486,10 +459,10 @@ function createLink(io: Io, options: ClientOptions, wiring: LinkWiring) {
 
 // ---------------------------------------------------------------------------------------------------- calls
 //
-// To call somebody is to ask the server for an introduction. It answers both sides in the same tick with both sides'
-// endpoints, because both must punch at once: a packet from outside passes a NAT only after one from inside has left for
-// where it comes from. The first message travels with the first call. Knows how often we have asked and when we ask
-// again, but not what becomes of it.
+// To call somebody is to ask the server for an introduction. It tells both sides, in the same tick, where the server has
+// seen the other one, because both must punch at once: a NAT lets a packet in only after one has left for where it comes
+// from. The first message travels with the first call. This room knows how often we have asked and when we ask again, but
+// not what becomes of it.
 
 /** Rounds of "ask the server to have the other side punch, then send again", as in 2004. */
 const MAX_ROUNDS = 5;
@@ -498,19 +471,12 @@ const RETRY_DIRECT_MS = [2_000, 5_000, 15_000, 60_000, 300_000];
 /** So many tries of the part that all others wait for, over the relay: the peer may have forgotten the session. */
 const FORGOTTEN_AFTER = 4;
 
-/** What a call depends on. */
-interface CallWiring {
-  nonce(): string; // of the login that what we pass on is meant for
-  canBeDirect: boolean;
-  isDirect(): boolean;
-  isPunching(): boolean;
-  isWarm(): boolean;
-  hasSession(): boolean; // with the peer
-  triesOfOldest(): number;
-  opening(): Uint8Array | null; // the first message of the handshake that is under way
-}
-
-function createCalls(io: Io, link: Link, { name, ...wiring }: CallWiring & { name: string }) {
+function createCalls(
+  io: Io,
+  c: Context,
+  link: Link,
+  has: { triesOfOldest(): number; firstMessage(): Uint8Array | null; isPunching(): boolean },
+) {
   /** The search for a path: since when, how often we have asked, and when we ask again for an answer that is missing. */
   let since = io.now, rounds = 0, askAt = Infinity;
   /** While there is only the relay: how often the search has begun again, and when it does so next. */
@@ -522,68 +488,65 @@ function createCalls(io: Io, link: Link, { name, ...wiring }: CallWiring & { nam
    */
   function viaServer(body: Uint8Array, mayCall: boolean): void {
     if (!link.session()) return;
-    const isForgotten = wiring.triesOfOldest() > FORGOTTEN_AFTER;
-    const isUseful = isForgotten || (rounds < MAX_ROUNDS && (wiring.canBeDirect || !wiring.hasSession()));
-    passOn(body, mayCall && !wiring.isDirect() && isUseful);
+    const isUseful = has.triesOfOldest() > FORGOTTEN_AFTER ||
+      (rounds < MAX_ROUNDS && (c.canBeDirect || !c.hasSession()));
+    passOn(body, mayCall && !c.best() && isUseful);
   }
 
   function passOn(body: Uint8Array, call: boolean): void {
-    link.toServer({ type: "P2PTRANS", to: name, nonce: wiring.nonce(), call: Number(call), body });
+    link.toServer({ type: "P2PTRANS", to: c.name, nonce: c.peer()?.nonce ?? NO_ID, call: Number(call), body });
     if (!call) return;
     rounds++;
     askAt = Infinity;
-    if (!wiring.canBeDirect) return;
+    if (!c.canBeDirect) return;
     if (rounds < MAX_ROUNDS) askAt = io.now + timeout(link.rtt, rounds); // should the introduction be lost
-    else if (!wiring.isDirect() && !wiring.isPunching() && retryAt === Infinity) retryLater();
+    else if (!c.best() && !has.isPunching() && retryAt === Infinity) retryLater();
   }
 
   function ask(): void {
-    if (!link.session() || !wiring.canBeDirect) return;
-    passOn((!wiring.hasSession() && wiring.opening()) || NO_BYTES, true);
+    if (link.session() && c.canBeDirect) passOn((!c.hasSession() && has.firstMessage()) || NO_BYTES, true);
   }
 
   function retryLater(): void {
     retryAt = io.now + RETRY_DIRECT_MS[Math.min(retries++, RETRY_DIRECT_MS.length - 1)]!;
   }
 
-  /** A search begins as if it were the first one. */
   function begin(): void {
     since = io.now;
     rounds = retries = 0;
   }
 
+  /** Something has changed: we ask as if for the first time. */
+  function again(): void {
+    begin();
+    ask();
+  }
+
+  function onPath(): void {
+    retryAt = askAt = Infinity;
+    rounds = retries = 0;
+  }
+
+  function wake(): void {
+    if (link.session() && io.now >= askAt) ask();
+    if (io.now < retryAt) return;
+    retryAt = Infinity;
+    rounds = 0;
+    if (!c.isWarm()) return;
+    retryLater();
+    ask();
+  }
+
   return {
-    viaServer,
-    ask,
-    retryLater,
-    begin,
-    /** Something has changed: we ask at once, and are quick with retries again. */
-    again() {
-      begin();
-      ask();
-    },
-    /** The other side has called: its search is ours. */
-    onCalled: () => void (since = io.now),
-    onAnswer: () => void (askAt = Infinity),
-    onOtherLogin: () => void (rounds = 0),
-    onPunching: () => void (retryAt = Infinity),
-    onPath() {
-      retryAt = askAt = Infinity;
-      rounds = retries = 0;
-    },
+    ...{ viaServer, ask, again, begin, retryLater, onPath, wake },
+    wakeAt: () => Math.min(link.session() ? askAt : Infinity, retryAt),
     since: () => since,
     isRetry: () => retries > 0,
     isWaiting: () => retryAt !== Infinity,
-    wake() {
-      if (link.session() && io.now >= askAt) ask();
-      if (io.now < retryAt) return;
-      retryAt = Infinity;
-      rounds = 0;
-      if (!wiring.isWarm()) return;
-      retryLater();
-      ask();
-    },
-    wakeAt: () => Math.min(link.session() ? askAt : Infinity, retryAt),
+    onCalled: () => void (since = io.now), // the other side's search is ours
+    onAnswer: () => void (askAt = Infinity),
+    onOtherLogin: () => void (rounds = 0),
+    onPunching: () => void (retryAt = Infinity),
   };
 }
 
@@ -606,36 +569,64 @@ const WARM_MS = 300_000;
 const ALL_BACK_MS = 30_000;
 const INTRODUCTIONS_PER_PEER: Rate = { perSecond: 5, burst: 20 };
 
+/** What the rooms of a conversation may ask. */
+interface Context {
+  name: string; // of the peer
+  relay: Way;
+  canBeDirect: boolean; // not with ourselves, and not if the user does not want it
+  server(): ServerSession | null;
+  peer(): Introduced | null; // the server's latest word on who that is
+  isTrusted(key: Uint8Array): boolean; // no other key than the one that the user has verified, if he has
+  talkedAt(): number;
+  isWarm(): boolean;
+  best(): Path | null; // the path in use
+  way(): Way; // the way in use
+  hasSession(): boolean; // with the peer
+  punch(probe: number): Uint8Array | null; // the bytes of a punch
+  hostMayPunch(): boolean;
+}
+
 /** What all conversations of a client have in common. */
 interface Shared {
   options: ClientOptions;
   link: Link;
   discovery: Discovery;
   switchboard: Switchboard;
-  isTrusted(name: string, key: Uint8Array): boolean; // no other key than the one that the user has verified, if he has
+  sprayTurn: SprayTurn;
+  user(name: string): User | undefined; // in the list of users
+  isTrusted(name: string, key: Uint8Array): boolean;
   mayWarn(): boolean;
   hostMayPunch(): boolean;
   hasSockets(count: number): boolean;
-  sprayTurn: SprayTurn;
 }
 
 type Conversation = ReturnType<typeof createConversation>;
-function createConversation(io: Io, { name, known, ...shared }: Shared & { name: string; known: User | undefined }) {
-  const { options, link, discovery, switchboard } = shared, { keys } = options;
-  const isSelf = name === options.name; // what we send to ourselves comes back from the server
-  const canBeDirect = options.direct !== false && !isSelf;
-  const relay: Way = { kind: "relay", rtt: newEstimator() };
+function createConversation(io: Io, name: string, shared: Shared) {
+  const { options, link, discovery, hostMayPunch } = shared, isSelf = name === options.name;
   const mayBeIntroduced = createLimit(INTRODUCTIONS_PER_PEER);
   let lastError: Reason | null = null, talkedAt = -Infinity;
 
-  const isWarm = () => io.now - talkedAt < WARM_MS;
-  const bestWay = () => paths.best() ?? relay;
+  const c: Context = {
+    name,
+    relay: { kind: "relay", rtt: newEstimator() },
+    server: link.session,
+    hostMayPunch,
+    canBeDirect: options.direct !== false && !isSelf,
+    peer: () => identity.peer(),
+    isTrusted: (key) => shared.isTrusted(name, key),
+    talkedAt: () => talkedAt,
+    isWarm: () => io.now - talkedAt < WARM_MS,
+    best: () => paths.best(),
+    way: () => paths.best() ?? c.relay,
+    hasSession: () => channel.current() !== null,
+    punch: (probe) => channel.punch(probe),
+  };
 
   // -- the heart: send by the way in use, by both while that is in doubt
 
   function waysInUse(): Way[] {
-    const path = paths.best();
-    return !path ? [relay] : path.state === "suspect" ? [path, relay] : [path];
+    const path = c.best();
+    return !path ? [c.relay] : path.state === "suspect" ? [path, c.relay] : [path];
   }
 
   /** Sends the same sealed bytes every way given. False: there is no session yet to seal them with. */
@@ -651,20 +642,20 @@ function createConversation(io: Io, { name, known, ...shared }: Shared & { name:
 
   /** Sends a part; `isLate`: the path may have lost it. Returns the way; null: there is no session yet. */
   function carryPart(part: Peer, isLate: boolean): Way | null {
-    const path = paths.best();
-    if (!carry(part, isLate && path ? [path, relay] : waysInUse(), { mayCall: true })) return null;
+    const path = c.best();
+    if (!carry(part, isLate && path ? [path, c.relay] : waysInUse(), { mayCall: true })) return null;
     paths.expectAnswer();
-    return path ?? relay;
+    return path ?? c.relay;
   }
 
   function onFrame(frame: Peer, origin: Origin, stream: string): void {
-    const path = paths.over(origin);
+    const path = paths.over(origin), back = path?.state === "good" ? [path] : undefined;
     if (frame.type === "P2PMESSAGE") {
-      const back = (ack: Peer) => carry(ack, path?.state === "good" ? [path] : waysInUse());
-      delivery.onPart(frame, { kind: origin ? kindOf(origin.from) : "relay", stream, back });
+      const kind = origin ? kindOf(origin.from) : "relay";
+      delivery.onPart(frame, { kind, stream, back: (ack) => carry(ack, back) });
     } else if (frame.type === "P2PMESSAGEACK") {
       if (path && path.state !== "trying") paths.onAnswer(path);
-      delivery.onAck(frame, path ?? relay);
+      delivery.onAck(frame, path ?? c.relay);
     } else if (frame.type === "P2PTRASH") paths.onPunch(frame.probe, origin);
     else if (frame.type === "P2PPLAN") traversal.onPlan(frame);
     else paths.onEcho(frame.probe, origin);
@@ -674,14 +665,14 @@ function createConversation(io: Io, { name, known, ...shared }: Shared & { name:
 
   /** Both sides have been introduced in the same tick, so both punch now. */
   function startPunching(): void {
-    if (!canBeDirect || !channel.canPunch()) return;
+    if (!c.canBeDirect || !channel.canPunch()) return;
     calls.onPunching();
-    paths.startPunching(identity.peer()!.punchAfterMs);
+    paths.startPunching(c.peer()!.punchAfterMs);
     traversal.onIntroduction();
   }
 
   /** The peer can be reached again: no need to wait out a time-out that has grown meanwhile. */
-  const resendLate = () => delivery.resend(io.now - (relay.rtt.srtt ?? RTO_FIRST_MS));
+  const resendLate = () => delivery.resend(io.now - (c.relay.rtt.srtt ?? RTO_FIRST_MS));
 
   function resendAll(): void {
     channel.hurry();
@@ -691,13 +682,13 @@ function createConversation(io: Io, { name, known, ...shared }: Shared & { name:
   /** A message goes either way. */
   function onTalk(): void {
     talkedAt = io.now;
-    if (!paths.best()) link.checkSoon();
+    if (!c.best()) link.checkSoon();
     paths.onTalk();
   }
 
   /** What has waited for a session can go. */
   function onSessionReady(): void {
-    if (delivery.isAckDue() && channel.current()) delivery.acknowledge(carry);
+    if (delivery.isAckDue() && c.hasSession()) delivery.acknowledge(carry);
     traversal.onSessionReady();
     delivery.wake();
   }
@@ -708,199 +699,182 @@ function createConversation(io: Io, { name, known, ...shared }: Shared & { name:
   }
 
   function tellPath(): void {
-    const way = bestWay(), { srtt } = way.rtt, rttMs = srtt === null ? null : tenths(srtt);
+    const way = c.way(), { srtt } = way.rtt, rttMs = srtt === null ? null : tenths(srtt);
     const address = way.kind === "relay" ? link.session()?.server ?? options.servers[0]! : way.endpoint;
     io.emit({ event: "path", peer: name, path: way.kind, address, rttMs, ms: tenths(io.now - calls.since()) });
   }
 
   // -- the rooms of this conversation: what one of them finds out, and what others do about it
 
-  const identity = createIdentity(io, {
-    ...{ name, isSelf, known, ownKey: keys.public, mayWarn: shared.mayWarn },
-    isTrusted: (key) => shared.isTrusted(name, key),
-    onOtherLogin() {
+  const identity = createIdentity(io, c, { known: shared.user(name), isSelf, ownKey: options.keys.public }, {
+    otherLogin() {
       channel.dropHandshake();
       calls.onOtherLogin();
     },
-    onUntrusted: () => failAll("untrusted"),
+    untrusted: () => failAll("untrusted"),
+    mayWarn: shared.mayWarn,
   });
-
-  const calls = createCalls(io, link, {
-    ...{ name, canBeDirect, isWarm },
-    nonce: () => identity.peer()?.nonce ?? NO_ID,
-    isDirect: () => paths.best() !== null,
-    isPunching: () => paths.isPunching(),
-    hasSession: () => channel.current() !== null,
+  const calls = createCalls(io, c, link, {
     triesOfOldest: () => delivery.triesOfOldest(),
-    opening: () => channel.firstMessage(),
+    firstMessage: () => channel.firstMessage(),
+    isPunching: () => paths.isPunching(),
   });
-
-  const paths = createPaths(io, {
-    ...{ relay, talkedAt: () => talkedAt, hostMayPunch: shared.hostMayPunch },
-    candidates: () => canBeDirect ? identity.peer()?.candidates ?? [] : [],
-    own: () => link.session()?.public,
-    seal: (probe) => channel.punch(probe),
-    echo(probe, way) {
-      const isSent = carry({ type: "P2PECHO", probe }, [way]);
-      if (!isSent) channel.open(); // one of us has logged in again
-      return isSent;
+  const paths = createPaths(
+    io,
+    c,
+    { holds: (socket) => traversal.holds(socket), made: (path) => traversal.made(path) },
+    {
+      // This is the whole upgrade from relay to path, and the way back. An echo over a path proves that it works in both
+      // directions, and only then does it carry messages alone: until then, and again from the first doubt on, the relay
+      // carries them. What may have been lost on the old way goes at once by the new one.
+      best() {
+        traversal.onBest();
+        calls.onPath();
+        resendLate();
+        tellPath();
+      },
+      suspect() {
+        link.check();
+        delivery.resendInFlight(); // by both ways, see `waysInUse`
+      },
+      doubt: () => calls.ask(), // two probes without an echo: perhaps the peer is at another endpoint by now
+      lost() {
+        tellPath();
+        calls.again();
+        resendAll();
+      },
+      ageing: () => traversal.begin(RENEWAL),
+      punched: () => void (link.session() && link.toServer({ type: "PUNCHED", peer: name })),
+      stuck: () => traversal.isOn() || traversal.begin(1),
+      punchedOut: () => c.best() || calls.retryLater(),
+      pong: (probe, way, rttMs) => ping.onEcho(probe, way, rttMs),
+      echo(probe, way) {
+        const isSent = carry({ type: "P2PECHO", probe }, [way]);
+        if (!isSent) channel.open(); // one of us has logged in again
+        return isSent;
+      },
     },
-    isNeeded: (socket) => traversal.holds(socket),
-    isRenewal: (path) => traversal.isRenewing() && path.bornAt >= traversal.startedAt(),
-    onPong: (probe, way, rttMs) => ping.onEcho(probe, way, rttMs),
-    onPunched: () => link.session() && link.toServer({ type: "PUNCHED", peer: name }),
-    onStuck: () => traversal.isOn() || traversal.begin(1),
-    onPunchedOut: () => paths.best() || calls.retryLater(),
-
-    // This is the whole upgrade from relay to path, and the way back. An echo over a path proves that it works in both
-    // directions, and only then does it carry messages alone: until then, and again from the first doubt on, the relay
-    // carries them. What may have been lost on the old way goes at once by the new one.
-    onBest() {
-      traversal.onBest();
-      calls.onPath();
-      resendLate();
-      tellPath();
-    },
-    onSuspect() {
-      link.check();
-      delivery.resendInFlight(); // by both ways, see `waysInUse`
-    },
-    onDoubt: () => calls.ask(), // two probes without an echo: perhaps the peer is at another endpoint by now
-    onLost() {
-      tellPath();
-      calls.again();
-      resendAll();
-    },
-    onAge: () => traversal.begin(RENEWAL),
-  });
-
-  const traversal = createTraversal(io, {
-    ...{ canBeDirect, discovery, hostMayPunch: shared.hostMayPunch, hasSockets: shared.hasSockets },
-    ...{ turn: shared.sprayTurn, session: link.session, best: paths.best, prune: paths.prune },
-    peer: () => identity.peer()!,
-    isFirst: () => isLower(keys.public, identity.peer()!.key),
+  );
+  const traversal = createTraversal(io, c, { ...shared, ownKey: options.keys.public }, {
+    newProbe: () => paths.newProbe(c.relay, true),
     isRetry: () => calls.isRetry(),
-    newProbe: () => paths.newProbe(relay, true),
-    seal: (probe) => channel.punch(probe),
-    tell: (plan) => carry(plan, paths.best() ? [bestWay(), relay] : [relay]),
-    hasSession: () => channel.current() !== null,
+    tell: (plan) => carry(plan, c.best() ? [c.way(), c.relay] : [c.relay]),
+    ended: () => paths.prune(),
   });
-
-  const channel = createChannel(io, options, {
-    ...{ switchboard, rtt: relay.rtt, peer: identity.peer, isTrusted: (key) => shared.isTrusted(name, key) },
-    self: () => link.session() && { name: options.name, nonce: link.session()!.nonce },
-    payload: () => delivery.oldestPart() ?? { type: "P2PTRASH", probe: paths.newProbe(relay) },
+  const channel = createChannel(io, c, options, shared.switchboard, {
+    payload: () => delivery.oldestPart() ?? { type: "P2PTRASH", probe: paths.newProbe(c.relay) },
     isNeeded: (tries) => !delivery.isIdle() || ping.isOn() || (delivery.isAckDue() && tries < MAX_ROUNDS),
     sendOpening(message, tries) {
       const mayCall = !delivery.isIdle() || ping.isOn(); // who only answers has been called
       for (let copy = 0; copy < Math.min(MAX_COPIES, tries); copy++) calls.viaServer(message, mayCall && copy === 0);
     },
-    onHandshake: () => delivery.onHandshake(),
-    onHandshakeOver: (dueAt) => delivery.onHandshakeOver(dueAt),
-    onStream: (stream) => delivery.openStream(stream),
-    onSession: () => identity.onSession(),
-    onUntrusted: () => identity.warn(),
     acknowledge: (session) => delivery.acknowledge((ack) => carry(ack, waysInUse(), { session })),
-    onPunch: (probe, origin) => paths.onPunch(probe, origin),
-    onAnswered: () => delivery.owesAck(),
-    onSessionReady,
-    onFrame,
+    handshake: () => delivery.onHandshake(),
+    handshakeOver: (dueAt) => delivery.onHandshakeOver(dueAt),
+    stream: (stream) => delivery.openStream(stream),
+    session: () => identity.onSession(),
+    answered: () => delivery.owesAck(),
+    untrusted: () => identity.warn(),
+    ready: onSessionReady,
+    frame: onFrame,
+    punch: (probe, origin) => paths.onPunch(probe, origin),
   });
-
-  const delivery = createDelivery(io, {
-    ...{ name, relay, stream: channel.stream, way: bestWay, carry: carryPart, onTalk },
-    hasSession: () => link.session() !== null && channel.current() !== null,
-    openSession() {
-      if (link.session() && (!channel.current() || channel.isWorn())) channel.open();
-    },
-    onProgress: () => void (lastError = null),
+  const delivery = createDelivery(io, c, channel.stream, {
+    carry: carryPart,
+    needSession: () => channel.open(),
+    talk: onTalk,
+    progress: () => void (lastError = null),
   });
-
-  const ping = createPing(io, {
-    ...{ name, way: bestWay, hasSession: () => channel.current() !== null, openSession: () => channel.open() },
+  const ping = createPing(io, c, {
+    needSession: () => channel.open(),
+    timeout: () => failAll("timeout"),
     probe(way) {
       const probe = paths.newProbe(way);
       carry({ type: "P2PTRASH", probe }, [way]);
       return probe;
     },
-    onTimeout: () => failAll("timeout"),
   });
+  const rooms = [channel, paths, traversal, calls, delivery, ping];
+
+  // -- what the client hears of the peer, and what the user wants
+
+  function send(text: Uint8Array): void {
+    if (!c.best() && !paths.isPunching() && !(calls.isWaiting() && c.hasSession())) calls.begin();
+    delivery.push(text);
+  }
+
+  function startPing(count: number): void {
+    ping.begin(count);
+    onTalk();
+    ping.wake();
+  }
+
+  function onLogin(isAgain: boolean): void {
+    channel.dropHandshake(); // it was begun under the nonce of the login before
+    if (isAgain && c.isWarm()) calls.again();
+    delivery.wake();
+  }
+
+  /** The server's word on who the peer is, for us to punch, or because the peer calls; false if it cannot be. */
+  function onPeer(peer: Introduced): boolean {
+    if (!identity.renew(peer)) return false;
+    lastError = null;
+    calls.onAnswer();
+    return true;
+  }
+
+  function onIntroduction(peer: Introduced): void {
+    const isCurrent = c.peer()?.nonce === peer.nonce;
+    if (!mayBeIntroduced(io.now) || !onPeer(peer)) return;
+    // What we sent was for another login, or empty: the peer could do nothing with it, so it does not punch yet.
+    if (isCurrent && channel.canPunch()) startPunching();
+    else resendAll();
+    resendLate();
+  }
+
+  /** The peer has asked for an introduction; `unwrap` takes what it sends us with that. */
+  function onCall(peer: Introduced, unwrap: (() => void) | null): void {
+    if (!c.best() && !paths.isPunching()) calls.onCalled();
+    if (!onPeer(peer)) return;
+    unwrap?.();
+    // Sealed for a session that we have not, or no longer; or a call for punches, which we cannot seal any more.
+    if ((unwrap || channel.wasOpen()) && !c.hasSession() && !identity.isUntrusted()) channel.open();
+    if (!mayBeIntroduced(io.now)) return;
+    startPunching();
+    resendLate();
+  }
+
+  /** The server cannot pass something on. */
+  function onError(reason: "unknown" | "offline"): void {
+    // After the server's restart "unknown" only means that the peer is not back yet.
+    const isFinal = reason === "offline" || !c.peer() ||
+      (!channel.wasOpen() && !delivery.hasHeard() && io.now - link.forgottenAt() > ALL_BACK_MS);
+    lastError = reason === "unknown" && c.peer() ? "offline" : reason;
+    calls.onAnswer();
+    if (isFinal && !c.best()) failAll(reason);
+  }
+
+  function close(): void {
+    traversal.end();
+    paths.close();
+    channel.close();
+  }
+
+  function wake(): void {
+    delivery.giveUp(() => identity.isUntrusted() ? "untrusted" : lastError ?? "timeout");
+    for (const room of rooms) room.wake();
+  }
 
   return {
-    ...{ name, isWarm, tellPath, failAll, peer: identity.peer, callAgain: calls.again, ask: calls.ask },
-    isDirect: () => paths.best() !== null,
-    isUntrusted: identity.isUntrusted,
-    onVerified: identity.onVerified,
-    onJump: () => delivery.onJump(),
-    /** How dear it is to us, in order of weight; null: something waits to be sent. */
-    rank: () => delivery.isIdle() ? [Number(delivery.hasSent()), Number(paths.best() !== null), talkedAt] : null,
+    ...{ ...c, ...identity, tellPath, send, startPing, onLogin, onIntroduction, onCall, onError, close, wake },
     onFirst: channel.onFirst,
-    send(text: Uint8Array): void {
-      const isSearching = paths.best() || paths.isPunching() || (calls.isWaiting() && channel.current());
-      if (!isSearching) calls.begin();
-      delivery.push(text);
-    },
-    ping(count: number): void {
-      ping.begin(count);
-      onTalk();
-      ping.wake();
-    },
-    /** The list of users says who that is. */
-    onUser: (user: User) => identity.onUser(user),
-    onLogin(isAgain: boolean): void {
-      channel.dropHandshake(); // it was begun under the nonce of the login before
-      if (isAgain && isWarm()) calls.again();
-      delivery.wake();
-    },
-    onIntroduction(peer: Introduced): void {
-      if (!mayBeIntroduced(io.now)) return;
-      const isCurrent = identity.peer()?.nonce === peer.nonce;
-      if (!identity.renew(peer)) return;
-      lastError = null;
-      calls.onAnswer();
-      // What we sent was for another login, or empty: the peer could do nothing with it, so it does not punch yet.
-      if (isCurrent && channel.canPunch()) startPunching();
-      else resendAll();
-      resendLate();
-    },
-    /** The peer has asked for an introduction; what it sends us with that is for `unwrap`. */
-    onCall(peer: Introduced, unwrap: (() => void) | null): void {
-      if (!paths.best() && !paths.isPunching()) calls.onCalled();
-      if (!identity.renew(peer)) return;
-      lastError = null;
-      calls.onAnswer();
-      unwrap?.();
-      // Sealed for a session that we have not, or no longer; or a call for punches, which we cannot seal any more.
-      if ((unwrap || channel.hasSession()) && !channel.current() && !identity.isUntrusted()) channel.open();
-      if (!mayBeIntroduced(io.now)) return;
-      startPunching();
-      resendLate();
-    },
-    /** The word of the six-step flow: the peer has punched, its hole is open, so our next punch will pass. */
-    onPunched: () => paths.punchAgain(),
-    /** The server cannot pass something on. */
-    onError(reason: "unknown" | "offline"): void {
-      // After the server's restart "unknown" only means that the peer is not back yet.
-      const isFinal = reason === "offline" || !identity.peer() ||
-        (!channel.hasSession() && !delivery.hasHeard() && io.now - link.forgottenAt() > ALL_BACK_MS);
-      lastError = reason === "unknown" && identity.peer() ? "offline" : reason;
-      calls.onAnswer();
-      if (isFinal && !paths.best()) failAll(reason);
-    },
-    close(): void {
-      traversal.end();
-      paths.close();
-      channel.close();
-    },
-    wake(): void {
-      delivery.giveUp(() => identity.isUntrusted() ? "untrusted" : lastError ?? "timeout");
-      for (const room of [channel, paths, traversal, calls, delivery, ping]) room.wake();
-    },
-    wakeAt: () =>
-      Math.min(
-        ...[channel.wakeAt(), paths.wakeAt(), traversal.wakeAt()],
-        ...[calls.wakeAt(), delivery.wakeAt(), ping.wakeAt()],
-      ),
+    onPunched: paths.punchAgain, // the word of the six-step flow: the peer's hole is open, so our next punch will pass
+    onJump: delivery.onJump,
+    call: calls.ask,
+    callAgain: calls.again,
+    /** How dear it is to us, in order of weight; null: something waits to be sent. */
+    rank: () => delivery.isIdle() ? [Number(delivery.hasSent()), Number(c.best() !== null), talkedAt] : null,
+    wakeAt: () => rooms.reduce((at, room) => Math.min(at, room.wakeAt()), Infinity),
   };
 }
 
@@ -944,40 +918,6 @@ const MAX_PATHS = 32, MAX_PROBES = 256;
 /** To one peer, where nothing has come back from yet. Sprays have a limit of their own. */
 const PUNCHES_PER_PEER: Rate = { perSecond: 30, burst: 300 };
 
-interface Path {
-  kind: "direct" | "lan";
-  rtt: Estimator;
-  endpoint: Endpoint;
-  socket: number;
-  state: "trying" | "good" | "suspect"; // only the path in use is more than `trying`
-  waitingSince: number; // since when something sent on it waits for an answer
-  answeredAt: number;
-  bornAt: number;
-  probeAt: number;
-  fastProbes: number; // since it has become suspect
-}
-
-interface PathWiring {
-  relay: Way;
-  candidates(): Endpoint[]; // where the server has seen the peer, and its addresses on our LAN
-  own(): Endpoint | undefined; // as the server sees us
-  seal(probe: number): Uint8Array | null; // a punch, which asks: did this reach you?
-  echo(probe: number, way: Way): boolean;
-  hostMayPunch(): boolean;
-  talkedAt(): number;
-  isNeeded(socket: number): boolean; // for something else
-  isRenewal(path: Path): boolean; // made to replace the one in use
-  onPong(probe: number, way: Way, rttMs: number): void;
-  onPunched(): void;
-  onStuck(): void;
-  onPunchedOut(): void;
-  onBest(): void;
-  onSuspect(): void;
-  onDoubt(): void;
-  onLost(): void;
-  onAge(): void;
-}
-
 function kindOf(endpoint: Endpoint): "direct" | "lan" {
   const scope = scopeOf(hostOf(endpoint));
   return scope === "private" || scope === "loopback" ? "lan" : "direct";
@@ -989,16 +929,42 @@ function isUsable(candidate: Endpoint, own: Endpoint): boolean {
   return scope === "public" || scope === "private" || (scope === "loopback" && scopeOf(hostOf(own)) === "loopback");
 }
 
+const newPath = (endpoint: Endpoint, socket: number, now: number) => ({
+  kind: kindOf(endpoint),
+  rtt: newEstimator(),
+  endpoint,
+  socket,
+  state: "trying" as "trying" | "good" | "suspect", // only the path in use is more than `trying`
+  waitingSince: Infinity, // since when something sent on it waits for an answer
+  answeredAt: now,
+  bornAt: now,
+  probeAt: Infinity,
+  fastProbes: 0, // since it has become suspect
+});
+type Path = ReturnType<typeof newPath>;
+
 const patience = ({ rtt }: Path) => Math.min(RTO_MAX_MS, Math.max(SUSPECT_MS, 3 * (rtt.srtt ?? 0)));
 
-function createPaths(io: Io, wiring: PathWiring) {
+type PathEvent = "best" | "suspect" | "doubt" | "lost" | "ageing" | "punched" | "stuck" | "punchedOut";
+function createPaths(
+  io: Io,
+  c: Context,
+  attempt: { holds(socket: number): boolean; made(path: Path): boolean }, // to replace a path that still works
+  on: Record<PathEvent, () => void> & {
+    echo(probe: number, way: Way): boolean;
+    pong(probe: number, way: Way, rttMs: number): void;
+  },
+) {
   let paths: Path[] = [], best: Path | null = null;
   /** Punches and pings that wait for their echo. One `toManyPorts` keeps waiting: whichever port answers is a path. */
   const probes = new Map<number, { way: Way; at: number; toManyPorts: boolean }>();
   /** How long the last two paths lived, and when to replace this one before it dies too. */
   let lifetimes: number[] = [], renewAt = Infinity;
   const punching = createScript(io), mayPunchMore = createLimit(PUNCHES_PER_PEER);
-  const peerMayPunch = () => mayPunchMore(io.now) && wiring.hostMayPunch();
+  const peerMayPunch = () => mayPunchMore(io.now) && c.hostMayPunch();
+
+  /** Where the server has seen the peer, and its addresses on our LAN. */
+  const candidates = () => c.canBeDirect ? c.peer()?.candidates ?? [] : [];
 
   const over = (origin: Origin) =>
     paths.find(({ socket, endpoint }) => socket === origin?.socket && endpoint === origin.from) ?? null;
@@ -1007,23 +973,12 @@ function createPaths(io: Io, wiring: PathWiring) {
   function pathTo(origin: Origin & object): Path | null {
     const found = over(origin), { from: endpoint, socket } = origin, host = hostOf(endpoint);
     if (found) return found;
-    if (!wiring.candidates().some((candidate) => hostOf(candidate) === host)) return null;
+    if (!candidates().some((candidate) => hostOf(candidate) === host)) return null;
     if (paths.length >= MAX_PATHS) {
       const spare = paths.find(({ state }) => state === "trying");
       drop((path) => path !== spare);
     }
-    const path: Path = {
-      kind: kindOf(endpoint),
-      rtt: newEstimator(),
-      endpoint,
-      socket,
-      state: "trying",
-      waitingSince: Infinity,
-      answeredAt: io.now,
-      bornAt: io.now,
-      probeAt: Infinity,
-      fastProbes: 0,
-    };
+    const path = newPath(endpoint, socket, io.now);
     paths.push(path);
     return path;
   }
@@ -1033,7 +988,7 @@ function createPaths(io: Io, wiring: PathWiring) {
     const gone = paths.filter((path) => !isKept(path));
     paths = paths.filter(isKept);
     for (const { socket } of gone) {
-      if (!wiring.isNeeded(socket) && !paths.some((path) => path.socket === socket)) io.close(socket);
+      if (!attempt.holds(socket) && !paths.some((path) => path.socket === socket)) io.close(socket);
     }
   }
 
@@ -1045,18 +1000,19 @@ function createPaths(io: Io, wiring: PathWiring) {
       for (const at of PUNCH_AT_MS) {
         yield startAt + at;
         const good = best?.state === "good" ? best : null;
-        const wanted = wiring.candidates().filter((endpoint) =>
-          isUsable(endpoint, wiring.own() ?? endpoint) && (!good || (kindOf(endpoint) === "lan" && good.kind !== "lan"))
+        const wanted = candidates().filter((endpoint) =>
+          isUsable(endpoint, c.server()?.public ?? endpoint) &&
+          (!good || (kindOf(endpoint) === "lan" && good.kind !== "lan"))
         );
         for (const from of wanted) {
           const path = pathTo({ socket: 0, from });
           if (path) punch(path);
         }
-        if (io.now >= startAt + FRESH_SOCKETS_AFTER_MS && !good) wiring.onStuck();
-        if (at === 0) wiring.onPunched();
+        if (io.now >= startAt + FRESH_SOCKETS_AFTER_MS && !good) on.stuck();
+        if (at === 0) on.punched();
         if (wanted.length === 0) break;
       }
-      wiring.onPunchedOut();
+      on.punchedOut();
     }());
   }
 
@@ -1070,7 +1026,7 @@ function createPaths(io: Io, wiring: PathWiring) {
   /** Punches on a path; one in use waits for the echo, even if there is no session any more to seal the punch with. */
   function punch(path: Path): void {
     if (path.state === "trying" && !peerMayPunch()) return;
-    const data = wiring.seal(newProbe(path));
+    const data = c.punch(newProbe(path));
     if (data) io.send(path.socket, path.endpoint, data);
     if (path.state !== "trying") path.waitingSince = Math.min(path.waitingSince, io.now);
   }
@@ -1079,7 +1035,7 @@ function createPaths(io: Io, wiring: PathWiring) {
     const path = origin && pathTo(origin);
     if (origin && !path) return;
     if (path?.state === "trying" && !peerMayPunch()) return;
-    const isSent = wiring.echo(probe, path ?? wiring.relay);
+    const isSent = on.echo(probe, path ?? c.relay);
     if (isSent && path?.state === "trying") punch(path); // it passed inwards, now ours will pass outwards
   }
 
@@ -1090,7 +1046,7 @@ function createPaths(io: Io, wiring: PathWiring) {
     if (!way || (way.kind === "relay" ? origin : way.endpoint !== origin?.from || way.socket !== origin.socket)) return;
     if (!asked.toManyPorts) probes.delete(probe);
     sample(way.rtt, io.now - asked.at);
-    wiring.onPong(probe, way, io.now - asked.at);
+    on.pong(probe, way, io.now - asked.at);
     if (way.kind !== "relay") onAnswer(way);
   }
 
@@ -1102,7 +1058,7 @@ function createPaths(io: Io, wiring: PathWiring) {
     path.answeredAt = io.now;
     const isBetter = !best || best.state !== "good" || (path.kind === "lan" && best.kind !== "lan") ||
       (path.kind === best.kind && path.rtt.srtt! < best.rtt.srtt! * QUICKER_FACTOR - QUICKER_MS) ||
-      wiring.isRenewal(path);
+      attempt.made(path);
     if (path !== best) return isBetter ? use(path) : undefined;
     path.state = "good";
     path.probeAt = nextProbeAt();
@@ -1116,14 +1072,14 @@ function createPaths(io: Io, wiring: PathWiring) {
     renewAt = path && isAbsolute ? io.now + shorter * RENEW_AT : Infinity;
     if (best) best.state = "trying";
     best = path;
-    if (!path) return wiring.onLost();
+    if (!path) return on.lost();
     path.state = "good";
     path.probeAt = nextProbeAt();
-    wiring.onBest();
+    on.best();
   }
 
   function nextProbeAt(): number {
-    const silence = io.now - wiring.talkedAt();
+    const silence = io.now - c.talkedAt();
     return silence >= WARM_MS ? Infinity : io.now + (silence < ACTIVE_MS ? ACTIVE_PROBE_MS : spread(io, WARM_PROBE_MS));
   }
 
@@ -1133,7 +1089,7 @@ function createPaths(io: Io, wiring: PathWiring) {
     path.state = "suspect";
     path.fastProbes = 0;
     path.probeAt = io.now;
-    wiring.onSuspect();
+    on.suspect();
   }
 
   function wakeBest(path: Path): void {
@@ -1144,7 +1100,7 @@ function createPaths(io: Io, wiring: PathWiring) {
       path.probeAt = nextProbeAt();
     } else if (path.fastProbes < FAST_PROBES) {
       punch(path);
-      if (++path.fastProbes === PROBES_BEFORE_DOUBT) wiring.onDoubt();
+      if (++path.fastProbes === PROBES_BEFORE_DOUBT) on.doubt();
       path.probeAt = io.now + (path.fastProbes < FAST_PROBES ? FAST_PROBE_MS : patience(path));
     } else {
       paths = paths.filter((other) => other !== path);
@@ -1154,14 +1110,8 @@ function createPaths(io: Io, wiring: PathWiring) {
   }
 
   return {
-    over,
-    newProbe,
-    startPunching,
-    onPunch,
-    onEcho,
-    onAnswer,
+    ...{ over, newProbe, startPunching, onPunch, onEcho, onAnswer, isPunching: punching.isOn },
     best: () => best,
-    isPunching: punching.isOn,
     /** The peer's hole is open by now. */
     punchAgain(): void {
       if (!punching.isOn() || best) return;
@@ -1188,7 +1138,7 @@ function createPaths(io: Io, wiring: PathWiring) {
       if (best) wakeBest(best);
       if (io.now < renewAt) return;
       renewAt = Infinity;
-      if (io.now - wiring.talkedAt() < ABSOLUTE_LIFETIME_MS) wiring.onAge();
+      if (io.now - c.talkedAt() < ABSOLUTE_LIFETIME_MS) on.ageing();
     },
     wakeAt(): number {
       const suspectAt = best?.state === "good" ? best.waitingSince + patience(best) : Infinity;
@@ -1222,95 +1172,76 @@ const SEQUENCE_STEP = 8, BLOCK_SPAN = 4_096;
 const BLOCK_GUESS = 512;
 const LOWEST_PORT = 1_024;
 
-interface Question {
-  socket: number;
-  to: Endpoint;
-  changeIp?: boolean; // to be answered from the server's other address
-  changePort?: boolean; // to be answered from another port of the server's
-}
+/** `changeIp`, `changePort`: to be answered from the server's other address, or from another port of it. */
+type Question = { socket: number; to: Endpoint; changeIp?: boolean; changePort?: boolean };
+/** What a discovery has to ask, each of these once. */
+type Topic = "second port" | "other address" | "observer" | "third port" | "unknown address" | NumberedTopic;
+type NumberedTopic = `${"sample" | "hairpin"} ${number}`;
 
-/** What a discovery has to ask: each of these once. */
-type Topic =
-  | "second port"
-  | "other address"
-  | "observer"
-  | "third port"
-  | "unknown address"
-  | `${"sample" | "hairpin"} ${number}`;
-
-/** What it knows by now. */
+/** What a discovery knows by now. */
 interface Facts {
   server: Endpoint;
   secondPort: Endpoint; // of the server
   observer: Endpoint | undefined;
   seen: Endpoint; // our public endpoint
-  isNone: boolean; // which is one of our own addresses
+  isNone: boolean; // which is an address of our own
   samples: { socket: number; inside: number }[]; // fresh sockets, in the order of their first packets
   answers: Map<Topic, Stun | null>; // null: no answer after all tries
 }
 
-/** The outside port of each sample, 0 if there was no answer. */
-const outsidePorts = ({ samples, answers }: Facts) => samples.map((_, i) => portOf(answers.get(`sample ${i}`)));
-const portOf = (answer: Stun | null | undefined) => answer?.mapped ? parseEndpoint(answer.mapped)!.port : 0;
-
 /** All that can be asked with what is known by now. */
-function questions(facts: Facts): [Topic, Question][] {
-  const { server, secondPort, observer, seen, samples, answers } = facts;
-  const asked: [Topic, Question][] = [["second port", { socket: 0, to: secondPort }]];
-  const other = answers.get("second port")?.other, otherOfSample = answers.get("sample 0")?.other;
-  if (other) asked.push(["other address", { socket: 0, to: other }]);
-  if (observer) asked.push(["observer", { socket: 0, to: observer }]);
-  asked.push(["third port", { socket: 0, to: server, changePort: true }]);
-  for (const [i, { socket }] of samples.entries()) asked.push([`sample ${i}`, { socket, to: server }]);
-  // By a socket that has not written to the other address, as socket 0 has.
-  const [first] = samples;
-  if (first && otherOfSample) {
-    asked.push(["unknown address", { socket: first.socket, to: server, changeIp: true, changePort: true }]);
-  }
+function questions({ server, secondPort, observer, seen, samples, answers }: Facts): [Topic, Question][] {
+  const ask = (topic: Topic, to: Endpoint | undefined, from?: { socket: number }, change = {}): [Topic, Question][] =>
+    to ? [[topic, { socket: from?.socket ?? 0, to, ...change }]] : [];
   // Both ways at once, since the mappings filter: a hairpin is a hole punched towards oneself.
-  if (samples.length === SAMPLES && outsidePorts(facts).every((port) => port > 0)) {
-    const last = [...answers.keys()].findLast((topic) => topic.startsWith("sample"))!;
-    const { socket } = samples[Number(last.slice(-1))]!, outside = answers.get(last)!.mapped!;
-    asked.push(["hairpin 0", { socket, to: seen }], ["hairpin 1", { socket: 0, to: outside }]);
-  }
-  return asked;
+  const last = [...answers.keys()].findLast((topic) => topic.startsWith("sample")) ?? "sample 0";
+  const outside = outsidePorts({ samples, answers }).filter((port) => port > 0);
+  const lastSeen = outside.length === SAMPLES ? answers.get(last)?.mapped : undefined;
+  const lastSample = samples[Number(last.slice(-1))];
+  return [
+    ...ask("second port", secondPort),
+    ...ask("other address", answers.get("second port")?.other),
+    ...ask("observer", observer),
+    ...ask("third port", server, undefined, { changePort: true }),
+    ...samples.flatMap((sample, i) => ask(`sample ${i}`, server, sample)),
+    // By a socket that has not written to the other address, as socket 0 has.
+    ...ask("unknown address", answers.get("sample 0")?.other && server, samples[0], {
+      changeIp: true,
+      changePort: true,
+    }),
+    ...ask("hairpin 0", lastSeen && seen, lastSample),
+    ...ask("hairpin 1", lastSeen),
+  ];
 }
 
 /** Without these answers half a class would mislead. */
 const isEssential = (topic: Topic) => topic === "second port" || topic.startsWith("sample");
 
-/** The class of NAT that the facts leave; what one address of a server cannot tell stays unknown. */
-function classOf(facts: Facts): NatClass {
-  const { isNone, seen, answers } = facts;
+/** The outside port of each sample, 0 if there was no answer. */
+const outsidePorts = ({ samples, answers }: Pick<Facts, "samples" | "answers">) =>
+  samples.map((_, i) => portOf(answers.get(`sample ${i}`)));
+const portOf = (answer: Stun | null | undefined) => answer?.mapped ? parseEndpoint(answer.mapped)!.port : 0;
+
+// What one address of a server cannot tell stays unknown.
+
+function mappingOf({ isNone, seen, answers }: Facts): NatClass["mapping"] {
   const second = answers.get("second port")?.mapped;
   const elsewhere = answers.get("other address")?.mapped ?? answers.get("observer")?.mapped;
-  const mapping = isNone
-    ? "EIM"
-    : second !== undefined && second !== seen
-    ? "APDM"
-    : elsewhere === undefined
-    ? "unknown"
-    : elsewhere === seen
-    ? "EIM"
-    : "ADM";
-  const thirdPort = answers.get("third port"), address = answers.get("unknown address");
-  const filtering = thirdPort === undefined
-    ? "unknown"
-    : thirdPort === null
-    ? "APDF"
-    : address === undefined
-    ? "unknown"
-    : address
-    ? "EIF"
-    : "ADF";
-  return { mapping, filtering, allocation: allocationOf(facts) };
+  if (isNone) return "EIM";
+  if (second !== undefined && second !== seen) return "APDM";
+  return elsewhere === undefined ? "unknown" : elsewhere === seen ? "EIM" : "ADM";
+}
+
+function filteringOf({ answers }: Facts): NatClass["filtering"] {
+  const port = answers.get("third port"), address = answers.get("unknown address");
+  if (!port) return port === null ? "APDF" : "unknown";
+  return address === undefined ? "unknown" : address ? "EIF" : "ADF";
 }
 
 function allocationOf(facts: Facts): NatClass["allocation"] {
-  const outside = outsidePorts(facts), inside = facts.samples.map(({ inside }) => inside);
-  const known = outside.filter((port) => port > 0);
+  const outside = outsidePorts(facts), known = outside.filter((port) => port > 0);
   if (known.length < SAMPLES - 1) return "unknown"; // one may be lost, four times over
-  if (outside.every((port, i) => port === 0 || port === inside[i])) return "preserving";
+  if (facts.samples.every(({ inside }, i) => outside[i] === 0 || outside[i] === inside)) return "preserving";
   if (stepOf(known) !== 0) return "sequential";
   return Math.max(...known) - Math.min(...known) <= BLOCK_SPAN ? "block" : "random";
 }
@@ -1322,75 +1253,61 @@ function stepOf(ports: number[]): number {
   return isSequence ? sign * Math.min(...steps.map(Math.abs)) : 0;
 }
 
-interface DiscoveryWiring {
-  observer: Endpoint | undefined;
-  session(): { server: Endpoint; public: Endpoint; secondPort: number } | null;
-  isOwn(host: string): boolean; // an address of this host
-  onClass(): void; // our NAT is of another class than we thought
-}
-
 type Discovery = ReturnType<typeof createDiscovery>;
-function createDiscovery(io: Io, wiring: DiscoveryWiring) {
+function createDiscovery(
+  io: Io,
+  { observer, server: session }: { observer: Endpoint | undefined; server(): ServerSession | null },
+  on: { isOwn(host: string): boolean; changed(): void }, // an address of this host; our class of NAT is another one
+) {
   let nat = UNKNOWN_NAT, hairpin: boolean | null = null;
   /** Of a sequential allocation: the step; of one in blocks: lowest and highest port that may belong to ours. */
   let stride = 1, block: number[] = [];
   /** The discovery under way; it is outdated if our endpoint has changed meanwhile, and another one follows. */
-  let current: { facts: Facts; asked: Set<Topic>; isOutdated: boolean } | null = null;
+  let current: { facts: Facts; topics: Set<Topic>; isOutdated: boolean } | null = null;
   const waiting: (() => void)[] = [];
   /** What can be tried is another matter now, and the server, which tells our peers, is yet to confirm that it knows. */
   let changeUnconfirmed = false;
-  const open = new Map<
-    string,
-    { question: Question; data: Uint8Array; tries: number; dueAt: number; done(answer: Stun | null): void }
-  >();
+  const asked = new Map<string, { question: Question; data: Uint8Array; tries: number; dueAt: number; done: Done }>();
+  type Done = (answer: Stun | null) => void;
 
   /** Asks a STUN server how it sees one of our sockets; null after all tries: nothing has come back. */
-  function ask(question: Question, done: (answer: Stun | null) => void): void {
+  function ask(question: Question, done: Done): void {
     const transaction = STUN_COOKIE + hex(io.random(12));
     const data = encodeStunRequest({ ...question, transaction });
-    open.set(transaction, { question, data, tries: 0, dueAt: io.now, done });
+    asked.set(transaction, { question, data, tries: 0, dueAt: io.now, done });
     wake();
   }
 
   function wake(): void {
-    for (const [transaction, asked] of open) {
-      if (io.now < asked.dueAt) continue;
-      if (asked.tries++ < QUESTION_TRIES) {
-        asked.dueAt = io.now + QUESTION_MS;
-        io.send(asked.question.socket, asked.question.to, asked.data);
+    for (const [transaction, one] of asked) {
+      if (io.now < one.dueAt) continue;
+      if (one.tries++ < QUESTION_TRIES) {
+        one.dueAt = io.now + QUESTION_MS;
+        io.send(one.question.socket, one.question.to, one.data);
       } else {
-        open.delete(transaction);
-        asked.done(null);
+        asked.delete(transaction);
+        one.done(null);
       }
     }
   }
 
   function receive(data: Uint8Array): void {
-    const stun = decodeStun(data), asked = stun && open.get(stun.transaction);
-    if (!asked) return;
-    if (stun.kind === "request") hairpin = true; // our own question has come back to us by our public address
-    else {
-      open.delete(stun.transaction);
-      asked.done(stun.kind === "response" ? stun : null);
-    }
+    const stun = decodeStun(data), one = stun && asked.get(stun.transaction);
+    if (!one) return;
+    if (stun.kind === "request") return void (hairpin = true); // our own question, which comes by our public address
+    asked.delete(stun.transaction);
+    one.done(stun.kind === "response" ? stun : null);
   }
 
   /** One discovery at a time. */
   function start(): void {
-    const session = wiring.session();
-    if (!session || isIPv6(session.server)) return;
+    const { server, secondPort, public: seen } = session() ?? {};
+    if (!server || !seen || isIPv6(server)) return;
     if (current) return void (current.isOutdated = true);
-    const { server, public: seen } = session, host = hostOf(seen);
-    const facts: Facts = {
-      server,
-      secondPort: formatEndpoint(hostOf(server), session.secondPort),
-      observer: wiring.observer,
-      seen,
-      isNone: wiring.isOwn(host) || scopeOf(host) === "loopback",
-      samples: [],
-      answers: new Map(),
-    };
-    current = { facts, asked: new Set(), isOutdated: false };
+    const isNone = on.isOwn(hostOf(seen)) || scopeOf(hostOf(seen)) === "loopback";
+    const second = formatEndpoint(hostOf(server), secondPort!);
+    const facts: Facts = { server, secondPort: second, observer, seen, isNone, samples: [], answers: new Map() };
+    current = { facts, topics: new Set(), isOutdated: false };
     hairpin = null;
     askAll();
     for (let i = 0; i < SAMPLES; i++) {
@@ -1402,10 +1319,10 @@ function createDiscovery(io: Io, wiring: DiscoveryWiring) {
   }
 
   /** Asks what can be asked by now and has not been asked yet. */
-  function askAll({ facts, asked } = current!): void {
+  function askAll({ facts, topics } = current!): void {
     for (const [topic, question] of questions(facts)) {
-      if (asked.has(topic)) continue;
-      asked.add(topic);
+      if (topics.has(topic)) continue;
+      topics.add(topic);
       if (topic === "hairpin 0") hairpin ??= false;
       ask(question, (answer) => {
         facts.answers.set(topic, answer);
@@ -1415,12 +1332,10 @@ function createDiscovery(io: Io, wiring: DiscoveryWiring) {
     }
   }
 
-  function settle({ facts, asked, isOutdated } = current!): void {
+  function settle({ facts, topics, isOutdated } = current!): void {
     const { samples, answers } = facts, isComplete = samples.length === SAMPLES;
-    if (isComplete && !isOutdated && [...asked].every((topic) => !isEssential(topic) || answers.has(topic))) {
-      believe(facts);
-    }
-    if (!isComplete || answers.size < asked.size) return;
+    if (isComplete && !isOutdated && [...topics].every((one) => !isEssential(one) || answers.has(one))) believe(facts);
+    if (!isComplete || answers.size < topics.size) return;
     for (const { socket } of samples) io.close(socket);
     current = null;
     if (isOutdated) start();
@@ -1429,29 +1344,24 @@ function createDiscovery(io: Io, wiring: DiscoveryWiring) {
 
   /** What the facts say of our NAT. If that changes what can be tried, calls under way begin again, see `confirm`. */
   function believe(facts: Facts): void {
-    const found = classOf(facts), ports = outsidePorts(facts).filter((port) => port > 0);
+    const found = { mapping: mappingOf(facts), filtering: filteringOf(facts), allocation: allocationOf(facts) };
+    const ports = outsidePorts(facts).filter((port) => port > 0), low = Math.min(...ports), high = Math.max(...ports);
     stride = stepOf(ports) || 1;
-    block = [
-      Math.max(LOWEST_PORT, Math.max(...ports) - BLOCK_GUESS),
-      Math.min(65_535, Math.min(...ports) + BLOCK_GUESS),
-    ];
+    block = [Math.max(LOWEST_PORT, high - BLOCK_GUESS), Math.min(65_535, low + BLOCK_GUESS)];
     if (JSON.stringify(found) === JSON.stringify(nat)) return;
     changeUnconfirmed ||= isSymmetric(found) !== isSymmetric(nat) ||
       (isSymmetric(found) && found.allocation !== nat.allocation);
     nat = found;
-    wiring.onClass();
+    on.changed();
   }
 
   return {
-    ask,
-    receive,
-    start,
-    wake,
+    ...{ ask, receive, start, wake },
     nat: () => nat,
     hairpin: () => hairpin,
     stride: () => stride,
     block: () => block,
-    isAsking: () => open.size > 0,
+    isAsking: () => asked.size > 0,
     /** Calls back as soon as nothing is being found out. */
     whenDone: (tell: () => void) => current ? void waiting.push(tell) : tell(),
     /** The server knows our class; true if that has just changed what can be tried. */
@@ -1460,7 +1370,7 @@ function createDiscovery(io: Io, wiring: DiscoveryWiring) {
       changeUnconfirmed = false;
       return hasChanged;
     },
-    wakeAt: () => [...open.values()].reduce((at, { dueAt }) => Math.min(at, dueAt), Infinity),
+    wakeAt: () => [...asked.values()].reduce((at, { dueAt }) => Math.min(at, dueAt), Infinity),
   };
 }
 
@@ -1511,21 +1421,28 @@ const ATTEMPTS_PER_PEER: Rate = { perSecond: 0.2, burst: 6 };
 
 type Plan = Peer & { type: "P2PPLAN" };
 
-interface Attempt {
-  number: number;
-  startedAt: number;
-  endAt: number;
-  symmetric: boolean; // whom it takes for symmetric: us,
+/** What it takes for symmetric, and whether our ports cannot be predicted then. */
+interface Cell {
+  symmetric: boolean; // us,
   peerSymmetric: boolean; // and the peer
-  random: boolean; // our ports cannot be predicted
-  careful: boolean; // all openers of a spray die on the way: not once that has failed, as our own NAT may be farther away
-  sockets: { socket: number; port: number }[]; // opened for it; none: socket 0 serves
-  plan: Plan | null;
-  theirs: Plan | null;
-  tellAt: number; // when our plan is told (again)
-  isSending: boolean;
-  isSpraying: boolean; // or has sprayed
+  random: boolean;
+  peerRandom: boolean;
 }
+
+const newAttempt = (number: number, theirs: Plan | null, cell: Cell, now: number) => ({
+  number,
+  ...cell,
+  careful: false, // all openers of a spray die on the way: not once that has failed, as our own NAT may be farther away
+  startedAt: now,
+  endAt: now + (cell.random || cell.peerRandom ? SPRAY_ATTEMPT_MS : ATTEMPT_MS),
+  sockets: [] as { socket: number; port: number }[], // opened for it; none: socket 0 serves
+  plan: null as Plan | null,
+  theirs,
+  tellAt: Infinity, // when our plan is told (again)
+  isSending: false,
+  isSpraying: false, // or has sprayed
+});
+type Attempt = ReturnType<typeof newAttempt>;
 
 /** Who sprays: one conversation at a time. */
 interface SprayTurn {
@@ -1556,26 +1473,13 @@ function coprime(start: number): number {
   return stride;
 }
 
-interface TraversalWiring {
-  canBeDirect: boolean;
-  discovery: Discovery;
-  session(): { server: Endpoint; public: Endpoint } | null;
-  peer(): Introduced;
-  isFirst(): boolean; // of the two of us, where both would do the same
-  isRetry(): boolean; // the search has failed before
-  best(): Path | null;
-  newProbe(): number;
-  seal(probe: number): Uint8Array | null;
-  tell(plan: Plan): boolean;
-  hasSession(): boolean;
-  hostMayPunch(): boolean;
-  hasSockets(count: number): boolean;
-  turn: SprayTurn;
-  prune(): void; // paths of sockets that nothing came through
-}
-
-function createTraversal(io: Io, wiring: TraversalWiring) {
-  const { discovery, session, best } = wiring, mayAttempt = createLimit(ATTEMPTS_PER_PEER);
+function createTraversal(
+  io: Io,
+  c: Context,
+  host: { discovery: Discovery; sprayTurn: SprayTurn; hasSockets(count: number): boolean; ownKey: Uint8Array },
+  on: { newProbe(): number; isRetry(): boolean; tell(plan: Plan): boolean; ended(): void },
+) {
+  const { discovery, sprayTurn } = host, { best } = c, mayAttempt = createLimit(ATTEMPTS_PER_PEER);
   const volleys = createScript(io), spray = createScript(io);
   let attempt: Attempt | null = null;
 
@@ -1586,10 +1490,10 @@ function createTraversal(io: Io, wiring: TraversalWiring) {
   /** We alone are symmetric: our packets open our NAT to one port of the peer, which finds out where. */
   const isOpener = ({ symmetric, peerSymmetric }: Attempt) => symmetric && !peerSymmetric;
   /** Where the server sees the peer, in IPv4. */
-  const target = () => wiring.peer().candidates.findLast((endpoint) => !isIPv6(endpoint));
+  const target = () => c.peer()!.candidates.findLast((endpoint) => !isIPv6(endpoint));
 
   function onIntroduction(): void {
-    const nat = discovery.nat(), peerNat = wiring.peer().nat;
+    const nat = discovery.nat(), peerNat = c.peer()!.nat;
     const isPermissive = ["EIF", "ADF"].includes(isSymmetric(nat) ? peerNat.filtering : nat.filtering);
     if (best() || !(isSymmetric(nat) || isSymmetric(peerNat)) || isPermissive) return; // plain punches will do
     if (!attempt) return begin(0);
@@ -1600,38 +1504,33 @@ function createTraversal(io: Io, wiring: TraversalWiring) {
     else if (!attempt.isSpraying) begin(attempt.number, attempt.theirs);
   }
 
+  /** Of the two of us, where both would do the same. */
+  const isFirst = () => isLower(host.ownKey, c.peer()!.key);
+
+  function cellOf(nat: NatClass, peerNat: NatClass, number: number): Cell {
+    const symmetric = isTakenForSymmetric(nat, peerNat, { number, isFirst: isFirst() });
+    const peerSymmetric = isTakenForSymmetric(peerNat, nat, { number, isFirst: !isFirst() });
+    const random = symmetric && !isPredictable(nat), peerRandom = peerSymmetric && !isPredictable(peerNat);
+    return { symmetric, peerSymmetric, random, peerRandom };
+  }
+
   /** Begins an attempt, if it is not hopeless. */
   function begin(number: number, theirs: Plan | null = null): void {
-    const nat = discovery.nat(), peerNat = wiring.peer().nat, isFirst = wiring.isFirst();
-    const symmetric = isTakenForSymmetric(nat, peerNat, { number, isFirst });
-    const peerSymmetric = isTakenForSymmetric(peerNat, nat, { number, isFirst: !isFirst });
-    const random = symmetric && !isPredictable(nat), peerRandom = peerSymmetric && !isPredictable(peerNat);
+    const nat = discovery.nat(), peerNat = c.peer()!.nat, cell = cellOf(nat, peerNat, number);
+    const { symmetric, peerSymmetric, random, peerRandom } = cell;
     end();
     if (!mayAttempt(io.now)) return;
     // Behind our own NAT, which does not hairpin: nothing that is sent to its public address arrives.
-    const own = session(), to = target();
+    const own = c.server(), to = target();
     if (own && to && hostOf(to) === hostOf(own.public) && discovery.hairpin() === false) return;
     if (number === RENEWAL && (isRandom(nat) || isRandom(peerNat))) return; // a spray each minute is no way to live
     if (symmetric && peerSymmetric && (random || peerRandom)) return; // the odds are quadratic
-    if ((number > MAX_ATTEMPT && number !== RENEWAL) || !wiring.canBeDirect) return;
+    if ((number > MAX_ATTEMPT && number !== RENEWAL) || !c.canBeDirect) return;
     const ofSymmetric = random ? SPRAY_SOCKETS : peerSymmetric ? GUESS_SOCKETS : OPENER_SOCKETS;
     const count = symmetric ? ofSymmetric : peerSymmetric ? 0 : 1;
-    if (!wiring.hasSockets(count)) return;
-    const mine: Attempt = attempt = {
-      number,
-      startedAt: io.now,
-      endAt: io.now + (random || peerRandom ? SPRAY_ATTEMPT_MS : ATTEMPT_MS),
-      symmetric,
-      peerSymmetric,
-      random,
-      careful: random && !wiring.isRetry(),
-      sockets: [],
-      plan: null,
-      theirs,
-      tellAt: Infinity,
-      isSending: false,
-      isSpraying: false,
-    };
+    if (!host.hasSockets(count)) return;
+    const mine = attempt = newAttempt(number, theirs, cell, io.now);
+    mine.careful = random && !on.isRetry();
     beginSending(mine);
     if (count === 0) makePlan(mine);
     let left = count;
@@ -1647,7 +1546,7 @@ function createTraversal(io: Io, wiring: TraversalWiring) {
   // -- plans: which outside ports our next packets to the peer will have, each from a socket that has sent nothing yet
 
   function makePlan(mine: Attempt): void {
-    const own = session(), { allocation } = discovery.nat(), inside = mine.sockets.map(({ port }) => port);
+    const own = c.server(), { allocation } = discovery.nat(), inside = mine.sockets.map(({ port }) => port);
     if (!own) return;
     const [first] = mine.sockets;
     const askOutside = (socket: number, then: (port: number) => void) =>
@@ -1679,16 +1578,15 @@ function createTraversal(io: Io, wiring: TraversalWiring) {
   function onPlan(theirs: Plan): void {
     const path = best();
     const isWanted = path?.state !== "good" || (theirs.attempt === RENEWAL && io.now - path.bornAt > RENEWED_MS);
-    if (!wiring.canBeDirect || !isWanted) return;
+    if (!c.canBeDirect || !isWanted) return;
     if (!attempt || theirs.attempt > attempt.number) begin(theirs.attempt);
     if (!attempt || attempt.theirs || theirs.attempt !== attempt.number) return;
     attempt.theirs = theirs;
-    if (io.now >= attempt.tellAt) tellPlan(attempt);
     beginSending(attempt);
   }
 
   function tellPlan(mine: Attempt): void {
-    if (mine.plan) mine.tellAt = wiring.tell(mine.plan) ? io.now + TELL_PLAN_MS : Infinity; // until there is a session
+    if (mine.plan) mine.tellAt = on.tell(mine.plan) ? io.now + TELL_PLAN_MS : Infinity; // until there is a session
   }
 
   // -- sending
@@ -1714,9 +1612,9 @@ function createTraversal(io: Io, wiring: TraversalWiring) {
     const both = mine.symmetric && mine.peerSymmetric, opens = isOpener(mine);
     const ttl = opens && (isFirstOne || mine.careful) ? OPENER_TTL : undefined;
     // Against another counter: ours may be off by foreign flows, hence one side guesses how many there were.
-    const guesses = wiring.peer().nat.allocation === "sequential" &&
-      (discovery.nat().allocation === "preserving" || wiring.isFirst());
-    const probe = wiring.newProbe();
+    const guesses = c.peer()!.nat.allocation === "sequential" &&
+      (discovery.nat().allocation === "preserving" || isFirst());
+    const probe = on.newProbe();
     for (const [i, { socket }] of (mine.sockets.length > 0 ? mine.sockets : [{ socket: 0 }]).entries()) {
       const ith = i + (guesses ? i % FOREIGN_FLOWS : 0);
       const targets = both ? ports.slice(ith, ith + 1) : opens ? [ports[0] ?? parseEndpoint(to)!.port] : ports;
@@ -1726,15 +1624,15 @@ function createTraversal(io: Io, wiring: TraversalWiring) {
 
   /** A punch to a port that nobody has announced as open. False: that would be too many. */
   function sendProbe(probe: number, at: { socket: number; to: Endpoint; ttl?: number | undefined }): boolean {
-    if (!wiring.hostMayPunch()) return false;
-    const data = wiring.seal(probe);
+    if (!c.hostMayPunch()) return false;
+    const data = c.punch(probe);
     if (data) io.send(at.socket, at.to, data, at.ttl);
     return true;
   }
 
   /** Sends to 2,048 ports in bursts: those of the peer's block first, then any, none twice. */
   function startSpray(mine: Attempt, [low = 0, high = -1]: number[]): void {
-    if (mine.isSpraying || !wiring.turn.take()) return;
+    if (mine.isSpraying || !sprayTurn.take()) return;
     mine.isSpraying = true;
     mine.endAt = io.now + SPRAY_ATTEMPT_MS;
     const first = randomNumber(io, 16), stride = coprime(randomNumber(io, 16)), span = Math.max(0, high - low + 1);
@@ -1742,7 +1640,7 @@ function createTraversal(io: Io, wiring: TraversalWiring) {
     spray.begin(function* () {
       for (let next = 0; next < SPRAY_PORTS;) {
         yield at;
-        const to = target(), probe = wiring.newProbe(), isFirstHalf = next < SPRAY_PORTS / 2;
+        const to = target(), probe = on.newProbe(), isFirstHalf = next < SPRAY_PORTS / 2;
         if (!to) return; // the peer is not there any more
         for (let sent = 0; sent < SPRAY_BURST; sent++, next++) {
           const port = next < span ? low + next : LOWEST_PORT + (first + next * stride) % PORTS;
@@ -1756,26 +1654,22 @@ function createTraversal(io: Io, wiring: TraversalWiring) {
   /** Closes the sockets that nothing came through. */
   function end(): void {
     for (const { socket } of attempt?.sockets ?? []) if (socket !== best()?.socket) io.close(socket);
-    if (attempt) wiring.prune();
+    if (attempt) on.ended();
     attempt = null;
     volleys.stop();
     spray.stop();
   }
 
   return {
-    begin,
-    end,
-    onIntroduction,
-    onPlan,
-    isRenewing,
-    isOn: () => attempt !== null,
-    startedAt: () => attempt?.startedAt ?? Infinity,
+    ...{ begin, end, onIntroduction, onPlan, isOn: () => attempt !== null },
+    /** Whether the attempt is there to replace a path, and has made this one. */
+    made: ({ bornAt }: Path) => isRenewing() && bornAt >= attempt!.startedAt,
     holds: (socket: number) => attempt?.sockets.some((one) => one.socket === socket) ?? false,
     onBest() {
-      if (attempt?.isSpraying) wiring.turn.giveBack();
+      if (attempt?.isSpraying) sprayTurn.giveBack();
     },
     onSessionReady() {
-      if (attempt?.plan && attempt.tellAt === Infinity && wiring.hasSession()) attempt.tellAt = io.now;
+      if (attempt?.plan && attempt.tellAt === Infinity && c.hasSession()) attempt.tellAt = io.now;
     },
     wake(): void {
       if (!attempt) return;
@@ -1784,7 +1678,7 @@ function createTraversal(io: Io, wiring: TraversalWiring) {
       if (!isSettled()) spray.wake();
       if (io.now < attempt.endAt) return;
       // The odds of a spray do not get better by another one right away.
-      const again = !best() && attempt.number < RENEWAL && ![discovery.nat(), wiring.peer().nat].some(isRandom);
+      const again = !best() && attempt.number < RENEWAL && ![discovery.nat(), c.peer()!.nat].some(isRandom);
       if (again) begin(attempt.number + 1);
       else end();
     },
@@ -1803,36 +1697,29 @@ function createTraversal(io: Io, wiring: TraversalWiring) {
 //
 // Who the peer is: the server's latest word on its key and its login, and the user's, who may have verified a key.
 
-interface IdentityWiring {
-  name: string;
-  isSelf: boolean;
-  known: User | undefined; // from the list of users
-  ownKey: Uint8Array;
-  isTrusted(key: Uint8Array): boolean;
-  mayWarn(): boolean;
-  onOtherLogin(): void;
-  onUntrusted(): void;
-}
-
-function createIdentity(io: Io, { name, known, ...wiring }: IdentityWiring) {
+function createIdentity(
+  io: Io,
+  { name, isTrusted }: Context,
+  { known, isSelf, ownKey }: { known: User | undefined; isSelf: boolean; ownKey: Uint8Array },
+  on: { otherLogin(): void; untrusted(): void; mayWarn(): boolean },
+) {
   let peer: Introduced | null = known ? { ...known, candidates: [], nat: UNKNOWN_NAT, punchAfterMs: 0 } : null;
-  const isTrusted = () => !peer || wiring.isTrusted(peer.key);
   /** It has another key than the one that was verified, or does not know our secret; and the login that we warned of. */
-  let untrusted = !isTrusted(), warnedOf: string | null = null;
+  let untrusted = peer !== null && !isTrusted(peer.key), warnedOf: string | null = null;
 
   /** Takes the server's word on who the peer is now; false if it cannot be. */
   function renew(now: Introduced): boolean {
     const key = hex(now.key), before = peer && hex(peer.key);
-    if (key === hex(wiring.ownKey) && !wiring.isSelf) return false; // our own messages would come back as somebody else's
+    if (key === hex(ownKey) && !isSelf) return false; // our own messages would come back as somebody else's
     if (before !== null && before !== key) {
-      const message = `The key of "${name}" has changed: it was started anew, or somebody else is in its place. ` +
+      const message = `The key of "${name}" has changed: it was started again, or somebody else is in its place. ` +
         `Compare again with: verify ${name}`;
       io.emit({ event: "error", code: "key-changed", message, notice: true });
     }
-    if (peer && (peer.nonce !== now.nonce || before !== key)) wiring.onOtherLogin();
+    if (peer && (peer.nonce !== now.nonce || before !== key)) on.otherLogin();
     peer = now;
-    untrusted = !isTrusted();
-    if (untrusted) wiring.onUntrusted();
+    untrusted = !isTrusted(peer.key);
+    if (untrusted) on.untrusted();
     return !untrusted;
   }
 
@@ -1840,7 +1727,7 @@ function createIdentity(io: Io, { name, known, ...wiring }: IdentityWiring) {
     renew,
     peer: () => peer,
     isUntrusted: () => untrusted,
-    onSession: () => void (untrusted = !isTrusted()),
+    onSession: () => void (untrusted = !isTrusted(peer!.key)),
     onVerified: () => void (untrusted = false),
     onUser(user: User): void {
       if (peer && peer.nonce !== user.nonce) renew({ ...peer, nonce: user.nonce, key: user.key });
@@ -1848,7 +1735,7 @@ function createIdentity(io: Io, { name, known, ...wiring }: IdentityWiring) {
     /** Somebody who passes for the peer does not know what it must know. */
     warn(): void {
       untrusted = true;
-      if (warnedOf === peer!.nonce || !wiring.mayWarn()) return;
+      if (warnedOf === peer!.nonce || !on.mayWarn()) return;
       warnedOf = peer!.nonce;
       const message =
         `"${name}" tries to talk to us but holds other keys or another secret: compare your --secret-file`;
@@ -1901,7 +1788,7 @@ interface Intake {
   onSecond(second: Second): void;
   onSealed(session: PeerSession, data: Uint8Array, origin: Origin): void;
   onCopy(session: PeerSession, probe: number, origin: Origin): void;
-  onSessionReady(): void;
+  onReady(): void;
 }
 
 /** Whom a peer's datagram is for, and in which session; null: there is only a handshake. */
@@ -1935,29 +1822,24 @@ const prologue = (initiator: Party, responder: Party) =>
   utf8.encode(`punch ${initiator.name} ${initiator.nonce} ${responder.name} ${responder.nonce}`);
 const ephemeralOf = ({ noise }: First) => hex(noise.subarray(0, 32));
 
-interface ChannelWiring {
-  switchboard: Switchboard;
-  rtt: Estimator; // of the relay
-  self(): Party | null; // null: not logged in
-  peer(): Introduced | null;
-  isTrusted(key: Uint8Array): boolean;
-  payload(): Peer; // what travels inside the first message
-  isNeeded(tries: number): boolean; // whether anything still waits for a session
-  sendOpening(message: Uint8Array, tries: number): void;
-  onHandshake(): void; // it has begun, and sees to the payload
-  onHandshakeOver(dueAt: number): void; // who has waited for it is due then
-  onStream(stream: string): void;
-  onSession(): void;
-  onAnswered(): void;
-  onUntrusted(): void;
-  onSessionReady(): void;
-  onFrame(frame: Peer, origin: Origin, stream: string): void;
-  onPunch(probe: number, origin: Origin): void;
-  acknowledge(session: PeerSession): void;
-}
-
-function createChannel(io: Io, options: ClientOptions, { switchboard, peer, ...wiring }: ChannelWiring) {
-  const { keys, psk = new Uint8Array(32) } = options, { byIndex, byEphemeral } = switchboard;
+type ChannelEvent = "handshake" | "session" | "answered" | "untrusted" | "ready";
+function createChannel(
+  io: Io,
+  { relay, server, peer, isTrusted }: Context,
+  options: ClientOptions,
+  { byIndex, byEphemeral, newIndex }: Switchboard,
+  on: Record<ChannelEvent, () => void> & {
+    payload(): Peer; // what travels inside the first message
+    isNeeded(tries: number): boolean; // whether anything still waits for a session
+    sendOpening(message: Uint8Array, tries: number): void;
+    acknowledge(session: PeerSession): void;
+    handshakeOver(dueAt: number): void; // who has waited for it is due then
+    stream(stream: string): void;
+    frame(frame: Peer, origin: Origin, stream: string): void;
+    punch(probe: number, origin: Origin): void;
+  },
+) {
+  const { keys, psk = new Uint8Array(32) } = options;
   const ownStream = io.random(STREAM_BYTES), mayBegin = createLimit(HANDSHAKES_PER_PEER);
   /** Sessions that the peer may still use, newest first; and the one that we use. */
   let sessions: PeerSession[] = [], inUse: PeerSession | null = null;
@@ -1975,11 +1857,12 @@ function createChannel(io: Io, options: ClientOptions, { switchboard, peer, ...w
     if (!opening?.handshake) return;
     byIndex.delete(opening.handshake.index);
     opening = { tries: 0, dueAt: 0, handshake: null };
-    wiring.onHandshakeOver(0);
+    on.handshakeOver(0);
   }
 
+  /** Opens a session if there is none, or if it is worn. */
   function open(): void {
-    if (opening || !wiring.self()) return;
+    if (opening || !server() || (current() && inUse!.sent <= REKEY_AFTER)) return;
     opening = { tries: 0, dueAt: io.now, handshake: null };
     sendOpening(opening);
   }
@@ -1987,18 +1870,18 @@ function createChannel(io: Io, options: ClientOptions, { switchboard, peer, ...w
   function sendOpening(opening: Opening): void {
     const now = peer();
     opening.handshake ??= now && beginHandshake(now);
-    opening.dueAt = io.now + timeout(wiring.rtt, ++opening.tries);
-    wiring.sendOpening(firstMessage(), opening.tries);
+    opening.dueAt = io.now + timeout(relay.rtt, ++opening.tries);
+    on.sendOpening(firstMessage(), opening.tries);
   }
 
   function beginHandshake(now: Introduced): Opening["handshake"] {
-    const own = { name: options.name, nonce: wiring.self()!.nonce }, payload = encodeInner(wiring.payload());
+    const own = { name: options.name, nonce: server()!.nonce }, payload = encodeInner(on.payload());
     const ephemeral = options.generateKeys();
     const handshake = { own: keys, peer: now.key, psk, prologue: prologue(own, now), ephemeral };
     const initiation = initiate(handshake, concat(ownStream, payload));
     if (!initiation) return null;
-    wiring.onHandshake();
-    const index = switchboard.newIndex();
+    on.handshake();
+    const index = newIndex();
     byIndex.set(index, { intake, session: null });
     return { index, initiation };
   }
@@ -2011,29 +1894,32 @@ function createChannel(io: Io, options: ClientOptions, { switchboard, peer, ...w
   }
 
   function onFirst(message: First): void {
-    const now = peer(), self = wiring.self();
-    if (!now || !self || !wiring.isTrusted(now.key) || !mayBegin(io.now)) return;
+    const now = peer(), login = server();
+    if (!now || !login || !isTrusted(now.key) || !mayBegin(io.now)) return;
     const ephemeral = options.generateKeys();
-    const response = respond(
-      { own: keys, peer: now.key, psk, prologue: prologue(now, self), ephemeral },
-      message.noise,
-    );
+    const response = respond({
+      own: keys,
+      peer: now.key,
+      psk,
+      prologue: prologue(now, { name: options.name, nonce: login.nonce }),
+      ephemeral,
+    }, message.noise);
     const inner = response && decodeInner(response.payload.subarray(STREAM_BYTES));
-    if (!response || !inner) return wiring.onUntrusted();
+    if (!response || !inner) return on.untrusted();
     const stream = hex(response.payload.subarray(0, STREAM_BYTES));
     let session: PeerSession | null = null;
     // If we have begun too, the handshake of the lower key goes on, and the other one only brings its payload.
     if (!opening?.handshake || !isLower(keys.public, now.key)) {
       const { message: second, keys: made } = response.answer(ownStream);
-      session = newSession({ index: switchboard.newIndex(), theirs: message.from, keys: made, stream, second });
+      session = newSession({ index: newIndex(), theirs: message.from, keys: made, stream, second });
       dropHandshake();
       opening = null;
     }
     if (byEphemeral.size >= MAX_EPHEMERALS) byEphemeral.delete(byEphemeral.keys().next().value!);
     byEphemeral.set(ephemeralOf(message), { intake, session });
-    wiring.onStream(stream);
-    wiring.onFrame(inner, null, stream);
-    if (session && session !== inUse) wiring.acknowledge(session);
+    on.stream(stream);
+    on.frame(inner, null, stream);
+    if (session && session !== inUse) on.acknowledge(session);
   }
 
   /**
@@ -2048,7 +1934,7 @@ function createChannel(io: Io, options: ClientOptions, { switchboard, peer, ...w
     for (const { index } of sessions.splice(MAX_SESSIONS)) byIndex.delete(index);
     if (!session.second || !works) inUse = session;
     byIndex.set(session.index, { intake, session });
-    wiring.onSession();
+    on.session();
     return session;
   }
 
@@ -2059,9 +1945,9 @@ function createChannel(io: Io, options: ClientOptions, { switchboard, peer, ...w
     const { keys, payload } = finished, stream = hex(payload);
     opening = null;
     newSession({ index: message.to, theirs: message.from, keys, stream, second: null });
-    wiring.onStream(stream);
-    wiring.onAnswered(); // the peer takes the new session when we have used it, see `newSession`
-    wiring.onHandshakeOver(io.now + timeout(wiring.rtt, 1));
+    on.stream(stream);
+    on.answered(); // the peer takes the new session when we have used it, see `newSession`
+    on.handshakeOver(io.now + timeout(relay.rtt, 1));
   }
 
   // -- sealing
@@ -2073,33 +1959,27 @@ function createChannel(io: Io, options: ClientOptions, { switchboard, peer, ...w
   }
 
   function onSealed(session: PeerSession, data: Uint8Array, origin: Origin): void {
-    if (!wiring.isTrusted(session.peerKey)) return;
+    if (!isTrusted(session.peerKey)) return;
     const frame = openPeer(data, session.keys.receive);
     if (!frame || !accept(session.window, peerHeader(data)!.counter)) return;
     if (session.second) inUse = session;
     session.second = null;
-    wiring.onFrame(frame, origin, session.stream);
-    wiring.onSessionReady();
+    on.frame(frame, origin, session.stream);
+    on.ready();
   }
 
   /** Another copy of the first message of a session. */
   function onCopy(session: PeerSession, probe: number, origin: Origin): void {
     if (!session.second) return; // the peer has our answer
-    if (!origin) wiring.acknowledge(session); // our answer was lost
-    else if (session === inUse) wiring.onPunch(probe, origin);
+    if (!origin) on.acknowledge(session); // our answer was lost
+    else if (session === inUse) on.punch(probe, origin);
   }
 
-  const intake: Intake = { onSecond, onSealed, onCopy, onSessionReady: wiring.onSessionReady };
+  const intake: Intake = { onSecond, onSealed, onCopy, onReady: on.ready };
   return {
-    current,
-    dropHandshake,
-    open,
-    onFirst,
-    seal,
-    stream: hex(ownStream),
+    ...{ current, dropHandshake, open, onFirst, seal, stream: hex(ownStream) },
     firstMessage: () => opening?.handshake ? firstMessage() : null,
-    hasSession: () => inUse !== null,
-    isWorn: () => inUse !== null && inUse.sent > REKEY_AFTER,
+    wasOpen: () => inUse !== null,
     canPunch: () => current() !== null || !!opening?.handshake,
     /** A punch. Until the peer has answered the handshake it is a copy of the first message. */
     punch(probe: number): Uint8Array | null {
@@ -2117,12 +1997,12 @@ function createChannel(io: Io, options: ClientOptions, { switchboard, peer, ...w
       for (const { index } of sessions) byIndex.delete(index);
     },
     wake(): void {
-      if (!opening || !wiring.self() || io.now < opening.dueAt) return;
-      if (wiring.isNeeded(opening.tries)) return sendOpening(opening);
+      if (!opening || !server() || io.now < opening.dueAt) return;
+      if (on.isNeeded(opening.tries)) return sendOpening(opening);
       dropHandshake();
       opening = null;
     },
-    wakeAt: () => wiring.self() ? opening?.dueAt ?? Infinity : Infinity,
+    wakeAt: () => server() ? opening?.dueAt ?? Infinity : Infinity,
   };
 }
 
@@ -2199,24 +2079,22 @@ const arrivalOf = ({ states, from }: AckFrame, { seq }: Part): PathKind | null =
 const isInFlight = ({ tries, arrival }: Part) => tries > 0 && arrival === null;
 const isInHandshake = ({ dueAt, arrival }: Part) => dueAt === Infinity && arrival === null;
 
-interface DeliveryWiring {
-  name: string; // of the peer
-  stream: string; // ours, which names the messages
-  relay: Way; // carries handshakes
-  way(): Way; // the one in use
-  hasSession(): boolean;
-  openSession(): void; // if there is none, or if it is worn
-  carry(frame: Peer, isLate: boolean): Way | null;
-  onTalk(): void; // a message goes either way
-  onProgress(): void;
-}
-
 /**
  * Makes the delivery to and from one peer.
  *
  * @ignore
  */
-export function createDelivery(io: Io, { name, stream, relay, ...wiring }: DeliveryWiring) {
+export function createDelivery(
+  io: Pick<Io, "now" | "emit">,
+  { name, relay, way, hasSession }: Pick<Context, "name" | "relay" | "way" | "hasSession">,
+  stream: string, // names our messages
+  on: {
+    carry(frame: Peer, isLate: boolean): Way | null; // by the way in use; late: by both; null: there is no session
+    needSession(): void;
+    talk(): void; // a message goes either way
+    progress(): void;
+  },
+) {
   let nextSeq = 0, parts: Part[] = [], window = WINDOW_FIRST;
   /** When something was acknowledged last. */
   let progressAt = io.now;
@@ -2238,7 +2116,7 @@ export function createDelivery(io: Io, { name, stream, relay, ...wiring }: Deliv
 
   function push(text: Uint8Array): void {
     if (parts.length === 0) progressAt = io.now;
-    wiring.onTalk();
+    on.talk();
     const count = Math.ceil(text.length / MAX_PART_BYTES);
     const message: Message = { id: `${stream.slice(0, 8)}-${nextSeq + count - 1}`, startedAt: io.now };
     for (let left = count - 1, at = 0; left >= 0; left--, at += MAX_PART_BYTES) {
@@ -2251,8 +2129,8 @@ export function createDelivery(io: Io, { name, stream, relay, ...wiring }: Deliv
   /** Sends what may be sent now: what is due again, and what is new as far as the window allows. */
   function pump(): void {
     if (parts.length === 0) return;
-    wiring.openSession();
-    if (!wiring.hasSession()) return;
+    on.needSession();
+    if (!hasSession()) return;
     const base = oldest()?.seq ?? 0;
     let inFlight = parts.filter(isInFlight).length, isLate = false;
     for (const part of parts) {
@@ -2272,7 +2150,7 @@ export function createDelivery(io: Io, { name, stream, relay, ...wiring }: Deliv
     // The one that all others wait for: where so much is lost, copies are what gets it through.
     const copies = part === oldest() ? Math.min(MAX_COPIES, Math.max(1, part.tries)) : 1;
     let over: Way | null = null;
-    for (let copy = 0; copy < copies; copy++) over = wiring.carry(asFrame(part), part.tries > 0);
+    for (let copy = 0; copy < copies; copy++) over = on.carry(asFrame(part), part.tries > 0);
     if (!over) return;
     const isTail = part.tries === 0 && part === parts.at(-1);
     mark(part, over, isTail ? tailTimeout(over.rtt) : timeout(over.rtt, Math.max(1, part.tries)));
@@ -2303,7 +2181,7 @@ export function createDelivery(io: Io, { name, stream, relay, ...wiring }: Deliv
     if (news.length > 0) {
       progressAt = io.now;
       window = Math.min(WINDOW_MAX, window + news.length / 4);
-      wiring.onProgress();
+      on.progress();
     }
     const newest = Math.max(...news.map(({ sentAt }) => sentAt)) - REORDERING * (via.rtt.srtt ?? RTO_FIRST_MS);
     for (const part of news) {
@@ -2327,14 +2205,14 @@ export function createDelivery(io: Io, { name, stream, relay, ...wiring }: Deliv
     const [head] = parts;
     if (!head?.arrival || head.seq < ack.next) return;
     const gone = parts.filter((part) => part === head || arrivalOf(ack, part) === null);
-    unacknowledge(gone, io.now + timeout(wiring.way().rtt, 1));
+    unacknowledge(gone, io.now + timeout(way().rtt, 1));
   }
 
   function fail(message: Message, reason: Reason): void {
     parts = parts.filter((part) => part.message !== message);
     if (parts[0]?.arrival) progressAt = io.now;
     unacknowledge(parts.slice(0, 1));
-    const { id, startedAt } = message, path = wiring.way().kind;
+    const { id, startedAt } = message, path = way().kind;
     io.emit({ event: "sent", to: name, id, ok: false, ms: tenths(io.now - startedAt), path, reason });
   }
 
@@ -2358,7 +2236,7 @@ export function createDelivery(io: Io, { name, stream, relay, ...wiring }: Deliv
     if (seq >= incoming.next && !incoming.parts.has(seq)) {
       incoming.parts.set(seq, { left, part });
       incoming.arrivals.set(seq, kind);
-      wiring.onTalk();
+      on.talk();
     }
     deliver(incoming);
     acknowledge(back);
@@ -2392,16 +2270,11 @@ export function createDelivery(io: Io, { name, stream, relay, ...wiring }: Deliv
   function acknowledge(back: (ack: AckFrame) => boolean): void {
     const { next, arrivals } = incoming!, from = Math.max(0, next - WINDOW_MAX);
     ackDue = !back({ type: "P2PMESSAGEACK", next, from, states: packArrivals(arrivals, from) });
-    if (ackDue) wiring.openSession();
+    if (ackDue) on.needSession();
   }
 
   return {
-    push,
-    resend,
-    onAck,
-    openStream,
-    onPart,
-    acknowledge,
+    ...{ push, resend, onAck, openStream, onPart, acknowledge, wake: pump },
     isIdle: () => parts.length === 0,
     hasSent: () => nextSeq > 0,
     hasHeard: () => incoming !== null,
@@ -2434,9 +2307,8 @@ export function createDelivery(io: Io, { name, stream, relay, ...wiring }: Deliv
     giveUp(reason: () => Reason): void {
       while (io.now >= giveUpAt()) fail(parts[0]!.message, reason());
     },
-    wake: pump,
     wakeAt(): number {
-      const sent = wiring.hasSession() ? parts.filter(({ tries }) => tries > 0) : [];
+      const sent = hasSession() ? parts.filter(({ tries }) => tries > 0) : [];
       return sent.reduce((at, { dueAt }) => Math.min(at, dueAt), giveUpAt());
     },
   };
@@ -2448,16 +2320,11 @@ export function createDelivery(io: Io, { name, stream, relay, ...wiring }: Deliv
 
 const PING_INTERVAL_MS = 500, PING_LOST_MS = 2_000;
 
-interface PingWiring {
-  name: string; // of the peer
-  way(): Way; // the one in use
-  hasSession(): boolean;
-  openSession(): void;
-  probe(way: Way): number; // sends one
-  onTimeout(): void;
-}
-
-function createPing(io: Io, { name, ...wiring }: PingWiring) {
+function createPing(
+  io: Io,
+  { name, way, hasSession }: Context,
+  on: { needSession(): void; probe(way: Way): number; timeout(): void },
+) {
   let ping: { since: number; left: number; lost: number; nextAt: number; waiting: number | null } | null = null;
 
   function tell(current: NonNullable<typeof ping>, way: Way, rttMs: number | null): void {
@@ -2475,17 +2342,17 @@ function createPing(io: Io, { name, ...wiring }: PingWiring) {
 
   function wake(): void {
     if (!ping || io.now < ping.nextAt) return;
-    if (!wiring.hasSession()) {
-      if (io.now - ping.since > GIVE_UP_MS) return wiring.onTimeout();
-      wiring.openSession();
+    if (!hasSession()) {
+      if (io.now - ping.since > GIVE_UP_MS) return on.timeout();
+      on.needSession();
       ping.nextAt = io.now + RTO_MIN_MS;
     } else if (ping.waiting !== null) {
       ping.lost++;
-      tell(ping, wiring.way(), null);
+      tell(ping, way(), null);
       wake();
     } else {
       ping.nextAt = io.now + PING_LOST_MS;
-      ping.waiting = wiring.probe(wiring.way());
+      ping.waiting = on.probe(way());
     }
   }
 
@@ -2605,40 +2472,37 @@ function createSockets(effect: (effect: Effect<ClientEvent>) => void) {
 
 // ---------------------------------------------------------------------------------------------------- commands
 
-interface CommandWiring {
-  name: string;
-  ownKey: Uint8Array;
-  link: Link;
-  discovery: Discovery;
-  list: ReturnType<typeof createList>;
-  conversations: Map<string, Conversation>;
-  conversationTo(typed: string): Conversation | null;
-  onVerified(peer: string, key: Uint8Array): void;
-  onExit(): void;
-}
-
 /** Carries out what the user asks for. */
-function createCommands(io: Io, { link, discovery, list, conversations, ...wiring }: CommandWiring) {
+function createCommands(
+  io: Io,
+  { name, keys }: ClientOptions,
+  { link, discovery, list }: { link: Link; discovery: Discovery; list: ReturnType<typeof createList> },
+  { all, to, onVerified, onExit }: {
+    all: Map<string, Conversation>;
+    to(typed: string): Conversation | null; // as the user has typed the name; null if it is none
+    onVerified(peer: string, key: Uint8Array): void;
+    onExit(): void;
+  },
+) {
   const nobody = (peer: string) => io.emit({ event: "error", code: "unknown", message: `There is no "${peer}" here` });
 
-  function send(to: string, text: string): void {
-    const bytes = utf8.encode(text), c = wiring.conversationTo(to);
-    const tooLong = bytes.length > MAX_MESSAGE_BYTES;
-    const reason = bytes.length === 0 ? "empty" : tooLong ? "too-long" : c?.isUntrusted() ? "untrusted" : "unknown";
-    if (c && bytes.length > 0 && !tooLong && !c.isUntrusted()) return c.send(bytes);
-    io.emit({ event: "sent", to, id: `${hex(io.random(4))}-0`, ok: false, ms: 0, path: "relay", reason });
+  function send(peer: string, text: string): void {
+    const { length } = utf8.encode(text), c = to(peer);
+    const reason = length === 0 ? "empty" : length > MAX_MESSAGE_BYTES ? "too-long" : !c ? "unknown" : "untrusted";
+    if (c && length > 0 && length <= MAX_MESSAGE_BYTES && !c.isUntrusted()) return c.send(utf8.encode(text));
+    io.emit({ event: "sent", to: peer, id: `${hex(io.random(4))}-0`, ok: false, ms: 0, path: "relay", reason });
   }
 
   function path(typed: string | null): void {
-    const peer = typed && userName(typed), found = [...conversations.values()].filter((c) => !typed || c.name === peer);
+    const peer = typed && userName(typed), found = [...all.values()].filter((c) => !typed || c.name === peer);
     for (const c of found) c.tellPath();
     if (found.length > 0 || !typed) return;
     io.emit({ event: "error", code: "unknown", message: `No conversation with "${typed}" yet: send something first` });
   }
 
   function ping(peer: string, count: number): void {
-    const c = wiring.conversationTo(peer);
-    if (c) c.ping(count);
+    const c = to(peer);
+    if (c) c.startPing(count);
     else nobody(peer);
   }
 
@@ -2646,10 +2510,10 @@ function createCommands(io: Io, { link, discovery, list, conversations, ...wirin
     const peer = userName(typed);
     if (peer === null) return nobody(typed);
     list.ask(peer, (users) => {
-      const key = conversations.get(peer)?.peer()?.key ?? users.find(({ name }) => name === peer)?.key; // the one in use
+      const key = all.get(peer)?.peer()?.key ?? users.find(({ name }) => name === peer)?.key; // the one in use
       if (!key) return nobody(peer);
-      wiring.onVerified(peer, key);
-      io.emit({ event: "verify", peer, code: safetyCode(wiring.ownKey, key) });
+      onVerified(peer, key);
+      io.emit({ event: "verify", peer, code: safetyCode(keys.public, key) });
     });
   }
 
@@ -2681,8 +2545,8 @@ function createCommands(io: Io, { link, discovery, list, conversations, ...wirin
         return discovery.whenDone(nat);
       case "exit":
         if (link.session()) link.toServer({ type: "LOGOUT" });
-        io.emit({ event: "logout", name: wiring.name, reason: "exit" });
-        wiring.onExit();
+        io.emit({ event: "logout", name: name, reason: "exit" });
+        onExit();
     }
   };
 }
@@ -2699,98 +2563,95 @@ const WARNINGS: Rate = { perSecond: 0.2, burst: 10 };
 
 /** Makes a client; it logs in as soon as its socket 0 is open. */
 export function createClient(options: ClientOptions): Client {
-  const { name, keys, servers } = options;
-  const conversations = new Map<string, Conversation>(), known = new Map<string, User>();
-  /** Keys that `verify` has shown to the user: no other key counts for that name from then on. */
-  const verified = new Map<string, Uint8Array>();
+  const { name, servers, random } = options, conversations = new Map<string, Conversation>();
+  const known = new Map<string, User>(); // from the list of users
+  const verified = new Map<string, Uint8Array>(); // keys that the user has seen: no other one counts for that name
   let addresses: string[] = [], port = 0, sprayedAt = -Infinity;
   /** Logged out, refused, or no server found: nothing happens any more. */
   let isClosed = false;
+  const close = () => void (isClosed = true);
   /** What the event that is being handled has led to so far. */
   let effects: Effect<ClientEvent>[] = [];
 
   const sockets = createSockets((effect) => effects.push(effect));
   const io = {
     now: 0,
-    random: options.random,
+    random,
     emit: (event: ClientEvent) => void effects.push({ kind: "event", event }),
     send: (socket: number, to: Endpoint, data: Uint8Array, ttl?: number) =>
-      void effects.push(
-        ttl === undefined ? { kind: "send", socket, to, data } : { kind: "send", socket, to, data, ttl },
-      ),
+      void effects.push({ kind: "send", socket, to, data, ...ttl === undefined ? {} : { ttl } }),
     open: sockets.open,
     close: sockets.close,
-  } satisfies Io;
-  const switchboard = createSwitchboard(io), mayPunch = createLimit(PUNCHES), mayWarn = createLimit(WARNINGS);
+  };
+  const mayPunch = createLimit(PUNCHES), mayWarn = createLimit(WARNINGS);
 
   const warm = () => [...conversations.values()].filter((c) => c.isWarm());
-  const learn = (user: User) => {
-    known.delete(user.name);
-    if (known.size >= MAX_KNOWN_USERS) known.delete(known.keys().next().value!);
-    known.set(user.name, user);
-    conversations.get(user.name)?.onUser(user);
-  };
+  const local = () =>
+    addresses.filter((address) => scopeOf(address) === "private").slice(0, MAX_CANDIDATES)
+      .map((address) => formatEndpoint(address, port));
+
+  function pace(): "relay" | "warm" | "idle" {
+    const talking = warm();
+    return talking.some((c) => !c.best()) ? "relay" : talking.length > 0 ? "warm" : "idle";
+  }
+
+  function learn(users: User[]): void {
+    for (const user of users) {
+      known.delete(user.name);
+      if (known.size >= MAX_KNOWN_USERS) known.delete(known.keys().next().value!);
+      known.set(user.name, user);
+      conversations.get(user.name)?.onUser(user);
+    }
+  }
 
   // -- the rooms, and what one finds out and another must do
 
-  const link = createLink(io, options, {
-    local: () =>
-      addresses.filter((address) => scopeOf(address) === "private").slice(0, MAX_CANDIDATES)
-        .map((address) => formatEndpoint(address, port)),
-    nat: () => discovery.nat(),
-    pace() {
-      const talking = warm();
-      return talking.some((c) => !c.isDirect()) ? "relay" : talking.length > 0 ? "warm" : "idle";
-    },
-    onUsers: (users) => users.forEach(learn),
-    onPublic: () => discovery.start(),
-    onSession(isAgain) {
+  const link = createLink(io, options, { local, pace, nat: () => discovery.nat() }, {
+    users: learn,
+    message: onMessage,
+    endpoint: () => discovery.start(),
+    session(isAgain) {
       for (const c of conversations.values()) c.onLogin(isAgain);
       if (isAgain) list.askAgain();
     },
-    onMoved() {
+    moved() {
       for (const c of warm()) c.callAgain();
     },
-    onConfirmed() { // the server knows our class of NAT, and so will those whom we have it introduce to us
-      if (!discovery.confirm()) return;
-      for (const c of warm()) if (!c.isDirect()) c.ask();
+    confirmed() { // the server knows our class of NAT, and tells it to those whom it introduces us to
+      if (discovery.confirm()) { for (const c of warm()) if (!c.best()) c.call(); }
     },
-    onMessage,
-    onRefused: () => void (isClosed = true),
+    refused: close,
   });
-  const discovery = createDiscovery(io, {
-    observer: options.observer,
-    session: link.session,
+  const discovery = createDiscovery(io, { observer: options.observer, server: link.session }, {
     isOwn: (host) => addresses.includes(host),
-    onClass: link.report,
+    changed: link.report,
   });
   const list = createList(io, link);
-  const carryOut = createCommands(io, {
-    ...{ name, link, discovery, list, conversations, ownKey: keys.public },
-    conversationTo(typed) {
-      const peer = userName(typed);
-      return peer === null ? null : conversationWith(peer);
-    },
+  const carryOut = createCommands(io, options, { link, discovery, list }, {
+    all: conversations,
+    to: (typed) => userName(typed) === null ? null : conversationWith(userName(typed)!),
     onVerified(peer, key) {
       verified.set(peer, key);
       conversations.get(peer)?.onVerified();
     },
-    onExit: () => void (isClosed = true),
+    onExit: close,
   });
   const shared: Shared = {
-    ...{ options, link, discovery, switchboard, hasSockets: sockets.hasRoom },
+    options,
+    link,
+    discovery,
+    switchboard: createSwitchboard(io),
+    user: (name) => known.get(name),
     isTrusted: (name, key) => !verified.has(name) || sameKey(verified.get(name)!, key),
     mayWarn: () => mayWarn(io.now),
     hostMayPunch: () => mayPunch(io.now),
+    hasSockets: sockets.hasRoom,
     sprayTurn: {
-      take() {
-        if (io.now - sprayedAt < SPRAY_INTERVAL_MS) return false;
-        sprayedAt = io.now;
-        return true;
-      },
+      take: () => io.now - sprayedAt >= SPRAY_INTERVAL_MS && (sprayedAt = io.now) > 0,
       giveBack: () => void (sprayedAt = -Infinity),
     },
   };
+  const { byIndex, byEphemeral } = shared.switchboard;
 
   // -- whom a datagram is for
 
@@ -2798,26 +2659,25 @@ export function createClient(options: ClientOptions): Client {
   const nameOf = (peer: string) => peer === name ? "" : peer;
 
   function conversationWith(peer: string): Conversation | null {
-    const found = conversations.get(peer);
-    if (found) return found;
-    if (conversations.size >= MAX_CONVERSATIONS) {
-      // Those that only the other side has spoken in go first; of them those without a path, and the longest silent.
-      const idle = [...conversations].map(([name, c]) => ({ name, c, rank: c.rank() }));
-      const compare = (one: number[], other: number[]) =>
-        one.map((n, i) => n - other[i]!).find((n) => n !== 0 && n === n) ?? 0;
-      const [oldest] = idle.filter(({ rank }) => rank).sort((a, b) => compare(a.rank!, b.rank!));
-      if (!oldest) return null;
-      oldest.c.close();
-      conversations.delete(oldest.name);
-    }
-    const c = createConversation(io, { ...shared, name: peer || name, known: known.get(peer || name) });
+    if (!conversations.has(peer) && conversations.size >= MAX_CONVERSATIONS && !forgetOne()) return null;
+    const c = conversations.get(peer) ?? createConversation(io, peer || name, shared);
     conversations.set(peer, c);
     return c;
   }
 
+  /** Those that only the other side has spoken in go first; of them those without a path, and the longest silent. */
+  function forgetOne(): boolean {
+    const idle = [...conversations].flatMap(([peer, c]) => c.rank() ? [{ peer, c, rank: c.rank()! }] : []);
+    const order = (a: number[], b: number[]) => a.map((n, i) => n - b[i]!).find((difference) => difference) ?? 0;
+    const [least] = idle.sort((a, b) => order(a.rank, b.rank));
+    if (!least) return false;
+    least.c.close();
+    return conversations.delete(least.peer);
+  }
+
   function onMessage(message: Control): void {
     if (message.type === "USERS") {
-      message.users.forEach(learn);
+      learn(message.users);
       list.onUsers(message);
     } else if (message.type === "INTRODUCTION") conversations.get(message.peer.name)?.onIntroduction(message.peer);
     else if (message.type === "P2PSOMEONEWANTTOCALLYOU") {
@@ -2837,19 +2697,19 @@ export function createClient(options: ClientOptions): Client {
     const handshake = decodeHandshake(data);
     if (!handshake) onSealed(data, origin);
     else if (handshake.type === "P2PSECOND") {
-      const line = switchboard.byIndex.get(handshake.to);
+      const line = byIndex.get(handshake.to);
       line?.intake.onSecond(handshake);
       onSealed(handshake.sealed, origin);
-      line?.intake.onSessionReady();
+      line?.intake.onReady();
     } else {
-      const copyOf = switchboard.byEphemeral.get(ephemeralOf(handshake));
+      const copyOf = byEphemeral.get(ephemeralOf(handshake));
       if (!copyOf) caller?.onFirst(handshake);
       else if (copyOf.session) copyOf.intake.onCopy(copyOf.session, handshake.probe, origin);
     }
   }
 
   function onSealed(data: Uint8Array, origin: Origin): void {
-    const header = peerHeader(data), line = header && switchboard.byIndex.get(header.index);
+    const header = peerHeader(data), line = header && byIndex.get(header.index);
     if (line?.session) line.intake.onSealed(line.session, data, origin);
   }
 
@@ -2858,10 +2718,8 @@ export function createClient(options: ClientOptions): Client {
     if (data[0]! < 4) return !discovery.isAsking();
     if (controlHeader(data)) return !servers.includes(from);
     const handshake = decodeHandshake(data);
-    if (!handshake) return !switchboard.byIndex.has(peerHeader(data)?.index ?? -1);
-    return handshake.type === "P2PSECOND"
-      ? !switchboard.byIndex.has(handshake.to)
-      : !switchboard.byEphemeral.has(ephemeralOf(handshake));
+    if (!handshake) return !byIndex.has(peerHeader(data)?.index ?? -1);
+    return handshake.type === "P2PSECOND" ? !byIndex.has(handshake.to) : !byEphemeral.has(ephemeralOf(handshake));
   }
 
   // -- events in, effects out

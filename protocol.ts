@@ -964,8 +964,12 @@ export type Limit = (now: number, cost?: number) => boolean;
 
 /** Makes a limit that nothing has been taken from. */
 export function createLimit(rate: Rate): Limit {
-  let b: Bucket | null = null;
-  return (now, cost) => spend(b ??= fullBucket(rate, now), rate, { cost, now });
+  let tat = 0;
+  return (now, cost) => {
+    const next = conform(tat, rate, now, cost);
+    tat = next ?? tat;
+    return next !== null;
+  };
 }
 
 /** A token bucket: so much at once, so much a second from then on. */
