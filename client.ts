@@ -649,10 +649,10 @@ function createConversation(io: Io, name: string, shared: Shared) {
   }
 
   function onFrame(frame: Peer, origin: Origin, stream: string): void {
-    const path = paths.over(origin), back = path?.state === "good" ? [path] : undefined;
+    const path = paths.over(origin), kind = origin ? kindOf(origin.from) : "relay";
     if (frame.type === "P2PMESSAGE") {
-      const kind = origin ? kindOf(origin.from) : "relay";
-      delivery.onPart(frame, { kind, stream, back: (ack) => carry(ack, back) });
+      const back = (ack: Peer) => carry(ack, path?.state === "good" ? [path] : waysInUse());
+      delivery.onPart(frame, { kind, stream, back });
     } else if (frame.type === "P2PMESSAGEACK") {
       if (path && path.state !== "trying") paths.onAnswer(path);
       delivery.onAck(frame, path ?? c.relay);
