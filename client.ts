@@ -602,7 +602,7 @@ interface Shared {
 
 type Conversation = ReturnType<typeof createConversation>;
 function createConversation(io: Io, name: string, shared: Shared) {
-  const { options, link, discovery, hostMayPunch } = shared, isSelf = name === options.name;
+  const { options, link, hostMayPunch } = shared, isSelf = name === options.name;
   const mayBeIntroduced = createLimit(INTRODUCTIONS_PER_PEER);
   let lastError: Reason | null = null, talkedAt = -Infinity;
 
@@ -2472,82 +2472,67 @@ function createSockets(effect: (effect: Effect<ClientEvent>) => void) {
 
 // ---------------------------------------------------------------------------------------------------- commands
 
-/** Carries out what the user asks for. */
+type Carrier = { [C in Command["command"]]: (command: Extract<Command, { command: C }>) => void };
+
+/** What the user asks for. */
 function createCommands(
   io: Io,
   { name, keys }: ClientOptions,
   { link, discovery, list }: { link: Link; discovery: Discovery; list: ReturnType<typeof createList> },
-  { all, to, onVerified, onExit }: {
-    all: Map<string, Conversation>;
-    to(typed: string): Conversation | null; // as the user has typed the name; null if it is none
-    onVerified(peer: string, key: Uint8Array): void;
-    onExit(): void;
+  all: Map<string, Conversation>,
+  on: {
+    conversationTo(typed: string): Conversation | null;
+    verified(peer: string, key: Uint8Array): void;
+    exit(): void;
   },
-) {
-  const nobody = (peer: string) => io.emit({ event: "error", code: "unknown", message: `There is no "${peer}" here` });
+): Carrier {
+  const error = (code: string, message: string) => io.emit({ event: "error", code, message });
+  const nobody = (peer: string) => error("unknown", `There is no "${peer}" here`);
 
-  function send(peer: string, text: string): void {
-    const { length } = utf8.encode(text), c = to(peer);
-    const reason = length === 0 ? "empty" : length > MAX_MESSAGE_BYTES ? "too-long" : !c ? "unknown" : "untrusted";
-    if (c && length > 0 && length <= MAX_MESSAGE_BYTES && !c.isUntrusted()) return c.send(utf8.encode(text));
-    io.emit({ event: "sent", to: peer, id: `${hex(io.random(4))}-0`, ok: false, ms: 0, path: "relay", reason });
-  }
-
-  function path(typed: string | null): void {
-    const peer = typed && userName(typed), found = [...all.values()].filter((c) => !typed || c.name === peer);
-    for (const c of found) c.tellPath();
-    if (found.length > 0 || !typed) return;
-    io.emit({ event: "error", code: "unknown", message: `No conversation with "${typed}" yet: send something first` });
-  }
-
-  function ping(peer: string, count: number): void {
-    const c = to(peer);
-    if (c) c.startPing(count);
-    else nobody(peer);
-  }
-
-  function verify(typed: string): void {
-    const peer = userName(typed);
-    if (peer === null) return nobody(typed);
-    list.ask(peer, (users) => {
-      const key = all.get(peer)?.peer()?.key ?? users.find(({ name }) => name === peer)?.key; // the one in use
-      if (!key) return nobody(peer);
-      onVerified(peer, key);
-      io.emit({ event: "verify", peer, code: safetyCode(keys.public, key) });
-    });
-  }
-
-  function getu(prefix: string): void {
-    if (utf8.encode(prefix).length > MAX_NAME_BYTES) return io.emit({ event: "users", users: [] });
-    list.ask(prefix, (users) => {
-      io.emit({ event: "users", users: users.map(({ name, public: endpoint }) => ({ name, public: endpoint })) });
-    });
-  }
-
-  function nat(): void {
+  function reportNat(): void {
     const session = link.session(), hairpin = discovery.hairpin();
     io.emit({ event: "nat", ...discovery.nat(), public: session?.public ?? "", hairpin, udp: session !== null });
   }
 
-  return (command: Command): void => {
-    switch (command.command) {
-      case "send":
-        return send(command.to, command.text);
-      case "getu":
-        return getu(command.prefix);
-      case "path":
-        return path(command.peer);
-      case "ping":
-        return ping(command.peer, command.count);
-      case "verify":
-        return verify(command.peer);
-      case "nat":
-        return discovery.whenDone(nat);
-      case "exit":
-        if (link.session()) link.toServer({ type: "LOGOUT" });
-        io.emit({ event: "logout", name: name, reason: "exit" });
-        onExit();
-    }
+  return {
+    send({ to, text }) {
+      const bytes = utf8.encode(text), c = on.conversationTo(to), isTooLong = bytes.length > MAX_MESSAGE_BYTES;
+      if (c && bytes.length > 0 && !isTooLong && !c.isUntrusted()) return c.send(bytes);
+      const reason = bytes.length === 0 ? "empty" : isTooLong ? "too-long" : c ? "untrusted" : "unknown";
+      io.emit({ event: "sent", to, id: `${hex(io.random(4))}-0`, ok: false, ms: 0, path: "relay", reason });
+    },
+    getu({ prefix }) {
+      if (utf8.encode(prefix).length > MAX_NAME_BYTES) return io.emit({ event: "users", users: [] });
+      list.ask(prefix, (users) => {
+        io.emit({ event: "users", users: users.map(({ name, public: endpoint }) => ({ name, public: endpoint })) });
+      });
+    },
+    path({ peer }) {
+      const found = [...all.values()].filter((c) => !peer || c.name === userName(peer));
+      for (const c of found) c.tellPath();
+      if (peer && found.length === 0) error("unknown", `No conversation with "${peer}" yet: send something first`);
+    },
+    ping({ peer, count }) {
+      const c = on.conversationTo(peer);
+      if (c) c.startPing(count);
+      else nobody(peer);
+    },
+    verify({ peer: typed }) {
+      const peer = userName(typed);
+      if (peer === null) return nobody(typed);
+      list.ask(peer, (users) => {
+        const key = all.get(peer)?.peer()?.key ?? users.find(({ name }) => name === peer)?.key; // the one in use
+        if (!key) return nobody(peer);
+        on.verified(peer, key);
+        io.emit({ event: "verify", peer, code: safetyCode(keys.public, key) });
+      });
+    },
+    nat: () => discovery.whenDone(reportNat),
+    exit() {
+      if (link.session()) link.toServer({ type: "LOGOUT" });
+      io.emit({ event: "logout", name, reason: "exit" });
+      on.exit();
+    },
   };
 }
 
@@ -2627,14 +2612,13 @@ export function createClient(options: ClientOptions): Client {
     changed: link.report,
   });
   const list = createList(io, link);
-  const carryOut = createCommands(io, options, { link, discovery, list }, {
-    all: conversations,
-    to: (typed) => userName(typed) === null ? null : conversationWith(userName(typed)!),
-    onVerified(peer, key) {
+  const commands = createCommands(io, options, { link, discovery, list }, conversations, {
+    conversationTo: (typed) => userName(typed) === null ? null : conversationWith(userName(typed)!),
+    verified(peer, key) {
       verified.set(peer, key);
       conversations.get(peer)?.onVerified();
     },
-    onExit: close,
+    exit: close,
   });
   const shared: Shared = {
     options,
@@ -2647,7 +2631,11 @@ export function createClient(options: ClientOptions): Client {
     hostMayPunch: () => mayPunch(io.now),
     hasSockets: sockets.hasRoom,
     sprayTurn: {
-      take: () => io.now - sprayedAt >= SPRAY_INTERVAL_MS && (sprayedAt = io.now) > 0,
+      take() {
+        const isFree = io.now - sprayedAt >= SPRAY_INTERVAL_MS;
+        if (isFree) sprayedAt = io.now;
+        return isFree;
+      },
       giveBack: () => void (sprayedAt = -Infinity),
     },
   };
@@ -2763,7 +2751,7 @@ export function createClient(options: ClientOptions): Client {
         for (const room of [link, list, discovery, ...conversations.values()]) room.wake();
       }),
     wakeAt,
-    command: (command, at) => step(at, () => carryOut(command)),
+    command: (command, at) => step(at, () => commands[command.command](command as never)),
     interfaces: (found, at) =>
       step(at, () => {
         if (found.join() === addresses.join()) return;
