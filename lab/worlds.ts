@@ -1,10 +1,10 @@
 /**
- * The worlds of the oracle: about 200 small histories, named and seeded, which together have server.ts and client.ts
+ * The worlds of the oracle: about 300 small histories, named and seeded, which together have server.ts and client.ts
  * do all that they can do. What they find is not judged here: `oracle.ts` takes the hash of every effect.
  *
  * @module
  */
-import { decode, type Endpoint, keyFromWords } from "../protocol.ts";
+import { decode, type Endpoint, keyFromWords, type Machine } from "../protocol.ts";
 import { type Nat, NATS, type NetworkOptions, random } from "./network.ts";
 import type { Player, PlayerOptions, Watch, World } from "./scenario.ts";
 import { createWorld, DELAY_MS, join, KINDS, login, site, startServer } from "./scenario.ts";
@@ -121,6 +121,9 @@ world("weather: lan", { loss: 0.1 }, (world) => {
 });
 
 // ---------------------------------------------------------------------------------------------------- a path's life
+
+/** A program that holds a socket, and does nothing. */
+const IDLE: Machine<never> = { opened: () => [], receive: () => [], wake: () => [], wakeAt: () => Infinity };
 
 export const SERVER = "192.0.2.1:2280";
 export const isServers = (endpoint: Endpoint) => endpoint.startsWith("192.0.2.1");
@@ -260,6 +263,25 @@ for (const jumpMs of [4_000, 20_000, 3_600_000]) {
     talk(world, alice, bob);
   });
 }
+for (const afterMs of [90, 130, 170, 250]) {
+  world(`clock: jumps ${afterMs} ms after a call`, {}, (world) => {
+    const [alice, bob] = pair(world);
+    alice.send("bob", "hi");
+    world.net.run(afterMs);
+    for (const player of [alice, bob]) player.jump(20_000);
+    talk(world, alice, bob, { count: 10 });
+    world.net.run(20_000);
+  });
+}
+world("clock: wakes in vain", {}, (world) => {
+  const [alice, bob] = pair(world);
+  for (let i = 0; i < 100; i++) {
+    if (i % 10 === 0) talk(world, alice, bob, { count: 1 });
+    for (const player of [alice, bob]) player.process.call((now) => player.client.wake(now));
+    world.server.call((now) => world.machine.wake(now));
+    world.net.run(i % 9 * 20 + 1);
+  }
+});
 world("clock: jumps while somebody logs in", {}, (world) => {
   const alice = join(world, "alice", EIM), bob = join(world, "bob", EIM);
   world.net.run(100);
@@ -304,6 +326,22 @@ for (const rate of [0.2, 1, 10]) {
       },
     );
   }
+}
+for (const other of ["EIM+APDF random", "APDM+APDF sequential"]) {
+  world(`harder: a neighbour's flow takes a port between the samples of a sequence, x ${other}`, {}, (world) => {
+    const { nat } = site(world, "APDM+APDF sequential"), ports = new Set<Endpoint>();
+    const place = { name: "neighbour", addresses: ["192.168.77.11"], behind: nat! };
+    const neighbour = world.net.host(place).run(IDLE);
+    world.net.trace = ({ fate, host, from, to }) => {
+      if (fate !== "sent" || host !== "alice" || to !== SERVER || ports.has(from)) return;
+      ports.add(from);
+      if (ports.size !== 4) return; // the third sample: socket 0 came first
+      neighbour.perform([{ kind: "send", socket: 0, to: "198.18.5.5:5", data: new Uint8Array(1) }]);
+    };
+    const [alice, bob] = pair(world, { nat }, { nat: other });
+    talk(world, alice, bob, { count: 20, everyMs: 300 });
+    alice.command({ command: "nat" });
+  });
 }
 world("harder: a sequence in steps of -2 x preserving", {}, (world) => {
   const nat = world.net.nat({ ...NATS["APDM+APDF sequential"]!, step: -2, ...place("n", "203.0.114.1") });
@@ -460,9 +498,16 @@ for (const nat of ["EIM+APDF random", "APDM+APDF random"]) {
   world(`server: restarted, ${nat}`, {}, (world) => {
     const [alice, bob] = pair(world, { nat }, { nat });
     talk(world, alice, bob);
+    alice.command({ command: "getu", prefix: "" });
     world.restartServer();
     talk(world, alice, bob, { count: 60 });
     ask(world, alice, "bob");
+    world.server.stop();
+    alice.command({ command: "getu", prefix: "bo" });
+    bob.command({ command: "verify", peer: "alice" });
+    world.net.run(1_000);
+    world.restartServer();
+    talk(world, alice, bob, { count: 60 });
   });
   world(`server: gone for three minutes, ${nat}`, { jitterMs: 4 }, (world) => {
     const [alice, bob] = pair(world, { nat }, { nat });
@@ -535,6 +580,7 @@ world("server: never answers", {}, (world) => {
   for (const player of [alice, bob]) player.send("carol", "are you there?"), player.command({ command: "nat" });
   for (const player of [alice, bob]) player.command({ command: "getu", prefix: "" });
   alice.command({ command: "ping", peer: "bob", count: 2 });
+  alice.command({ command: "path", peer: null });
   bob.command({ command: "ping", peer: "alice", count: 2 });
   world.net.run(60_000);
   world.restartServer();
@@ -557,6 +603,28 @@ world("server: its answers to keepalives alone are lost", {}, (world) => {
   world.net.run(60_000);
   unblock();
   world.net.run(60_000);
+});
+world("server: seemed to be gone", {}, (world) => {
+  const [alice, bob] = pair(world);
+  talk(world, alice, bob);
+  let late: { from: Endpoint; to: Endpoint; data: Uint8Array } | null = null;
+  const untap = world.net.tap(({ host, from, to, data }) => {
+    if (host !== "server" || !to.startsWith(alice.nat!.addresses[0]!)) return;
+    if (decode(data)?.type === "ALIVE") late = { from, to, data: data.slice() };
+    return "drop";
+  });
+  world.net.runUntil(() => alice.events("reconnecting").length > 0, 60_000);
+  world.net.inject(late!);
+  untap();
+  talk(world, alice, bob);
+});
+world("server: its third port is somebody else's", {}, (world) => {
+  world.server.stop();
+  world.serverHost.run(IDLE, { ports: [2282] });
+  world.restartServer();
+  const [alice, bob] = pair(world, EIM, { nat: "EIM+EIF random" });
+  talk(world, alice, bob);
+  ask(world, alice, "bob");
 });
 world("server: clients come and go for two minutes, and vanish", {}, (world) => {
   const players = Array.from({ length: 10 }, (_, i) => join(world, `user-${i}`, i % 2 ? EIM : {}));
