@@ -601,10 +601,19 @@ interface Shared {
 }
 
 type Conversation = ReturnType<typeof createConversation>;
-function createConversation(io: Io, name: string, shared: Shared) {
+function createConversation(clientIo: Io, name: string, shared: Shared) {
   const { options, link, hostMayPunch } = shared, isSelf = name === options.name;
   const mayBeIntroduced = createLimit(INTRODUCTIONS_PER_PEER);
   let lastError: Reason | null = null, talkedAt = -Infinity;
+  /** When this conversation is due; null: to be computed again, because a room has looked at the clock since. */
+  let dueAt: number | null = null;
+  const io: Io = {
+    ...clientIo,
+    get now() {
+      dueAt = null;
+      return clientIo.now;
+    },
+  };
 
   const c: Context = {
     name,
@@ -809,6 +818,13 @@ function createConversation(io: Io, name: string, shared: Shared) {
     ping.wake();
   }
 
+  /** The list of users may say that the peer has logged in again: then what waits needs another session. */
+  function onUser(user: User): void {
+    const before = c.peer()?.nonce;
+    identity.onUser(user);
+    if (c.peer()?.nonce !== before) delivery.wake();
+  }
+
   function onLogin(isAgain: boolean): void {
     channel.dropHandshake(); // it was begun under the nonce of the login before
     if (isAgain && c.isWarm()) calls.again();
@@ -866,7 +882,7 @@ function createConversation(io: Io, name: string, shared: Shared) {
   }
 
   return {
-    ...{ ...c, ...identity, tellPath, send, startPing, onLogin, onIntroduction, onCall, onError, close, wake },
+    ...{ ...c, ...identity, onUser, tellPath, send, startPing, onLogin, onIntroduction, onCall, onError, close, wake },
     onFirst: channel.onFirst,
     onPunched: paths.punchAgain, // the word of the six-step flow: the peer's hole is open, so our next punch will pass
     onJump: delivery.onJump,
@@ -874,7 +890,7 @@ function createConversation(io: Io, name: string, shared: Shared) {
     callAgain: calls.again,
     /** How dear it is to us, in order of weight; null: something waits to be sent. */
     rank: () => delivery.isIdle() ? [Number(delivery.hasSent()), Number(c.best() !== null), talkedAt] : null,
-    wakeAt: () => rooms.reduce((at, room) => Math.min(at, room.wakeAt()), Infinity),
+    wakeAt: () => dueAt ??= rooms.reduce((at, room) => Math.min(at, room.wakeAt()), Infinity),
   };
 }
 
@@ -1582,6 +1598,7 @@ function createTraversal(
     if (!attempt || theirs.attempt > attempt.number) begin(theirs.attempt);
     if (!attempt || attempt.theirs || theirs.attempt !== attempt.number) return;
     attempt.theirs = theirs;
+    if (io.now >= attempt.tellAt) tellPlan(attempt);
     beginSending(attempt);
   }
 
@@ -1856,8 +1873,8 @@ function createChannel(
   function dropHandshake(): void {
     if (!opening?.handshake) return;
     byIndex.delete(opening.handshake.index);
-    opening = { tries: 0, dueAt: 0, handshake: null };
-    on.handshakeOver(0);
+    opening = { tries: 0, dueAt: io.now, handshake: null };
+    on.handshakeOver(io.now);
   }
 
   /** Opens a session if there is none, or if it is worn. */
@@ -2748,7 +2765,8 @@ export function createClient(options: ClientOptions): Client {
       }),
     wake: (at) =>
       step(at, () => {
-        for (const room of [link, list, discovery, ...conversations.values()]) room.wake();
+        for (const room of [link, list, discovery]) room.wake();
+        for (const c of conversations.values()) if (at >= c.wakeAt()) c.wake();
       }),
     wakeAt,
     command: (command, at) => step(at, () => commands[command.command](command as never)),
