@@ -11,7 +11,7 @@ import { mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from "node
 import { networkInterfaces, tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
-import { type Event, executable, OTHER, OWN, type Program, type Runtime, start } from "./demo.ts";
+import { type Event, executable, OTHER, OWN, type Program, type Runtime, start } from "./programs.ts";
 
 /** Cases at the same time; more would measure how long a runtime takes to start. */
 const CONCURRENT = 6;
