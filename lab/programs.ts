@@ -59,7 +59,9 @@ export interface Program {
   /** Ends its input, with some last lines. */
   pipe(...lines: string[]): void;
   /** The first event, past or future, from number `from` on, with all wanted fields. Fails if the program ends first. */
-  until(want: Want, options?: { from?: number; limitMs?: number }): Promise<Event>;
+  until(want: Want, options?: { from?: number }): Promise<Event>;
+  /** Waits for such words on stdout or stderr, as `until` waits for an event. */
+  says(words: RegExp): Promise<void>;
   signal(name: "SIGINT" | "SIGTERM" | "SIGKILL" | "SIGSTOP" | "SIGCONT"): void;
   /** Its exit code; the name of the signal if that ended it. */
   ended: Promise<number | string>;
@@ -99,7 +101,10 @@ export function start(
     }
     for (const look of waiting) look();
   });
-  child.stderr.setEncoding("utf8").on("data", (text: string) => stderr += text);
+  child.stderr.setEncoding("utf8").on("data", (text: string) => {
+    stderr += text;
+    for (const look of waiting) look();
+  });
   child.stdin.on("error", () => {}); // it has ended: `until` and `ended` tell
   const ended = new Promise<number | string>((resolve) => {
     child.on("error", (error) => resolve(error.message));
@@ -110,6 +115,27 @@ export function start(
     for (const look of waiting) look();
     return how;
   });
+
+  /** Looks for something each time that the program has said something, until it is there. */
+  function when<T>(what: string, find: () => T | undefined): Promise<T> {
+    return new Promise((resolve, reject) => {
+      const look = () => {
+        const found = find();
+        if (found !== undefined) resolve(found);
+        else if (end !== null) reject(new Error(`${name} ended with ${end} before: ${what}\n${self.evidence()}`));
+        else return;
+        waiting.delete(look);
+        clearTimeout(timer);
+      };
+      const timer = setTimeout(() => {
+        waiting.delete(look);
+        reject(new Error(`${name} did not say in ${PATIENCE_MS} ms: ${what}\n${self.evidence()}`));
+      }, PATIENCE_MS);
+      waiting.add(look);
+      look();
+    });
+  }
+
   const self: Program = {
     program,
     args,
@@ -120,30 +146,19 @@ export function start(
     stderr: () => stderr,
     type: (line) => void child.stdin.write(`${line}\n`),
     pipe: (...lines) => void child.stdin.end(lines.map((line) => `${line}\n`).join("")),
-    until(want, { from = 0, limitMs = PATIENCE_MS } = {}) {
+    until(want, { from = 0 } = {}) {
       const wants = Object.entries(want);
-      const what = wants.map(([field, value]) => `${field} ${value}`).join(", ");
-      return new Promise((resolve, reject) => {
-        const look = () => {
-          const found = events.slice(from).find((event) =>
+      return when(
+        wants.map(([field, value]) => `${field} ${value}`).join(", "),
+        () =>
+          events.slice(from).find((event) =>
             wants.every(([field, value]) =>
               value instanceof RegExp ? value.test(String(event[field])) : value === event[field]
             )
-          );
-          if (found) resolve(found);
-          else if (end !== null) reject(new Error(`${name} ended with ${end} before: ${what}\n${self.evidence()}`));
-          else return;
-          waiting.delete(look);
-          clearTimeout(timer);
-        };
-        const timer = setTimeout(() => {
-          waiting.delete(look);
-          reject(new Error(`${name} did not say in ${limitMs} ms: ${what}\n${self.evidence()}`));
-        }, limitMs);
-        waiting.add(look);
-        look();
-      });
+          ),
+      );
     },
+    says: async (words) => void await when(String(words), () => words.test(stdout) || words.test(stderr) || undefined),
     // Not child.kill: Deno would then report the signal in place of the exit code.
     signal: (name) => {
       if (end === null) process.kill(child.pid!, name);

@@ -21,8 +21,8 @@ import { setPriority } from "node:os";
 import { dirname, join } from "node:path";
 import { setImmediate } from "node:timers";
 import { fileURLToPath } from "node:url";
-import { type ClientEvent, createClient } from "../client.ts";
-import { clock, decode, generateKeys, hex, listen, MAGIC, type Running } from "../protocol.ts";
+import { type ClientEvent, createClient } from "../../client.ts";
+import { clock, decode, generateKeys, hex, listen, MAGIC, type Running } from "../../protocol.ts";
 
 const FULL = process.env["PUNCH_FULL"] === "1";
 const COUPLES = FULL ? 100 : 30;

@@ -19,7 +19,7 @@ import {
   runPair,
   summarize,
   SYSTEMS,
-} from "./population.ts";
+} from "../population.ts";
 
 const PAIRS = 300, SEED = "test";
 let results: Result[] = [];
