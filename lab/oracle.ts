@@ -20,6 +20,8 @@ import { fileURLToPath } from "node:url";
 import { explain } from "../protocol.ts";
 import type { Watch } from "./scenario.ts";
 import { WORLDS } from "./worlds.ts";
+import "./worlds_hostile.ts";
+import "./worlds_people.ts";
 
 const CONTEXT = 10; // effects shown before the first that differs
 const EXPECTED = fileURLToPath(new URL("oracle.json", import.meta.url).href);

@@ -117,28 +117,38 @@ export function createWorld(
     runs.set(name, run);
     return createStream(`${seed} ${name} ${run}`);
   };
-  const addresses = ["192.0.2.1", ...v6 ? ["2001:db8:5::1"] : []];
+  const [home = "192.0.2.1", other] = serverOptions?.hosts ?? [];
+  const addresses = [home, ...other ? [other] : [], ...v6 ? ["2001:db8:5::1"] : []];
   const serverHost = net.host({ name: "server", addresses, delayMs: DELAY_MS });
-  const start = () => {
-    const { bytes, keys } = stream("server");
-    const server = createServer({ keys: keys(), random: bytes, ...serverOptions });
-    const machine = watched(server, { name: "server", watch, clock: net.now });
-    return { machine, server: serverHost.run<ServerEvent>(machine, { ports: [2280, 2281, 2282] }) };
-  };
-  const world: World = {
+  const start = () => startServer(world, serverHost, serverOptions);
+  const world = {
     net,
     ...createStream(`world ${seed}`),
     stream,
     nextSite: () => sites++,
     watch,
     serverHost,
-    ...start(),
     restartServer() {
       world.server.stop();
       Object.assign(world, start());
     },
-  };
-  return world;
+  } as World;
+  return Object.assign(world, start());
+}
+
+/** A server on a host, which other tests may have several of. */
+export function startServer(
+  world: Pick<World, "stream" | "watch" | "net">,
+  host: Host,
+  options: Partial<ServerOptions> = {},
+): { machine: Server; server: Process<ServerEvent> } {
+  const { bytes, keys } = world.stream(host.name);
+  const made = createServer({ keys: keys(), random: bytes, ...options });
+  const machine = watched(made, { name: host.name, watch: world.watch, clock: world.net.now });
+  const [home, other] = options.hosts ?? [];
+  const at = (address: string, ...ports: number[]) => ports.map((port) => ({ port, address }));
+  const ports = home && other ? [...at(home, 2280, 2281, 2282), ...at(other, 2280, 2281)] : [2280, 2281, 2282];
+  return { machine, server: host.run<ServerEvent>(machine, { ports }) };
 }
 
 function createStream(seed: string): Stream {
