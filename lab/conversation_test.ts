@@ -129,7 +129,7 @@ test("whichever datagram of the first second of a call is lost, the direct path 
   }
 });
 
-const BAD_LINES = many(500, 20);
+const BAD_LINES = many(500, 12);
 test(`${BAD_LINES} seeds at 30 % loss, duplication and reordering: 200 messages each way, once and in order`, () => {
   const count = 200;
   for (let seed = 0; seed < BAD_LINES; seed++) {

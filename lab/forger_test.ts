@@ -12,7 +12,7 @@ import { sealPeer } from "../protocol.ts";
 import { corpus, dice, like, mayAnswer, NO_ID, part, prologue, rogueCrowd, SERVER, typeOf } from "./hostile.ts";
 import { VICTIM, village, watchVictim } from "./hostile.ts";
 import { createWorld, join, login } from "./scenario.ts";
-import { LONG, texts } from "./testing.ts";
+import { LONG, many, texts } from "./testing.ts";
 
 test(
   "a forger off the path, who knows all but the secrets and writes any source address, changes nothing",
@@ -98,7 +98,7 @@ test(
           });
       }
     };
-    for (let i = 0; i < 20_000; i++) {
+    for (let i = 0; i < many(20_000, 4_000); i++) {
       const data = forge(), from = tools.pick(endpoints), to = tools.pick([...homes.values(), SERVER]);
       if (hostOf(from) === hostOf(to)) continue;
       world.net.inject({ from, to, data });
@@ -106,7 +106,7 @@ test(
       if (i % 100 === 0) world.net.run(20);
     }
     world.net.run(1_000);
-    assert.ok(hits.length > 100, "nobody was asked in the victim's name");
+    assert.ok(hits.length > many(100, 20), "nobody was asked in the victim's name");
     for (const { data, from } of hits) assert.ok(mayAnswer(data, data), `${typeOf(data)} from ${from}`);
     assert.ok(hits.reduce((sum, { bytes }) => sum + bytes, 0) <= asked);
     assert.equal(world.server.events.length, serverEvents, "the server has seen something happen");

@@ -13,12 +13,13 @@ import { LONG, many, numbered, pair, texts } from "./testing.ts";
 
 // ---------------------------------------------------------------------------------------------------- keeping a path
 
-test("a virtual day at 5 % loss: every message arrives, and no path is lost", () => {
+const HOURS = many(24, 2);
+test(`${HOURS} virtual hours at 5 % loss: every message arrives, and no path is lost`, () => {
   const world = createWorld({ seed: 7, loss: 0.05 });
   const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
   const next = random("day");
   const sent = { alice: 0, bob: 0 };
-  for (let at = 0; at < 86_400_000;) {
+  for (let at = 0; at < HOURS * 3_600_000;) {
     const wait = next() * 60_000;
     at += wait;
     world.net.run(wait);
@@ -54,7 +55,7 @@ test("the path dies: the relay takes over within 0.5 s, a new path is found when
 });
 
 test("both NATs forget everything while they talk: nothing is lost, and nothing stalls for more than 1.2 s", () => {
-  for (let seed = 0; seed < 50; seed++) {
+  for (let seed = 0; seed < many(50, 10); seed++) {
     const world = createWorld({ seed });
     const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
     alice.send("bob", "m 0");
@@ -182,8 +183,9 @@ test("a message that was there behind one that was given up is shown, and no oth
 });
 
 test("the path dies under a long message: what is there is not sent again", () => {
+  const seeds = many(20, 4);
   let sent = 0;
-  for (let seed = 0; seed < 20; seed++) {
+  for (let seed = 0; seed < seeds; seed++) {
     const world = createWorld({ seed });
     const [alice, bob] = pair(world, { nat: "EIM+APDF random" }, { nat: "EIM+APDF random" });
     alice.send("bob", "hi");
@@ -196,7 +198,7 @@ test("the path dies under a long message: what is there is not sent again", () =
     world.net.run(20_000);
     assert.equal(texts(bob).length, 2);
   }
-  assert.ok(sent < 20 * 265, `${sent / 20} datagrams for 75 parts`);
+  assert.ok(sent < seeds * 265, `${sent / seeds} datagrams for 75 parts`);
 });
 
 test("a message is not called sent because the peer says once more that it has nothing yet", () => {
@@ -215,43 +217,6 @@ test("a message is not called sent because the peer says once more that it has n
   world.net.run(10_000);
   assert.ok(answers > 2 && parts > 1, `${answers} answers, ${parts} parts`);
   assert.deepEqual(texts(bob), ["0".repeat(700)]);
-});
-
-test("a peer that has evicted the conversation gets again what it had acknowledged behind a gap", () => {
-  const world = createWorld();
-  const [alice, bob] = pair(world, { direct: false }, { direct: false });
-  const others = Array.from({ length: 1_000 }, (_, i) => `user-${i}`); // so many conversations a client keeps
-  crowd(world, others);
-  alice.send("bob", "first");
-  world.net.run(1_000);
-  for (const other of others.slice(1)) bob.send(other, "hi"); // nobody answers: they are given up after 15 s
-  world.net.run(13_000);
-  const unblock = world.net.block(({ host, data }) => host === "alice" && data.length > 700);
-  for (const text of ["0".repeat(700), "1", "2"]) alice.send("bob", text);
-  world.net.run(1_000);
-  assert.deepEqual(texts(bob), ["first"]);
-  bob.send(others[0]!, "hi"); // nothing waits for alice
-  world.net.run(2_000);
-  unblock();
-  world.net.run(10_000);
-  assert.deepEqual(texts(bob), ["first", "0".repeat(700), "1", "2"]);
-  assert.ok(alice.events("sent").length === 4 && alice.events("sent").every(({ ok }) => ok));
-});
-
-test("a peer that has evicted the conversation and writes first is heard, and so is the answer", () => {
-  const world = createWorld();
-  const [alice, bob] = pair(world, { direct: false }, { direct: false });
-  const others = Array.from({ length: 1_000 }, (_, i) => `user-${i}`);
-  crowd(world, others);
-  alice.send("bob", "before");
-  world.net.run(1_000);
-  for (const other of others) bob.send(other, "hi");
-  world.net.run(20_000);
-  bob.send("alice", "who was it?");
-  world.net.run(2_000);
-  alice.send("bob", "me");
-  world.net.run(1_000);
-  assert.deepEqual([texts(alice), texts(bob)], [["who was it?"], ["before", "me"]]);
 });
 
 test("a NAT's class is found although the answers to one of the throw-away sockets are lost", () => {
@@ -418,7 +383,7 @@ test("one side alone logs in anew, as when the server was out of its reach: the 
 });
 
 test("the server is restarted under a conversation on the relay: no message is lost", () => {
-  for (let seed = 0; seed < 20; seed++) {
+  for (let seed = 0; seed < many(20, 4); seed++) {
     const world = createWorld({ seed });
     const [alice, bob] = pair(world, { nat: "APDM+APDF random" }, { nat: "APDM+APDF random" });
     for (let i = 0; i < 100; i++) {
@@ -498,10 +463,11 @@ test("a peer that is started anew in the middle of a message gets it whole", () 
   }
 });
 
-test("10,000 users list completely, each datagram at most 1,200 bytes, also at 5 % loss", () => {
+const USERS = many(10_000, 600);
+test(`${USERS} users list completely, each datagram at most 1,200 bytes, also at 5 % loss`, () => {
   for (const loss of [0, 0.05]) {
     const world = createWorld();
-    const names = Array.from({ length: 9_999 }, (_, i) => `user-${i}`);
+    const names = Array.from({ length: USERS - 1 }, (_, i) => `user-${i}`);
     crowd(world, names);
     const alice = join(world, "alice");
     login(world, alice);
@@ -569,7 +535,7 @@ test("who lost his name for minutes gets it back as soon as it is free", () => {
 
 // ---------------------------------------------------------------------------------------------------- everything at once
 
-const MIXTURES = many(200, 15);
+const MIXTURES = many(200, 10);
 test(`${MIXTURES} seeds of loss, silence, restarts, forgetful NATs and clocks that jump: what is called sent has come, once and in order`, () => {
   const names = ["alice", "bob"] as const, steps = 40;
   const kinds = ["EIM+APDF random", "EIM+EIF preserving", "APDM+APDF random", "APDM+APDF sequential", "EIM+ADF random"];

@@ -15,7 +15,7 @@ import { createWorld, DELAY_MS } from "./scenario.ts";
 import { LONG, many } from "./testing.ts";
 
 /** Split evenly over server and clients. */
-const FLOOD = many(10_000_000, 200_000);
+const FLOOD = many(10_000_000, 100_000);
 
 test(
   `${

@@ -1,5 +1,5 @@
 /**
- * Limits that only a crowd reaches: 1,100 callers, 10,000 names, thousands of datagrams a second.
+ * Limits that only a crowd reaches: 1,000 conversations, 10,000 names, thousands of datagrams a second.
  *
  * @module
  */
@@ -8,8 +8,8 @@ import { test } from "node:test";
 import type { Endpoint } from "../../protocol.ts";
 import { enter, hand, like, memory, MIB, NO_BYTES, NO_ID, office, part, reasonOf } from "../hostile.ts";
 import { rogueCrowd, village } from "../hostile.ts";
-import { join, login, type Player } from "../scenario.ts";
-import { LONG, numbered, texts } from "../testing.ts";
+import { createWorld, crowd, join, login, type Player } from "../scenario.ts";
+import { LONG, numbered, pair, texts } from "../testing.ts";
 
 test(
   "calls from more names than a client keeps conversations: bounded, and friends old and new get through",
@@ -116,4 +116,41 @@ test("limit: names that were here, the last 10,000 for an hour", LONG, () => {
     server.wake(at);
   }
   assert.equal(status("user-10000", full + 3_602_000), "unknown");
+});
+
+test("a peer that has evicted the conversation gets again what it had acknowledged behind a gap", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { direct: false }, { direct: false });
+  const others = Array.from({ length: 1_000 }, (_, i) => `user-${i}`); // so many conversations a client keeps
+  crowd(world, others);
+  alice.send("bob", "first");
+  world.net.run(1_000);
+  for (const other of others.slice(1)) bob.send(other, "hi"); // nobody answers: they are given up after 15 s
+  world.net.run(13_000);
+  const unblock = world.net.block(({ host, data }) => host === "alice" && data.length > 700);
+  for (const text of ["0".repeat(700), "1", "2"]) alice.send("bob", text);
+  world.net.run(1_000);
+  assert.deepEqual(texts(bob), ["first"]);
+  bob.send(others[0]!, "hi"); // nothing waits for alice
+  world.net.run(2_000);
+  unblock();
+  world.net.run(10_000);
+  assert.deepEqual(texts(bob), ["first", "0".repeat(700), "1", "2"]);
+  assert.ok(alice.events("sent").length === 4 && alice.events("sent").every(({ ok }) => ok));
+});
+
+test("a peer that has evicted the conversation and writes first is heard, and so is the answer", () => {
+  const world = createWorld();
+  const [alice, bob] = pair(world, { direct: false }, { direct: false });
+  const others = Array.from({ length: 1_000 }, (_, i) => `user-${i}`);
+  crowd(world, others);
+  alice.send("bob", "before");
+  world.net.run(1_000);
+  for (const other of others) bob.send(other, "hi");
+  world.net.run(20_000);
+  bob.send("alice", "who was it?");
+  world.net.run(2_000);
+  alice.send("bob", "me");
+  world.net.run(1_000);
+  assert.deepEqual([texts(alice), texts(bob)], [["who was it?"], ["before", "me"]]);
 });
