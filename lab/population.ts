@@ -543,7 +543,8 @@ async function main(): Promise<void> {
     string: ["pairs", "seed", "pair", "silence", "first", "step"],
     default: { pairs: "20000", seed: "1", silence: `${SILENCE_MS / 1_000}` },
     unknown: (arg: string) => {
-      throw new Error(`What is "${arg}"?`);
+      console.error(`Unknown argument "${arg}": see the top of ${fileURLToPath(import.meta.url)}`);
+      process.exit(2);
     },
   });
   const draw: Draw = { pairs: Number(pairs), seed, silenceMs: 1_000 * Number(silence) };
