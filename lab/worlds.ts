@@ -260,6 +260,25 @@ for (const jumpMs of [4_000, 20_000, 3_600_000]) {
     talk(world, alice, bob);
   });
 }
+for (const afterMs of [90, 130, 170, 250]) {
+  world(`clock: jumps ${afterMs} ms after a call`, {}, (world) => {
+    const [alice, bob] = pair(world);
+    alice.send("bob", "hi");
+    world.net.run(afterMs);
+    for (const player of [alice, bob]) player.jump(20_000);
+    talk(world, alice, bob, { count: 10 });
+    world.net.run(20_000);
+  });
+}
+world("clock: wakes in vain", {}, (world) => {
+  const [alice, bob] = pair(world);
+  for (let i = 0; i < 100; i++) {
+    if (i % 10 === 0) talk(world, alice, bob, { count: 1 });
+    for (const player of [alice, bob]) player.process.call((now) => player.client.wake(now));
+    world.server.call((now) => world.machine.wake(now));
+    world.net.run(i % 9 * 20 + 1);
+  }
+});
 world("clock: jumps while somebody logs in", {}, (world) => {
   const alice = join(world, "alice", EIM), bob = join(world, "bob", EIM);
   world.net.run(100);
@@ -460,9 +479,16 @@ for (const nat of ["EIM+APDF random", "APDM+APDF random"]) {
   world(`server: restarted, ${nat}`, {}, (world) => {
     const [alice, bob] = pair(world, { nat }, { nat });
     talk(world, alice, bob);
+    alice.command({ command: "getu", prefix: "" });
     world.restartServer();
     talk(world, alice, bob, { count: 60 });
     ask(world, alice, "bob");
+    world.server.stop();
+    alice.command({ command: "getu", prefix: "bo" });
+    bob.command({ command: "verify", peer: "alice" });
+    world.net.run(1_000);
+    world.restartServer();
+    talk(world, alice, bob, { count: 60 });
   });
   world(`server: gone for three minutes, ${nat}`, { jitterMs: 4 }, (world) => {
     const [alice, bob] = pair(world, { nat }, { nat });
@@ -535,6 +561,7 @@ world("server: never answers", {}, (world) => {
   for (const player of [alice, bob]) player.send("carol", "are you there?"), player.command({ command: "nat" });
   for (const player of [alice, bob]) player.command({ command: "getu", prefix: "" });
   alice.command({ command: "ping", peer: "bob", count: 2 });
+  alice.command({ command: "path", peer: null });
   bob.command({ command: "ping", peer: "alice", count: 2 });
   world.net.run(60_000);
   world.restartServer();
@@ -557,6 +584,30 @@ world("server: its answers to keepalives alone are lost", {}, (world) => {
   world.net.run(60_000);
   unblock();
   world.net.run(60_000);
+});
+world("server: seemed to be gone", {}, (world) => {
+  const [alice, bob] = pair(world);
+  talk(world, alice, bob);
+  let late: { from: Endpoint; to: Endpoint; data: Uint8Array } | null = null;
+  const untap = world.net.tap(({ host, from, to, data }) => {
+    if (host !== "server" || !to.startsWith(alice.nat!.addresses[0]!)) return;
+    if (decode(data)?.type === "ALIVE") late = { from, to, data: data.slice() };
+    return "drop";
+  });
+  world.net.runUntil(() => alice.events("reconnecting").length > 0, 60_000);
+  world.net.inject(late!);
+  untap();
+  talk(world, alice, bob);
+});
+world("server: its third port is somebody else's", {}, (world) => {
+  world.server.stop();
+  world.serverHost.run({ opened: () => [], receive: () => [], wake: () => [], wakeAt: () => Infinity }, {
+    ports: [2282],
+  });
+  world.restartServer();
+  const [alice, bob] = pair(world, EIM, { nat: "EIM+EIF random" });
+  talk(world, alice, bob);
+  ask(world, alice, "bob");
 });
 world("server: clients come and go for two minutes, and vanish", {}, (world) => {
   const players = Array.from({ length: 10 }, (_, i) => join(world, `user-${i}`, i % 2 ? EIM : {}));

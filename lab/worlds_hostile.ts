@@ -6,7 +6,7 @@
  */
 import { type Control, type ControlBody, decode, encode, encodeStunRequest, type Endpoint } from "../protocol.ts";
 import { concat, controlKeys, diffieHellman, hex, type KeyPair, keysFrom, loginKey } from "../protocol.ts";
-import { decodeHandshake, encodeHandshake, encodeInner, initiate, type Peer, sealPeer } from "../protocol.ts";
+import { decodeHandshake, encodeHandshake, encodeInner, initiate, openPeer, type Peer, sealPeer } from "../protocol.ts";
 import { parseEndpoint, publicNonce, STUN_COOKIE, type User } from "../protocol.ts";
 import { crowd, DELAY_MS, join, login, type Player, type World } from "./scenario.ts";
 import { again, ask, dice, EIM, isServers, pair, part, SERVER, talk, world } from "./worlds.ts";
@@ -277,17 +277,21 @@ world("limit: names that were here, the last 10,000", {}, (world) => {
   const alice = join(world, "alice");
   login(world, alice);
   const names = Array.from({ length: 10_100 }, (_, i) => `n${i}`);
-  crowd(world, names);
+  crowd(world, names, { keepName: 1 }); // all of them vanish, and hold their names
   alice.command({ command: "getu", prefix: "n100" });
   world.net.run(1_000);
   for (const name of ["n0", "n1", "n10049"]) alice.send(name, "hi");
   world.net.run(90_000);
   for (const name of names.filter((_, i) => i % 1_000 === 0)) alice.send(name, "hi");
+  world.net.run(300_000);
+  const others = Array.from({ length: 20 }, (_, i) => rogue(world, `late-${i}`, `198.18.200.${i}:4000`));
+  for (const other of others) other.say({ type: "LOGOUT" }); // now there are names that nobody holds
+  for (const name of ["n100", "n101", "n119", "n120", "n10099", "late-0"]) alice.send(name, "hi");
   world.net.run(3_000);
 });
 
 /** A session of the rogue with a client, begun by a first message that carries `frame`; answers with what seals the others. */
-function befriend(world: World, rogue: Rogue, to: string, frame: Peer) {
+function befriend(world: World, rogue: Rogue, to: string, frame: Peer, { echoes = true } = {}) {
   const theirs = rogue.say({ type: "GETALLUSER", prefix: to, after: "" }) && rogue.people.get(to)!;
   const { host, port } = parseEndpoint(rogue.from)!;
   const options = {
@@ -299,22 +303,27 @@ function befriend(world: World, rogue: Rogue, to: string, frame: Peer) {
   };
   const initiation = initiate(options, concat(world.bytes(8), encodeInner(frame)))!;
   const session = { index: 0, key: new Uint8Array(32), counter: 0 };
+  let receives: Uint8Array | null = null;
+  const seal = (frame: Peer, counter = session.counter++) => sealPeer(frame, { ...session, counter });
   world.net.host({ name: `host of ${rogue.name}`, addresses: [host], delayMs: DELAY_MS }).run({
     opened: () => [],
     wake: () => [],
     wakeAt: () => Infinity,
-    receive({ data }) {
+    receive({ socket, from, data }) {
       const message = decode(data), handshake = decodeHandshake(message && "body" in message ? message.body : data);
       const finished = handshake?.type === "P2PSECOND" && session.index === 0 && initiation.finish(handshake.noise);
       if (finished) Object.assign(session, { index: handshake.from, key: finished.keys.send });
-      return [];
+      if (finished) receives = finished.keys.receive;
+      // He answers punches, but no messages: so there is a direct path to him.
+      const frame = receives && openPeer(handshake?.type === "P2PSECOND" ? handshake.sealed : data, receives);
+      if (frame?.type !== "P2PTRASH" || !echoes) return [];
+      return [{ kind: "send", socket, to: from, data: seal({ type: "P2PECHO", probe: frame.probe }) }];
     },
   }, { ports: [port] });
   const relay = (body: Uint8Array, call = 0) => rogue.say({ type: "P2PTRANS", to, nonce: theirs.nonce, call, body });
   const first = encodeHandshake({ type: "P2PFIRST", from: 7, probe: 1, noise: initiation.message });
   relay(first, 1);
   world.net.run(500);
-  const seal = (frame: Peer, counter = session.counter++) => sealPeer(frame, { ...session, counter });
   const write = (data: Uint8Array, from = rogue.from) => world.net.inject({ from, to: theirs.public, data });
   return { first, host, relay, seal, write };
 }
@@ -326,20 +335,27 @@ const message = (seq: number, length: number, { base = 0, left = 0 } = {}): Peer
   left,
   part: new TextEncoder().encode(part(length)),
 });
+const HELLO = encodeInner(message(0, 5));
 const STREAMS: Record<string, (i: number) => Peer> = {
   "parts without bytes, never the last": (i) => message(i, 0, { left: 65_535 }),
   "full parts, never the last": (i) => message(i, 800, { left: 65_535 }),
   "every other part": (i) => message(2 * i + 1, 1, { base: i }),
-  "numbers far ahead": (i) => message(2 ** 32 - 1 - i, 1, { left: i & 0xffff }),
+  "numbers far ahead": (i) => message(2 ** 32 - 1 - i, 1, { left: i % 2 }),
   "a base that jumps": (i) => message(100_000 * i, 1, { base: 100_000 * i, left: i % 2 }),
   "a base after its part": (i) => message(i, 1, { base: i + 1 }),
   "parts that are too long": (i) => message(i, 801 + i % 300, { left: i % 2 }),
   "wrong numbers of parts left": (i) => message(i, i % 3 ? 800 : 400, { left: (7 * i) % 5 }),
   "acknowledgements of what was never said": (i) => ({
     type: "P2PMESSAGEACK",
-    next: 7 * i,
-    from: i % 3 * i,
-    states: new Uint8Array(i % 40).fill(i),
+    next: i < 60 ? 0 : 7 * i,
+    from: i % 3 * i * 5,
+    states: new Uint8Array(3 * i % 8).fill(i),
+  }),
+  "acknowledgements from far ahead": (i) => ({
+    type: "P2PMESSAGEACK",
+    next: i,
+    from: i + 9,
+    states: new Uint8Array(9),
   }),
   "echoes and punches": (i) => ({ type: i % 2 ? "P2PECHO" : "P2PTRASH", probe: i }),
   "plans": (i) => ({
@@ -354,13 +370,17 @@ for (const [what, frame] of Object.entries(STREAMS)) {
     const [alice, bob] = pair(world, {});
     talk(world, alice, bob);
     const mallory = rogue(world, "mallory", "198.18.9.9:9");
-    const { first, host, relay, seal, write } = befriend(world, mallory, "alice", message(0, 5));
-    alice.send("mallory", "what do you want?");
+    const { first, host, relay, seal, write } = befriend(world, mallory, "alice", message(0, 5), {
+      echoes: what !== "plans" && what !== "acknowledgements from far ahead",
+    });
+    alice.send("mallory", part(3_000));
     for (let i = 1; i < 120; i++) {
       const data = seal(frame(i));
       if (i % 3) write(data);
       else relay(data, Number(i % 9 === 0));
       if (i % 5 === 0) write(seal(frame(i)), `${host}:${10 + i}`); // from another port
+      if (i % 7 === 0) write(seal(frame(i + 1))); // at the same instant
+      if (i % 30 === 0) alice.send("mallory", part(1_000));
       if (i % 11 === 0) write(first, `${host}:${10 + i}`);
       if (i % 13 === 0) relay(first);
       if (i % 17 === 0) write(seal(frame(i), 2_000 + i)), write(seal(frame(i), 2_000 + i)); // counters ahead, and twice
@@ -371,6 +391,19 @@ for (const [what, frame] of Object.entries(STREAMS)) {
     world.net.run(20_000);
   });
 }
+world("rogue: a peer sends messages of 64 KiB, of one byte more, and of one part more", {}, (world) => {
+  const [alice, bob] = pair(world, {});
+  const { seal, write } = befriend(world, rogue(world, "mallory", "198.18.9.9:9"), "alice", message(0, 5));
+  let seq = 1;
+  for (const [full, rest] of [[81, 736], [81, 737], [82, 1], [83, 800], [0, 9]] as const) {
+    for (let left = full; left >= 0; left--) {
+      write(seal(message(seq++, left > 0 ? 800 : rest, { base: 0, left })));
+      world.net.run(2);
+    }
+    world.net.run(100);
+  }
+  talk(world, alice, bob);
+});
 world("rogue: a peer comes from hundreds of ports of his host", {}, (world) => {
   const [alice, bob] = pair(world, {});
   const { host, seal, write } = befriend(world, rogue(world, "mallory", "198.18.9.9:9"), "alice", message(0, 5));
@@ -391,6 +424,26 @@ world("rogue: a peer begins one handshake after another", {}, (world) => {
   const mallory = rogue(world, "mallory", "198.18.10.1:9"), nonce = alice.events("login").length && NO_ID;
   for (let i = 0; i < 30; i++) {
     mallory.say({ type: "P2PTRANS", to: "alice", nonce: nonce || NO_ID, call: 1, body: world.bytes(99) });
+  }
+  talk(world, alice, bob);
+});
+world("rogue: thousands of handshakes, of which the first are forgotten", {}, (world) => {
+  const [alice, bob] = pair(world, {});
+  const callers = Array.from({ length: 220 }, (_, i) => rogue(world, `caller-${i}`, `198.18.30.${i}:9`));
+  for (const caller of callers) {
+    caller.say({ type: "GETALLUSER", prefix: "alice", after: "" });
+    const user = caller.people.get("alice")!, own = { own: caller.keys, peer: user.key, psk: new Uint8Array(32) };
+    const names = new TextEncoder().encode(`punch ${caller.name} ${caller.nonce} alice ${user.nonce}`);
+    for (let i = 0; i < 19; i++) {
+      const { message: noise } = initiate(
+        { ...own, prologue: names, ephemeral: world.keys() },
+        concat(world.bytes(8), HELLO),
+      )!;
+      const body = encodeHandshake({ type: "P2PFIRST", from: i, probe: 0, noise });
+      caller.say({ type: "P2PTRANS", to: "alice", nonce: user.nonce, call: 0, body });
+      if (i === 0) caller.say({ type: "P2PTRANS", to: "alice", nonce: user.nonce, call: 1, body });
+    }
+    world.net.run(10);
   }
   talk(world, alice, bob);
 });
@@ -505,6 +558,52 @@ world("evil server: the keys that it names change, and change back", { server: {
   world.restartServer();
   talk(world, alice, bob, { count: 20 });
 });
+world("evil server: keys that are none, or one's own", { server: { keys: EVIL } }, (world) => {
+  const { tell } = evil(world, EVIL), [alice, bob] = pair(world);
+  const { nonce, key } = crowdOf(world).get("alice")!, nowhere = { nat: UNKNOWN, punchAfterMs: 0, candidates: [] };
+  tell("alice", { type: "INTRODUCTION", peer: { ...nowhere, name: "bob", nonce, key } });
+  talk(world, alice, bob);
+  tell("alice", { type: "INTRODUCTION", peer: { ...nowhere, name: "bob", nonce: hex(world.bytes(8)), key } });
+  talk(world, alice, bob);
+  tell("alice", { type: "INTRODUCTION", peer: { ...nowhere, name: "bob", nonce: NO_ID, key: new Uint8Array(32) } });
+  world.net.run(100);
+  alice.send("bob", "to nobody's key");
+  world.net.run(500);
+  talk(world, alice, bob, { count: 20 });
+  const untap = world.net.tap(({ host, from, data }) => {
+    const asked = decode(data);
+    if (host !== "alice" || asked?.type !== "KEEPALIVE") return;
+    const cookie = { type: "COOKIE", cookie: NO_ID, key: new Uint8Array(32), known: 0 } as const;
+    world.net.inject({
+      from: SERVER,
+      to: from,
+      data: encode(cookie, { id: asked.id, counter: asked.counter, key: undefined }),
+    });
+    return "drop";
+  });
+  world.net.run(15_000);
+  untap();
+  talk(world, alice, bob, { count: 20 });
+});
+world("forger: answers in the place of the server and of the peer", {}, (world) => {
+  let welcomes = 0;
+  world.net.tap(({ host, from, data }) => {
+    const message = host ? decode(data) : null;
+    if (message?.type === "WELCOME" && welcomes++ < 2) data[30]! ^= 1; // tampers with the datagram itself
+    const first = message?.type === "P2PTRANS" ? decodeHandshake(message.body) : null;
+    if (first?.type !== "P2PFIRST") return;
+    const second = {
+      type: "P2PSECOND",
+      to: first.from,
+      from: 1,
+      noise: world.bytes(56),
+      sealed: world.bytes(30),
+    } as const;
+    world.net.inject({ from: SERVER, to: from, data: encodeHandshake(second) });
+  });
+  const [alice, bob] = pair(world);
+  talk(world, alice, bob);
+});
 world("evil server: introduces a hundred times a second", { server: { keys: EVIL } }, (world) => {
   const { tell } = evil(world, EVIL), [alice, bob] = pair(world);
   talk(world, alice, bob, { count: 1 });
@@ -543,8 +642,8 @@ world("evil server: cookies without end, refusals without reason", { server: { k
     const { id, counter } = message, shared = diffieHellman(EVIL.secret, message.key)!;
     const answer: ControlBody = ++asked % 2
       ? { type: "COOKIE", cookie: hex(world.bytes(8)), key: EVIL.public, known: 0 }
-      : { type: "ERROR", reason: ["because", "full", "name-taken"][asked % 3]!, about: "x", seconds: 9 };
-    const isRefusal = answer.type === "ERROR" && asked > 20;
+      : { type: "ERROR", reason: ["name-taken", "full", "because"][asked % 3]!, about: "x", seconds: 9 };
+    const isRefusal = answer.type === "ERROR" && asked > 7;
     const seal = { id, counter, key: isRefusal ? loginKey(shared, id) : undefined };
     world.net.inject({ from: SERVER, to: from, data: encode(answer, seal) });
     return "drop";

@@ -129,6 +129,7 @@ for (const [what, one, other] of SECRETS) {
   world(`keys: secrets ${what}`, {}, (world) => {
     const secret = (words: string) => words ? { ...EIM, psk: psk(words) } : EIM;
     const [alice, bob] = pair(world, secret(one), secret(other));
+    for (const [one, other] of [[alice, bob], [bob, alice]] as const) one.send(other.name, "both at once");
     talk(world, alice, bob);
     ask(world, alice, "bob");
     world.net.run(20_000);
@@ -285,7 +286,11 @@ world("said: the peer says once more that it has nothing yet", {}, (world) => {
   talk(world, alice, bob);
 });
 world("said: 1,000 conversations, of which the oldest are forgotten", {}, (world) => {
-  const [alice, bob] = pair(world, { direct: false }, EIM);
+  const [alice, bob] = pair(world, { direct: false }, { nat: "APDM+APDF sequential" });
+  const carol = join(world, "carol", EIM); // bob's path to her is from a socket of its own, and he never writes to her
+  login(world, carol);
+  carol.send("bob", "hi");
+  world.net.run(5_000);
   const others = Array.from({ length: 1_000 }, (_, i) => `user-${i}`);
   crowd(world, others);
   alice.send("bob", "first");
@@ -293,7 +298,10 @@ world("said: 1,000 conversations, of which the oldest are forgotten", {}, (world
   world.net.run(1_000);
   for (const other of others.slice(1)) bob.send(other, "hi");
   world.net.run(1_000);
-  bob.send(others[0]!, "no room for this one");
+  bob.send(others[0]!, "the last one for whom there is room");
+  bob.send("alice", "none here");
+  bob.command({ command: "ping", peer: "alice", count: 1 });
+  alice.send("bob", "nor there");
   world.net.run(12_000);
   const unblock = world.net.block(({ host, data }) => host === "alice" && data.length > 700);
   for (const text of [part(700), "1", "2"]) alice.send("bob", text);
