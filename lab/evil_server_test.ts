@@ -448,7 +448,7 @@ test(
       assert.ok(hits.length <= 2 * 2_048 + 10 * PUNCHES * ENDPOINTS);
     }
     console.table(results);
-    // A client is no flood: what it sends to one third party in 10 s stays under what one spray may send (DESIGN 4).
+    // A client is no flood: what it sends to one third party in 10 s stays under what ten sprays may send.
     assert.ok(results["300 peers, one each"]!.datagrams <= 10 * 2_048, "introductions make a flood");
   },
 );

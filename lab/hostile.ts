@@ -44,7 +44,7 @@ export const nameOf = new Map(messageTable().map(({ code, name }) => [code, name
 export const typeOf = (data: Uint8Array) =>
   data[0] === MAGIC ? nameOf.get(data[1] ?? 0) ?? "no message" : (data[0] ?? 4) < 4 ? "STUN" : "noise";
 export const isStun = (data: Uint8Array) => typeOf(data) === "STUN";
-/** STUN alone may answer with more than the question: 1.6 times, IPv6 2.2 (DESIGN 4). */
+/** STUN alone may answer with more than the question: 1.6 times, with IPv6 2.2. */
 export const mayAnswer = (question: Uint8Array, answer: Uint8Array) =>
   isStun(question)
     ? isStun(answer) && answer.length <= 2.2 * question.length

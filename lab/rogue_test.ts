@@ -70,7 +70,7 @@ const STREAMS: Record<string, (i: number) => Peer> = {
   "wrong numbers of parts left": (i) => part(i, new Uint8Array(400), { left: (7 * i) % 5 + 1 }),
 };
 
-const FRAMES = many(20_000, 4_000);
+const FRAMES = many(20_000, 2_000);
 let invaded: ReturnType<typeof village> | null = null;
 for (const [i, [what, frameOf]] of Object.entries(STREAMS).entries()) {
   test(`a peer sends ${what}: no memory is held for it, and the others are not disturbed`, () => {
