@@ -28,13 +28,15 @@ const WIRE_BYTES = 2 ** 22;
 const CORE_TTL = 10;
 /** R, client and server there and back, and D, the same between the peers; a message over the server takes one R. */
 const R_MS = 2 * WIRE_MS, D_MS = 4 * WIRE_MS;
-/** DESIGN 3 and 4 ask for these; what two processors full of other cases add comes on top. */
+/** In calm, and on top of them what two processors full of other cases add; see `assertInTime` for a busy machine. */
 const BUSY_MS = 100;
 const MESSAGE_MS = 1.15 * R_MS + BUSY_MS, PUNCH_MS = 1.3 * (R_MS + D_MS) + BUSY_MS, SPRAY_MS = 14_000;
 /** Cases at the same time. They mostly wait, but a runtime that starts needs a processor for 100 ms. */
 const CONCURRENT = 3;
 /** For everything that must happen but has no limit of its own. */
-const PATIENCE_MS = 20_000;
+const PATIENCE_MS = 40_000;
+/** A case that is late is played again: so many times in all, and the best one counts. */
+const ATTEMPTS = 3;
 
 const PREFIX = `punch-${process.pid}-`;
 const SELF = fileURLToPath(import.meta.url);
@@ -48,11 +50,27 @@ function assert(fact: boolean, complaint: string): asserts fact {
   if (!fact) throw new Error(complaint);
 }
 
-/** All happened, but not in time. What is not the product's fault does not happen twice. */
+/** All happened, but not in time. What is not the product's fault does not happen every time. */
 class Late extends Error {}
 
+/** When timers of ours came that had as long to wait as a packet in a wire, and how late. */
+const timers: { at: number; lateMs: number }[] = [];
+const RECENT_MS = 10_000;
+
+function watchTimers(): void {
+  const due = performance.now() + WIRE_MS;
+  setTimeout(() => {
+    const at = performance.now();
+    timers.push({ at, lateMs: at - due });
+    while (timers[0]!.at < at - RECENT_MS) timers.shift();
+    watchTimers();
+  }, WIRE_MS);
+}
+
+/** The limit grows as bare timers of the same run have just grown, since all that is measured is made of such waits. */
 function assertInTime(afterMs: number, limitMs: number, story: string): void {
-  if (afterMs > limitMs) throw new Late(`${story}: ${ms(afterMs)} is over the limit of ${ms(limitMs)}`);
+  const slowness = 1 + Math.max(0, ...timers.map(({ lateMs }) => lateMs)) / WIRE_MS, limit = limitMs * slowness;
+  if (afterMs > limit) throw new Late(`${story}: ${ms(afterMs)} is over the limit of ${ms(limit)}`);
 }
 
 // ------------------------------------------------------------------------------------------------------ NATs
@@ -761,9 +779,10 @@ async function main(filter: string): Promise<number> {
     return 2;
   }
   const count = { passed: 0, failed: 0, skipped: 0 };
-  const late = new Set<Cast>();
+  const late = new Map<Cast, number>();
   let number = 0;
   await startWires(present.at(-1)!);
+  watchTimers();
   const worker = async () => {
     for (let cast = queue.shift(); cast; cast = queue.shift()) {
       const missing = [cast.alice, cast.bob, ...cast.row.observer ? ["turnserver"] : []].filter((one) => !works(one));
@@ -778,8 +797,9 @@ async function main(filter: string): Promise<number> {
         count.passed++;
         console.log(`ok      ${title(cast)}: ${story} [${ms(performance.now() - began)}]`);
       } catch (error) {
-        if (error instanceof Late && !late.has(cast)) {
-          late.add(cast);
+        const attempts = (late.get(cast) ?? 0) + 1;
+        if (error instanceof Late && attempts < ATTEMPTS) {
+          late.set(cast, attempts);
           queue.push(cast);
           console.log(`late    ${title(cast)}, again: ${error.message.split("\n")[0]}`);
           continue;

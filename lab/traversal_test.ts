@@ -1,6 +1,6 @@
 /**
  * Through every NAT that mathematics allows: the 91 pairs of 13 kinds of NAT, what each costs, and what each of them
- * is found to be.
+ * is found to be. A sample of the seeds shows less exactly what the full number does, so its bounds are wider.
  *
  * @module
  */
@@ -8,6 +8,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { NATS } from "./network.ts";
 import { createWorld, D, DELAY_MS, join, KINDS, login, type Player, R, site, type World } from "./scenario.ts";
+import { many } from "./testing.ts";
 
 const isSymmetric = (kind: string) => kind.startsWith("APDM") || kind === "linux random";
 const isRandom = (kind: string) => kind === "APDM+APDF random" || kind === "linux random";
@@ -43,7 +44,7 @@ for (const [i, one] of KINDS.entries()) {
   for (const other of KINDS.slice(i)) {
     test(`${one} x ${other}: ${isPossible(one, other) ? "direct" : "over the relay"}, whoever calls`, () => {
       for (const [caller, called] of one === other ? [[one, other]] : [[one, other], [other, one]]) {
-        for (const seed of [0, 1, 3]) { // with 2 the spray misses, as in one world of 2,000
+        for (const seed of [0, 1, 3].slice(0, many(3, 1))) { // with 2 the spray misses, as in one world of 2,000
           const round = call(caller!, called!, seed);
           const after = directAfter(round, isPossible(one, other) ? 14_000 : 20_000);
           const { world, alice, bob, start } = round;
@@ -69,7 +70,7 @@ const quantile = (values: number[], q: number) => values.sort((a, b) => a - b)[M
 const measure = (
   one: string,
   other: string,
-  { seeds = 1_000, limitMs = 15_000, ...weather }: Weather & { seeds?: number; limitMs?: number } = {},
+  { seeds = many(1_000, 16), limitMs = 15_000, ...weather }: Weather & { seeds?: number; limitMs?: number } = {},
 ) =>
   Array.from({ length: seeds }, (_, seed) => {
     const [caller, called] = seed % 2 ? [one, other] : [other, one];
@@ -95,7 +96,7 @@ for (const [one, other, budget] of BUDGETS) {
 for (const one of ["sequential", "preserving"]) {
   for (const other of ["EIM+APDF random", "APDM+APDF sequential", "APDM+APDF preserving"]) {
     test(`${one}, who calls in the moment of the login, x ${other}: within 5 (R + D) as a rule`, () => {
-      const all = Array.from({ length: 60 }, (_, seed) => {
+      const all = Array.from({ length: many(60, 8) }, (_, seed) => {
         const world = createWorld({ seed, loss: 0.01, jitterMs: 10 });
         const bob = join(world, "bob", site(world, other));
         login(world, bob);
@@ -107,7 +108,7 @@ for (const one of ["sequential", "preserving"]) {
         return directAfter({ world, alice, bob, start }, 5_000);
       });
       assert.ok(quantile(all, 0.5) <= 5 * (R + D), `${quantile(all, 0.5)} ms`);
-      assert.ok(quantile(all, 0.95) < Infinity, "in 5 s");
+      assert.ok(quantile(all, many(0.95, 0.8)) < Infinity, "in 5 s");
     });
   }
 }
@@ -142,9 +143,10 @@ test("two symmetric ones behind one NAT that does not hairpin send little into t
 
 for (const other of ["EIM+APDF random", "linux accept", "APDM+APDF sequential", "APDM+APDF preserving"]) {
   test(`sequential x ${other} passes as well where packets are lost and overtake each other`, () => {
-    const all = measure("APDM+APDF sequential", other, { seeds: 100, loss: 0.01, jitterMs: 10, foreignRate: 0.2 });
+    const weather = { seeds: many(100, 16), loss: 0.01, jitterMs: 10, foreignRate: 0.2 };
+    const all = measure("APDM+APDF sequential", other, weather);
     const quick = all.filter((ms) => ms < 5_000).length;
-    assert.ok(quick >= 95, `${quick} of 100 within 5 s`);
+    assert.ok(quick >= many(0.95, 0.85) * all.length, `${quick} of ${all.length} within 5 s`);
   });
 }
 
@@ -152,13 +154,13 @@ test("sequential x sequential passes in at least 85 % of calls with 1 % foreign 
   // One port in a hundred goes to somebody else: a busy neighbour with a flow a second, against the dozens of ours.
   const all = measure("APDM+APDF sequential", "APDM+APDF sequential", { foreignRate: 1, limitMs: 8_000 });
   const passed = all.filter((ms) => ms < Infinity).length / all.length;
-  assert.ok(passed >= 0.85, `${passed}`);
+  assert.ok(passed >= many(0.85, 0.75), `${passed}`);
 });
 
 test("APDM random x EIM+APDF: half of the calls are direct within 1.2 s, 98 % within 5.8 s", () => {
   const all = measure("APDM+APDF random", "EIM+APDF random");
-  const half = quantile(all, 0.5), most = quantile(all, 0.98);
-  assert.ok(half <= 1_200 && most <= 5_800, `${half} ms, ${most} ms`);
+  const half = quantile(all, 0.5), most = quantile(all, many(0.98, 0.9));
+  assert.ok(half <= many(1_200, 1_800) && most <= 5_800, `${half} ms, ${most} ms`);
 });
 
 test("a spray goes to one address, in at most 2,048 datagrams of which no two go to the same port, 200 a second", () => {

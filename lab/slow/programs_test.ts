@@ -1,7 +1,8 @@
 /**
- * The command line of DESIGN 6 on real processes: what scripts may rely on. Each case has a server of its own; several
- * cases run at a time, since most of the time they wait. `deno test` starts the programs on Deno with the permissions
- * of their tasks, `bun test` on Bun.
+ * The command line on real processes: what scripts may rely on. Each case has a server of its own; several cases run at
+ * a time, since most of the time they wait. They wait for events and never for a guessed time, so a busy machine slows
+ * them down and nothing else. `deno test` starts the programs on Deno with the permissions of their tasks, `bun test`
+ * on Bun.
  *
  * @module
  */
@@ -11,16 +12,16 @@ import { mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from "node
 import { networkInterfaces, tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
-import { type Event, executable, OTHER, OWN, type Program, type Runtime, start } from "./demo.ts";
+import { encodeStunRequest, STUN_COOKIE } from "../../protocol.ts";
+import { type Event, executable, OTHER, OWN, type Program, type Runtime, start } from "../programs.ts";
 
 /** Cases at the same time; more would measure how long a runtime takes to start. */
 const CONCURRENT = 6;
-const CASE_LIMIT_MS = 40_000;
+/** Of a case that hangs. */
+const CASE_LIMIT_MS = 120_000;
 /** As the runner sees it, a case waits for its turn too. */
-const LIMIT_MS = 180_000;
+const LIMIT_MS = 600_000;
 const MAX_MESSAGE_BYTES = 65_536;
-
-const sleep = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));
 
 // ---------------------------------------------------------------------------------------------------- events
 
@@ -201,6 +202,15 @@ async function strange(host = "127.0.0.1"): Promise<dgram.Socket> {
   return socket;
 }
 
+/** Asks the way STUN does until a server answers: for one that tells nobody when it listens. */
+async function answersAt(port: number): Promise<void> {
+  const socket = await strange(), request = encodeStunRequest({ transaction: STUN_COOKIE + "00".repeat(12) });
+  const timer = setInterval(() => socket.send(request, port, "127.0.0.1"), 50);
+  await new Promise((resolve) => socket.once("message", resolve));
+  clearInterval(timer);
+  socket.close();
+}
+
 /** They meet, and talk directly in both directions. */
 async function converse(alice: Program, bob: Program): Promise<void> {
   alice.type(`send ${bob.name} first`);
@@ -224,9 +234,9 @@ scenario("client ends with 1 after 10 s in which nobody answers", async ({ scrip
   const silent = await strange();
   const began = performance.now();
   const alice = await script(`127.0.0.1:${silent.address().port}`, "alice", ["send bob hi"], { code: 1 });
-  const ms = performance.now() - began;
+  const ms = performance.now() - began; // how much later than 10 s is the machine's affair, see recovery_test.ts
   silent.close();
-  assert.ok(ms > 9_500 && ms < 15_000, `after ${ms} ms`);
+  assert.ok(ms > 9_500, `after ${ms} ms`);
   assert.deepEqual(alice.events.map(({ event, code }) => `${event} ${code}`), ["error unreachable"]);
 });
 
@@ -237,7 +247,7 @@ scenario("--secret-file: another secret reads nothing", async ({ server, client,
   const carol = await client(at, "carol");
   for (const [i, peer] of ["bob", "carol"].entries()) {
     alice.type(`send ${peer} for your eyes only`);
-    const { reason } = await alice.until({ event: "sent", to: peer, ok: false }, { limitMs: 25_000, from: i });
+    const { reason } = await alice.until({ event: "sent", to: peer, ok: false }, { from: i });
     assert.ok(reason === "untrusted" || reason === "timeout", `reason ${reason}`);
   }
   assert.deepEqual([...of(bob, "message"), ...of(carol, "message")], []);
@@ -249,11 +259,11 @@ scenario("a stranger's call with another secret ends nobody's `send`, and is no 
   const { server, client, start, file } = stage;
   const { at } = await server();
   const bob = await client(at, "bob");
+  const mallory = await client(at, "mallory", ["--secret-file", file("other", "wrong horse battery staple")]);
   bob.signal("SIGSTOP");
   const alice = start("client", [at, "alice", "--json"], { name: "alice" });
   alice.pipe("send bob important", "send bob as well");
   await alice.until({ event: "login" });
-  const mallory = await client(at, "mallory", ["--secret-file", file("other", "wrong horse battery staple")]);
   mallory.type("send alice hi");
   await alice.until({ event: "error", code: "untrusted", notice: true });
   bob.signal("SIGCONT");
@@ -291,11 +301,11 @@ scenario("server: a clean end, a new start in its place, and everybody is back w
 
 scenario("client goes on receiving while a `send` waits, and carries out the next line after it", async (stage) => {
   const { at } = await stage.server();
-  const alice = await stage.client(at, "alice"), bob = await stage.client(at, "bob");
+  const alice = await stage.client(at, "alice", ["--trace"]), bob = await stage.client(at, "bob");
   const carol = await stage.client(at, "carol");
   carol.signal("SIGSTOP");
   alice.pipe("send carol are you there?", "send bob after carol");
-  await sleep(300);
+  await alice.says(/P2PTRANS/);
   bob.type("send alice meanwhile");
   await alice.until({ event: "message", from: "bob", text: "meanwhile" });
   assert.deepEqual([...of(alice, "sent"), ...of(bob, "message")], [], "the next line waits for the first");
@@ -428,7 +438,6 @@ scenario(
     const sent = of(alice, "sent");
     assert.deepEqual(sent.map(({ ok, reason }) => ok ? "ok" : reason), [...fails.map(([, reason]) => reason), "ok"]);
     assert.deepEqual(of(alice, "error"), [], "one `sent` and no `error`");
-    assert.ok(sent.every(({ ms }) => Number(ms) < 3_000), "at once");
     assert.deepEqual(of(bob, "message").map(({ text }) => text), ["hi"]);
   },
 );
@@ -512,7 +521,9 @@ scenario("--no-direct stays on the relay, on both sides", async ({ server, clien
       await other.until({ event: "message", from: one.name, text: String(i), path: "relay" });
       await one.until({ event: "sent", ok: true, path: "relay" }, { from });
     }
-    await sleep(200);
+    const from = alice.events.length;
+    alice.type("ping bob 1"); // time enough for a punch, had there been one
+    await alice.until({ event: "ping", path: "relay" }, { from });
   }
   assert.deepEqual([alice, bob].flatMap((program) => of(program, "path")), []);
 });
@@ -521,7 +532,7 @@ scenario("without --json: chat and answers on stdout, the state of things on std
   const { at } = await server();
   const bob = start("client", [at, "bob"], { name: "bob" });
   bob.type("getu");
-  while (!bob.stdout().includes("bob")) await sleep(20);
+  await bob.says(/^ *bob /m);
   const alice = start("client", [at, "alice"], { name: "alice" });
   alice.pipe("send bob hi there", "getu", "ping bob 1", "send nobody hi");
   assert.equal(await alice.ended, 1, alice.evidence());
@@ -544,6 +555,7 @@ scenario("server without --json: everything on stderr; with --quiet nothing", as
     const args = ["--host", "127.0.0.1", "--port", String(port), "--alt-port", "0", ...quiet ? ["--quiet"] : []];
     const server = start("server", args);
     const [first, second] = quiet ? [/^$/, /^$/] : [/Listening on UDP port \d+/, /alice is here/];
+    await answersAt(port);
     await script(`127.0.0.1:${port}`, "alice", ["send alice hi"]);
     server.signal("SIGINT");
     assert.equal(await server.ended, 0, server.evidence());
@@ -587,12 +599,12 @@ scenario("Ctrl-C while a `send` waits and before the login ends with 130 too", a
   const { at } = await server();
   const bob = await client(at, "bob");
   bob.signal("SIGSTOP");
-  const alice = await client(at, "alice");
-  alice.type("send bob hi");
-  await sleep(300);
+  const alice = await client(at, "alice", ["--trace"]);
   const silent = await strange();
   const carol = start("client", [`127.0.0.1:${silent.address().port}`, "carol", "--json"]);
   await new Promise((resolve) => silent.once("message", resolve));
+  alice.type("send bob hi");
+  await alice.says(/P2PTRANS/);
   for (const program of [alice, carol]) {
     program.signal("SIGINT");
     assert.equal(await program.ended, 130, program.evidence());
@@ -680,8 +692,10 @@ scenario("datagrams from strangers change nothing, for the server or for a clien
     103,
     ...Array(40).fill(9),
   ]];
-  for (const data of noise) for (const to of ports) stranger.send(Uint8Array.from(data), to, "127.0.0.1");
-  await sleep(100);
+  const sent = noise.flatMap((data) =>
+    ports.map((to) => new Promise((resolve) => stranger.send(Uint8Array.from(data), to, "127.0.0.1", resolve)))
+  );
+  await Promise.all(sent); // on the loopback that is as good as received
   stranger.close();
   await converse(alice, bob);
 });

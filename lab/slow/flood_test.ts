@@ -5,11 +5,12 @@
  *     two flooders -- 64 ports each, together half the echo's rate --> server      (all of the runtime that runs the test)
  *     couples <------ a message each way every 250 ms ------------->
  *
- * All of them share the cores of one machine, which alone slows what passes: so the same is done first to the bare echo,
- * which throws a flood away without looking. The server may be slowed as much as that, or to twice its calm latency.
+ * All of them share the cores of one machine, which alone slows what passes: so the same is done to the bare echo, which
+ * throws a flood away without looking. The server may be slowed as much as that, or to twice its calm latency. Before a
+ * flood counts as too much, all four are measured again, one right after the other: bare and served, in calm and flooded.
  *
- * With PUNCH_ROLE this file is one of the other processes. PUNCH_FULL=1 takes 100 couples instead of 30, and hardly any
- * allowance for other jobs.
+ * With PUNCH_ROLE this file is one of the other processes. PUNCH_STRICT=1 takes 100 couples instead of 30, and hardly any
+ * allowance for other jobs: for a machine that has none.
  *
  * @module
  */
@@ -21,20 +22,22 @@ import { setPriority } from "node:os";
 import { dirname, join } from "node:path";
 import { setImmediate } from "node:timers";
 import { fileURLToPath } from "node:url";
-import { type ClientEvent, createClient } from "../client.ts";
-import { clock, decode, generateKeys, hex, listen, MAGIC, type Running } from "../protocol.ts";
+import { type ClientEvent, createClient } from "../../client.ts";
+import { clock, decode, generateKeys, hex, listen, MAGIC, type Running } from "../../protocol.ts";
 
-const FULL = process.env["PUNCH_FULL"] === "1";
-const COUPLES = FULL ? 100 : 30;
+const STRICT = process.env["PUNCH_STRICT"] === "1";
+const COUPLES = STRICT ? 100 : 30;
 const HOST = "127.0.0.1";
 const PORTS = 64, WINDOW = 64;
 const ECHO_MS = 1_500, TALK_MS = 2_500, INTERVAL_MS = 250;
 /** Between two small bursts of a flood. */
 const PAUSE_MS = 0.15;
-/** Other jobs on the machine can spoil a measurement: so many may be made again. */
-const REPEATS = 5;
+/** Other jobs on the machine can spoil a measurement: so often each is made, and the best one counts. */
+const ATTEMPTS = 4;
+/** A flood that reaches the server at less than this part of what reached the bare echo is none. */
+const REACHED = 0.6;
 /** What other jobs add to the 95th percentile of latencies, which is half a millisecond in calm. */
-const NOISE_MS = FULL ? 0.5 : 15;
+const NOISE_MS = STRICT ? 0.5 : 15;
 /** What the bare echo sends back; a flood has none of this length. */
 const ECHO_BYTES = 60;
 /** In a flood for the bare echo. */
@@ -42,7 +45,7 @@ const JUNK = "ff".repeat(130);
 /** Of the echo's rate. */
 const SHARE = 0.5;
 /** Of any helper, should the test die. */
-const ROLE_LIMIT_MS = 30_000;
+const ROLE_LIMIT_MS = 600_000;
 
 const sleep = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));
 
@@ -162,7 +165,7 @@ process.on("exit", () => {
 
 /** Starts this file in another role, or the server; the first line that it prints. */
 function hire(role: "echo" | "flood" | "measure" | "server", orders?: Orders) {
-  const self = fileURLToPath(import.meta.url), root = dirname(dirname(self));
+  const self = fileURLToPath(import.meta.url), root = dirname(dirname(dirname(self)));
   const args = role === "server" ? [join(root, "server.ts"), "--host", HOST, "--port", "0", "--json"] : [self];
   const child = spawn(process.execPath, "Deno" in globalThis ? ["run", "-A", ...args] : args, {
     cwd: root,
@@ -226,19 +229,13 @@ async function knock(port: number): Promise<number[]> {
   return latencies;
 }
 
-/** What the machine can do: datagrams a second through a bare echo, and its latencies in calm and under a flood. */
-async function control(): Promise<{ rate: number; calm: number[]; flooded: number[]; reached: number }> {
-  const echoing = hire("echo");
-  const port = (await echoing.line)["port"]!;
-  const rate = (await hire("measure", { port, rate: 0, ms: ECHO_MS, samples: [], fresh: [0, 0] }).line)["rate"]!;
-  await knock(port); // for the compiler
+/** What the machine can do at this moment: the latencies of a bare echo in calm and under a flood. */
+async function bareEcho(port: number, rate: number): Promise<{ calm: number[]; flooded: number[]; reached: number }> {
   const calm = await knock(port);
-  const flooders = startFlood({ port, rate: rate * SHARE, samples: [JUNK], fresh: [2, 10] });
+  const flooders = startFlood({ port, rate, samples: [JUNK], fresh: [2, 10] });
   await sleep(400);
   const flooded = await knock(port);
-  const reached = await reachedBy(flooders);
-  echoing.end();
-  return { rate, calm, flooded, reached };
+  return { calm, flooded, reached: await reachedBy(flooders) };
 }
 
 function startFlood({ rate, ...orders }: Omit<Orders, "ms">) {
@@ -253,8 +250,10 @@ async function reachedBy(flooders: ReturnType<typeof startFlood>): Promise<numbe
 
 async function underFlood(): Promise<void> {
   const began = performance.now();
-  const echo = await control();
-  const rate = Math.round(echo.rate * SHARE);
+  const echoing = hire("echo"), echoPort = (await echoing.line)["port"]!;
+  const orders = { port: echoPort, rate: 0, ms: ECHO_MS, samples: [], fresh: [0, 0] } satisfies Orders;
+  const rate = Math.round((await hire("measure", orders).line)["rate"]! * SHARE);
+  await knock(echoPort); // for the compiler
 
   const server = hire("server");
   const friends: Friend[] = [];
@@ -335,9 +334,7 @@ async function underFlood(): Promise<void> {
     };
 
     await talk("warm-up");
-    const calm = await talk("calm");
-    const growth = Math.max(2, percentile(echo.flooded, 0.95) / percentile(echo.calm, 0.95));
-    const limit = growth * percentile(calm, 0.95) + NOISE_MS;
+    let bare = await bareEcho(echoPort, rate), calm = await talk("calm");
     const samples = (kind: string) => [...seen.get(kind) ?? []];
     const badCookies = samples("LOGIN");
     const stun = "000100002112a442" + "00".repeat(12);
@@ -353,24 +350,34 @@ async function underFlood(): Promise<void> {
       "replayed datagrams of sessions": { samples: samples("P2PTRANS"), fresh: [0, 0] },
       "STUN requests": { samples: [stun], fresh: [8, 20] },
     };
-    const table: Record<string, object> = {
-      "bare echo, no flood": { "a second": 0, ...show(echo.calm) },
-      "bare echo, flood": { "a second": echo.reached, ...show(echo.flooded) },
-      "no flood": { "a second": 0, ...show(calm) },
+    const table: Record<string, object> = {};
+    const note = (what: string, reached: number, latencies: number[], limit?: number) =>
+      table[what] = { "a second": reached, ...show(latencies), ...limit && { "p95 may be": Number(limit.toFixed(1)) } };
+    const noteCalm = (round: string) => {
+      note(`bare echo, no flood${round}`, 0, bare.calm);
+      note(`bare echo, flood${round}`, bare.reached, bare.flooded);
+      note(`no flood${round}`, 0, calm);
     };
+    noteCalm("");
     const slow: string[] = [];
-    let repeats = REPEATS;
     for (const [kind, { samples, fresh }] of Object.entries(floods)) {
       assert.ok(kind === "random bytes" || samples.length > 0, `No sample for ${kind}`);
       for (let attempt = 1;; attempt++) {
+        const round = attempt === 1 ? "" : `, ${kind} ${attempt}`;
+        if (attempt > 1) {
+          bare = await bareEcho(echoPort, rate);
+          calm = await talk(`calm${round}`);
+          noteCalm(round);
+        }
         const flooders = startFlood({ port, rate, samples, fresh });
         await sleep(400);
         const latencies = await talk(`${kind} ${attempt}`);
         const reached = await reachedBy(flooders);
-        table[attempt === 1 ? kind : `${kind}, again`] = { "a second": reached, ...show(latencies) };
-        assert.ok(reached > rate * 0.6, `${kind}: a flood of ${reached} a second is none`);
-        if (percentile(latencies, 0.95) <= limit) break;
-        if (repeats-- > 0 && attempt < 3) continue;
+        const growth = Math.max(2, percentile(bare.flooded, 0.95) / percentile(bare.calm, 0.95));
+        const limit = growth * percentile(calm, 0.95) + NOISE_MS;
+        note(attempt === 1 ? kind : `${kind}, again ${attempt}`, reached, latencies, limit);
+        if (reached >= REACHED * bare.reached && percentile(latencies, 0.95) <= limit) break;
+        if (attempt < ATTEMPTS) continue;
         slow.push(kind);
         break;
       }
@@ -380,8 +387,8 @@ async function underFlood(): Promise<void> {
       if (friends.every(({ outcomes, sentAt }) => outcomes.length === sentAt.size)) break;
     }
     console.log(
-      `bare echo ${echo.rate} a second, floods ${rate} from ${PORTS} ports; ${COUPLES} couples, ${all} messages, ` +
-        `${((performance.now() - began) / 1_000).toFixed(0)} s; p95 may grow ${growth.toFixed(1)} times`,
+      `floods of ${rate} a second, half of a bare echo's rate, from ${PORTS} ports; ${COUPLES} couples, ${all} messages, ` +
+        `${((performance.now() - began) / 1_000).toFixed(0)} s`,
     );
     console.table(table);
     for (const { name, outcomes, sentAt, doubled } of friends) {
@@ -389,10 +396,11 @@ async function underFlood(): Promise<void> {
       assert.ok(outcomes.every(({ ok }) => ok), `${name}: Send Failure!`);
       assert.equal(doubled, 0, `${name}: something came twice`);
     }
-    assert.deepEqual(slow, [], `p95 over ${limit.toFixed(1)} ms`);
+    assert.deepEqual(slow, [], `p95 is over its limit, or the flood did not come, ${ATTEMPTS} times`);
   } finally {
     for (const { running } of friends) running?.close();
     server.end();
+    echoing.end();
   }
 }
 
@@ -400,7 +408,7 @@ if (role === undefined) {
   const { test } = await import("node:test");
   test(
     `floods at half the rate of a bare echo, while ${COUPLES} couples talk: nothing is lost, and p95 at most doubles (or grows as the echo's own), ${NOISE_MS} ms aside`,
-    { timeout: 120_000 },
+    { timeout: 400_000 },
     underFlood,
   );
 }

@@ -5,7 +5,7 @@
  */
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { expected, hashOf, namesWith } from "./oracle.ts";
+import { expected, hashOf, namesWith } from "../oracle.ts";
 
 const right = expected(), names = namesWith([]);
 const HELP =

@@ -5,21 +5,9 @@
  */
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import {
-  drawPair,
-  headline,
-  limit,
-  MIX,
-  type Model,
-  MODELS,
-  picture,
-  population,
-  report,
-  type Result,
-  runPair,
-  summarize,
-  SYSTEMS,
-} from "./population.ts";
+import { drawPair, MIX } from "../mix.ts";
+import { picture, population, report, type Result, runPair, summarize, SYSTEMS } from "../population.ts";
+import { headline, limit, type Model, MODELS } from "../rivals.ts";
 
 const PAIRS = 300, SEED = "test";
 let results: Result[] = [];
