@@ -23,7 +23,7 @@
  */
 /// <reference types="npm:bun-types@1.4.5" />
 import { createCipheriv, createDecipheriv, createHash, hkdfSync, randomBytes, scryptSync } from "node:crypto";
-import { createPrivateKey, createPublicKey, diffieHellman as x25519, timingSafeEqual } from "node:crypto";
+import { createPrivateKey, createPublicKey, diffieHellman as x25519, type KeyObject } from "node:crypto";
 import { createSocket } from "node:dgram";
 import { readFileSync } from "node:fs";
 import { isIP } from "node:net";
@@ -83,7 +83,7 @@ const MAX_USERS_ON_PAGE = 32;
 // bytes, and a port (u16).
 const u8 = uint(1), u16 = uint(2), u32 = uint(4), u48 = uint(6);
 const id: Codec<string> = { put: putDigits, get: (cursor) => hex(readBytes(cursor, 8)) };
-const key: Codec<Uint8Array> = { put: writeBytes, get: (cursor) => readBytes(cursor, 32) };
+const key: Codec<Uint8Array> = { put: writeBytes, get: (cursor) => readBytes(cursor, 32).slice() }; // receivers keep it
 const bytes: Codec<Uint8Array> = { put: putBytes, get: (cursor) => readBytes(cursor, u16.get(cursor)) };
 const rest: Codec<Uint8Array> = { put: writeBytes, get: (cursor) => readBytes(cursor, cursor.end - cursor.at) };
 const text: Codec<string> = { put: putText, get: getText };
@@ -231,7 +231,8 @@ export function messageTable(): { name: string; code: number; way: string; what:
 }
 
 // ---------------------------------------------------------------------------------------------------- bytes
-// What is written and read, byte by byte.
+// A new buffer costs a microsecond or more on Deno, however small it is, and a view costs next to nothing. So fields are
+// written and read where they stand, and what is read is a view unless somebody keeps it.
 
 const utf8 = new TextEncoder(), strictUtf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const NO_BYTES = new Uint8Array(0);
@@ -271,12 +272,12 @@ function writeBytes(cursor: Cursor, data: Uint8Array): void {
   cursor.bytes.set(data, reserve(cursor, data.length));
 }
 
-/** The next bytes, copied. */
+/** The next bytes, as a view. */
 function readBytes(cursor: Cursor, length: number): Uint8Array {
   cursor.bad ||= length > cursor.end - cursor.at;
   if (cursor.bad) return NO_BYTES;
   cursor.at += length;
-  return cursor.bytes.slice(cursor.at - length, cursor.at);
+  return cursor.bytes.subarray(cursor.at - length, cursor.at);
 }
 
 // ---------------------------------------------------------------------------------------------------- endpoints
@@ -311,16 +312,27 @@ export function isIPv6(endpoint: Endpoint): boolean {
 
 /** The 4 or 16 bytes of an IP literal, or null. An IPv4-mapped address counts as the IPv4 address that it is. */
 export function addressBytes(host: string): Uint8Array | null {
+  const octets = octetsOf(host);
+  return octets && new Uint8Array(octets);
+}
+
+/** The same as numbers, which cost less. */
+function octetsOf(host: string): number[] | null {
   const version = isIP(host);
-  if (version === 4) return new Uint8Array(host.split(".").map(Number));
-  if (version === 0 || host.includes("%")) return null; // a zone means something to one host alone
-  const bytesOf = (group: string) =>
+  if (version === 4) return host.split(".").map(Number);
+  if (version === 0 || host.includes("%")) return null; // a zone has a meaning on one host alone
+  const octetsOfGroup = (group: string) =>
     group.includes(".") ? group.split(".").map(Number) : [parseInt(group, 16) >> 8, parseInt(group, 16) & 255];
-  const halves = host.split("::").map((half) => half === "" ? [] : half.split(":").flatMap(bytesOf));
+  const halves = host.split("::").map((half) => half === "" ? [] : half.split(":").flatMap(octetsOfGroup));
   const [head, tail = []] = halves as [number[], number[]?];
-  const bytes = new Uint8Array([...head, ...Array<number>(16 - head.length - tail.length).fill(0), ...tail]);
-  const isMapped = bytes.subarray(0, 12).every((byte, i) => byte === (i < 10 ? 0 : 255));
-  return isMapped ? bytes.slice(12) : bytes;
+  const octets = [...head, ...Array<number>(16 - head.length - tail.length).fill(0), ...tail];
+  return isIPv4Mapped(octets) ? octets.slice(12) : octets;
+}
+
+/** Whether these 16 bytes are `::ffff:` and an IPv4 address (RFC 4291, section 2.5.5.2). */
+function isIPv4Mapped(octets: ArrayLike<number>): boolean {
+  for (let i = 0; i < 12; i++) if (octets[i] !== (i < 10 ? 0 : 255)) return false;
+  return true;
 }
 
 /** The text of 4 or 16 address bytes, IPv6 as RFC 5952 has it, which is how the URL standard writes it too. */
@@ -331,19 +343,18 @@ export function formatAddress(address: Uint8Array): string {
 
 /** Where an address can be reached from: this host, this site (RFC 1918, RFC 6598, RFC 4193), this link, or anywhere. */
 export function scopeOf(host: string): "loopback" | "private" | "link" | "public" | "none" {
-  const bytes = addressBytes(host);
-  if (!bytes) return "none";
-  const [a, b] = bytes as unknown as [number, number];
-  if (bytes.length === 16) {
-    if (bytes.every((byte, i) => byte === (i === 15 ? 1 : 0))) return "loopback";
+  const octets = octetsOf(host);
+  if (!octets) return "none";
+  const [a, b] = octets as [number, number];
+  if (octets.length === 16) {
+    if (octets.every((octet, i) => octet === (i === 15 ? 1 : 0))) return "loopback";
     if ((a & 0xfe) === 0xfc) return "private";
     if (a === 0xfe && (b & 0xc0) === 0x80) return "link";
     return (a & 0xe0) === 0x20 ? "public" : "none";
   }
   if (a === 127) return "loopback";
-  if (a === 10 || (a === 172 && b >> 4 === 1) || (a === 192 && b === 168) || (a === 100 && b >> 6 === 1)) {
-    return "private";
-  }
+  const isPrivate = a === 10 || (a === 172 && b >> 4 === 1) || (a === 192 && b === 168) || (a === 100 && b >> 6 === 1);
+  if (isPrivate) return "private";
   if (a === 169 && b === 254) return "link";
   return a === 0 || a >= 224 ? "none" : "public";
 }
@@ -378,7 +389,12 @@ function uint(width: number): Codec<number> {
 
 /** Writes bytes that are given as hex digits. */
 function putDigits(cursor: Cursor, digits: string): void {
-  writeBytes(cursor, Uint8Array.fromHex(digits));
+  for (let i = 0; i < digits.length; i += 2) u8.put(cursor, digitAt(digits, i) << 4 | digitAt(digits, i + 1));
+}
+
+function digitAt(digits: string, i: number): number {
+  const letter = digits.charCodeAt(i);
+  return letter < 58 ? letter - 48 : letter - 87; // 0 to 9, a to f
 }
 
 function putBytes(cursor: Cursor, data: Uint8Array): void {
@@ -387,10 +403,11 @@ function putBytes(cursor: Cursor, data: Uint8Array): void {
 }
 
 function putText(cursor: Cursor, value: string): void {
-  const encoded = utf8.encode(value);
-  if (encoded.length > 255) throw new RangeError("Text exceeds 255 bytes");
-  u8.put(cursor, encoded.length);
-  writeBytes(cursor, encoded);
+  const lengthAt = reserve(cursor, 1), room = Math.min(255, cursor.end - cursor.at);
+  const { read, written } = utf8.encodeInto(value, cursor.bytes.subarray(cursor.at, cursor.at + room));
+  if (read < value.length) throw new RangeError(`Text exceeds "${room}" bytes`);
+  cursor.bytes[lengthAt] = written;
+  cursor.at += written;
 }
 function getText(cursor: Cursor): string {
   const encoded = readBytes(cursor, u8.get(cursor));
@@ -410,18 +427,15 @@ function getPeerName(cursor: Cursor): string {
 }
 
 function putEndpoint(cursor: Cursor, value: Endpoint): void {
-  const { host, port } = parseEndpoint(value)!;
-  const address = addressBytes(host)!;
-  u8.put(cursor, address.length);
-  writeBytes(cursor, address);
+  const { host, port } = parseEndpoint(value)!, octets = octetsOf(host)!;
+  u8.put(cursor, octets.length);
+  for (const octet of octets) u8.put(cursor, octet);
   u16.put(cursor, port);
 }
 function getEndpoint(cursor: Cursor): Endpoint {
   const length = u8.get(cursor), address = readBytes(cursor, length), port = u16.get(cursor);
-  if ((length !== 4 && length !== 16) || port === 0) cursor.bad = true;
-  const host = cursor.bad ? "" : formatAddress(address);
-  if (addressBytes(host)?.length !== length) cursor.bad = true; // an IPv4 address has one form only
-  return cursor.bad ? "" : formatEndpoint(host, port);
+  cursor.bad ||= (length !== 4 && (length !== 16 || isIPv4Mapped(address))) || port === 0;
+  return cursor.bad ? "" : formatEndpoint(formatAddress(address), port);
 }
 
 function putNatClass(cursor: Cursor, { mapping, filtering, allocation }: NatClass): void {
@@ -465,7 +479,8 @@ function record<S extends Shape>(shape: S): Codec<Values<S>> {
 }
 
 // ---------------------------------------------------------------------------------------------------- datagrams
-// From a message to its bytes and back. Nothing here knows who may say what: decoding says only that the bytes
+// From a message to its bytes and back. A message is written into `scratch`, where its length shows, and leaves in the
+// one new buffer that is then queued and sent. Nothing here knows who may say what: decoding says only that the bytes
 // make sense, `verifies` and `openPeer` that they are genuine.
 
 /** First byte of every datagram of ours; STUN's is 0 to 3 (RFC 8489, section 5), so that one port can serve both. */
@@ -489,7 +504,7 @@ function byCode(table: Record<string, Row>): ({ type: string; codec: Codec<objec
   return rows;
 }
 
-const scratch = new Uint8Array(MAX_DATAGRAM_BYTES);
+const scratch = new Uint8Array(MAX_DATAGRAM_BYTES), scratchMac = new Uint8Array(MAC_BYTES);
 /** The place in `scratch` after magic and code; at the end there is room for a seal. */
 const writer = (sealBytes = 0): Cursor => ({ bytes: scratch, at: 2, end: MAX_DATAGRAM_BYTES - sealBytes, bad: false });
 const reader = (data: Uint8Array, at = 0, end = data.length): Cursor => ({ bytes: data, at, end, bad: false });
@@ -532,11 +547,9 @@ export function encode(
   const cursor = writer(MAC_BYTES);
   CONTROL_HEADER.put(cursor, seal);
   write(cursor, message);
-  if (isFromClient(message.type)) {
-    writeBytes(cursor, new Uint8Array(Math.max(0, MIN_CLIENT_BYTES - MAC_BYTES - cursor.at)));
-  }
-  const data = scratch.slice(0, cursor.at + MAC_BYTES);
-  data.set(seal.key ? sipHash(seal.key, data.subarray(0, -MAC_BYTES)) : new Uint8Array(MAC_BYTES), cursor.at);
+  const macAt = isFromClient(message.type) ? Math.max(cursor.at, MIN_CLIENT_BYTES - MAC_BYTES) : cursor.at;
+  const data = scratch.fill(0, cursor.at, macAt + MAC_BYTES).slice(0, macAt + MAC_BYTES);
+  if (seal.key) sipHash(seal.key, data.subarray(0, macAt), data.subarray(macAt));
   return data;
 }
 
@@ -561,7 +574,11 @@ export function decode(data: Uint8Array): Control | null {
 
 /** Whether the MAC at the end of a control message was made with this key. */
 export function verifies(data: Uint8Array, key: Uint8Array): boolean {
-  return timingSafeEqual(sipHash(key, data.subarray(0, -MAC_BYTES)), data.subarray(-MAC_BYTES));
+  const macAt = data.length - MAC_BYTES;
+  sipHash(key, data.subarray(0, macAt), scratchMac);
+  let difference = 0; // all bytes are compared: how long it takes must not tell how many are right
+  for (let i = 0; i < MAC_BYTES; i++) difference |= scratchMac[i]! ^ data[macAt + i]!;
+  return difference === 0;
 }
 
 /** Encodes one of the two messages of the handshake. */
@@ -590,7 +607,7 @@ export function sealPeer(message: Peer, seal: { index: number; counter: number; 
   PEER_HEADER.put(cursor, seal);
   write(cursor, message);
   const ad = scratch.subarray(0, PEER_HEADER_BYTES), text = scratch.subarray(PEER_HEADER_BYTES, cursor.at);
-  return concat(ad, encrypt(seal.key, { counter: seal.counter, ad, text }));
+  return concat(ad, ...encrypt(seal.key, { counter: seal.counter, ad, text }));
 }
 
 /** The clear header of a sealed peer message, or null if it cannot be one. */
@@ -684,29 +701,34 @@ export interface Stun {
   /** It has no cookie: RFC 3489. */ classic: boolean;
 }
 
-const words = (...values: number[]) => Uint8Array.from(values.flatMap((value) => [value >> 8, value & 255]));
+type Attribute = readonly [type: number, value: number[]];
+const words = (...values: number[]) => values.flatMap((value) => [value >> 8, value & 255]);
 
-type Attribute = readonly [type: number, value: Uint8Array];
 function stunMessage(kind: Stun["kind"], transaction: string, attributes: Attribute[]): Uint8Array {
-  const body = concat(
-    ...attributes.flatMap(([type, value]) => [words(type, value.length), value, new Uint8Array(-value.length & 3)]),
-  );
-  return concat(words(STUN_KINDS[kind], body.length), Uint8Array.fromHex(transaction), body);
+  const body = attributes.flatMap(([type, value]) => {
+    const padding = [0, 0, 0].slice(0, -value.length & 3);
+    return [...words(type, value.length), ...value, ...padding];
+  });
+  const data = new Uint8Array(STUN_HEADER_BYTES + body.length), cursor = reader(data);
+  for (const word of [STUN_KINDS[kind], body.length]) u16.put(cursor, word);
+  putDigits(cursor, transaction);
+  data.set(body, cursor.at);
+  return data;
 }
 
 /** Port and address are masked with cookie and id, so that no NAT rewrites them in passing (RFC 8489, section 14.2). */
-const masked = (bytes: Uint8Array, mask: Uint8Array | undefined) => bytes.map((byte, i) => byte ^ (mask?.[i] ?? 0));
+const masked = (octets: Iterable<number>, mask: ArrayLike<number> = NO_BYTES) =>
+  Array.from(octets, (octet, i) => octet ^ (mask[i] ?? 0));
 
-function stunAddress(endpoint: Endpoint, mask?: Uint8Array): Uint8Array {
-  const { host, port } = parseEndpoint(endpoint)!;
-  const address = addressBytes(host)!;
-  return concat(words(address.length === 4 ? 1 : 2), masked(words(port), mask), masked(address, mask));
+function stunAddress(endpoint: Endpoint, mask?: Uint8Array): number[] {
+  const { host, port } = parseEndpoint(endpoint)!, octets = octetsOf(host)!;
+  return [...words(octets.length === 4 ? 1 : 2), ...masked(words(port), mask), ...masked(octets, mask)];
 }
 
 function stunEndpoint(value: Uint8Array, mask?: Uint8Array): Endpoint | "" {
   if (value.length !== [-1, 8, 20][value[1]!]) return ""; // of family 1, IPv4, or 2, IPv6
-  const port = u16.get(reader(masked(value.subarray(2, 4), mask)));
-  return port > 0 ? formatEndpoint(formatAddress(masked(value.subarray(4), mask)), port) : "";
+  const [high, low] = masked(value.subarray(2, 4), mask) as [number, number], port = high << 8 | low;
+  return port > 0 ? formatEndpoint(formatAddress(Uint8Array.from(masked(value.subarray(4), mask))), port) : "";
 }
 
 /** Decodes a STUN Binding message (RFC 8489, section 5), or null: also if it has a FINGERPRINT that is wrong. */
@@ -771,7 +793,7 @@ export function encodeStunResponse(
   if (unknown.length > 0) {
     const even = classic && unknown.length % 2 > 0 ? unknown.slice(-1) : []; // RFC 3489, section 11.2.10
     return stunMessage("error", transaction, [
-      [ERROR_CODE, Uint8Array.of(0, 0, 4, 20)],
+      [ERROR_CODE, [0, 0, 4, 20]],
       [UNKNOWN_ATTRIBUTES, words(...unknown, ...even)],
     ]);
   }
@@ -789,10 +811,11 @@ export function encodeStunResponse(
 // A MAC shows that a datagram comes from somebody who has the key; a window of counters, that it is not an old one again.
 
 /**
- * SipHash-2-4 (Aumasson and Bernstein, 2012): eight bytes that nobody can guess without the 16-byte key. It is
- * written out in 32-bit halves, because it guards every datagram of the server, and `createHmac` costs more than an echo.
+ * SipHash-2-4 (Aumasson and Bernstein, 2012): eight bytes that nobody can guess without the 16-byte key, written into
+ * `mac`. It is written out in 32-bit halves, because it guards every datagram of the server, and `createHmac` costs more
+ * than an echo.
  */
-export function sipHash(key: Uint8Array, data: Uint8Array): Uint8Array {
+export function sipHash(key: Uint8Array, data: Uint8Array, mac: Uint8Array = new Uint8Array(8)): Uint8Array {
   const word = (from: Uint8Array, at: number) =>
     (from[at]! | from[at + 1]! << 8 | from[at + 2]! << 16 | from[at + 3]! << 24) | 0;
   const k0 = word(key, 0), k0h = word(key, 4), k1 = word(key, 8), k1h = word(key, 12);
@@ -836,7 +859,8 @@ export function sipHash(key: Uint8Array, data: Uint8Array): Uint8Array {
     ah ^= mh;
   }
   const low = a ^ b ^ c ^ d, high = ah ^ bh ^ ch ^ dh;
-  return Uint8Array.from([low, low >>> 8, low >>> 16, low >>> 24, high, high >>> 8, high >>> 16, high >>> 24]);
+  for (let i = 0; i < 8; i++) mac[i] = (i < 4 ? low : high) >>> 8 * (i & 3);
+  return mac;
 }
 
 /** Remembers which counters have been seen, up to 2,048 behind the highest (the idea is RFC 6479's). */
@@ -932,28 +956,40 @@ export interface KeyPair {
   /** Everybody may know it. */ public: Uint8Array;
 }
 
-// The fixed beginnings of PKCS #8 and SubjectPublicKeyInfo for X25519 (RFC 8410).
+/** The same bytes as a plain array: node:crypto returns Buffers, and their `slice` makes a view where ours copies. */
+const plain = ({ buffer, byteOffset, length }: Uint8Array) => new Uint8Array(buffer, byteOffset, length);
+
+// The fixed beginnings of PKCS #8 and SubjectPublicKeyInfo for X25519 (RFC 8410); the 32 bytes of the key follow.
 const PKCS8 = Uint8Array.fromHex("302e020100300506032b656e04220420");
 const SPKI = Uint8Array.fromHex("302a300506032b656e032100");
-const privateKey = (secret: Uint8Array) =>
-  createPrivateKey({ key: concat(PKCS8, secret) as Buffer, format: "der", type: "pkcs8" });
+const pem = (label: string, head: Uint8Array, key: Uint8Array) =>
+  `-----BEGIN ${label}-----\n${concat(head, key).toBase64()}\n-----END ${label}-----\n`;
+
+/** What node:crypto makes of a secret. It is made once, since that costs half as much as using it (Bun). */
+const privateKeys = new WeakMap<Uint8Array, KeyObject>();
+
+function privateKey(secret: Uint8Array): KeyObject {
+  let key = privateKeys.get(secret);
+  if (!key) privateKeys.set(secret, key = createPrivateKey(pem("PRIVATE KEY", PKCS8, secret)));
+  return key;
+}
 
 /** The key pair of a 32-byte secret. */
 export function keysFrom(secret: Uint8Array): KeyPair {
   const spki = createPublicKey(privateKey(secret)).export({ format: "der", type: "spki" });
-  return { secret, public: Uint8Array.from(spki.subarray(-32)) };
+  return { secret, public: plain(spki).slice(-32) };
 }
 
 /** A fresh key pair from the operating system's randomness: any 32 bytes are a secret (RFC 7748, section 5). */
 export function generateKeys(): KeyPair {
-  return keysFrom(Uint8Array.from(randomBytes(32)));
+  return keysFrom(plain(randomBytes(32)));
 }
 
 /** The secret of two key pairs; null for a key of low order and for everything else that node:crypto would throw at. */
 export function diffieHellman(secret: Uint8Array, theirs: Uint8Array): Uint8Array | null {
   try {
-    const publicKey = createPublicKey({ key: concat(SPKI, theirs) as Buffer, format: "der", type: "spki" });
-    const shared = Uint8Array.from(x25519({ privateKey: privateKey(secret), publicKey }));
+    const publicKey = createPublicKey(pem("PUBLIC KEY", SPKI, theirs));
+    const shared = plain(x25519({ privateKey: privateKey(secret), publicKey }));
     return shared.some((byte) => byte !== 0) ? shared : null;
   } catch {
     return null;
@@ -965,12 +1001,12 @@ export function deriveKey(secret: Uint8Array, options: { salt: Uint8Array; info:
   return new Uint8Array(hkdfSync("sha256", secret, options.salt, options.info, options.length));
 }
 
-const sha256 = (data: Uint8Array) => Uint8Array.from(createHash("sha256").update(data).digest());
+const sha256 = (data: Uint8Array) => plain(createHash("sha256").update(data).digest());
 
 /** The MAC keys of a session, 16 bytes a direction, from the X25519 secret of its two ends and the server's token. */
 export function controlKeys(shared: Uint8Array, token: string): { toServer: Uint8Array; toClient: Uint8Array } {
   const both = deriveKey(shared, { salt: utf8.encode(token), info: "punch control", length: 32 });
-  return { toServer: both.slice(0, 16), toClient: both.slice(16) };
+  return { toServer: both.subarray(0, 16), toClient: both.subarray(16) };
 }
 
 /** The MAC key of LOGIN and of a refusal, 16 bytes, from the X25519 secret of the two ends and the login's id. */
@@ -1002,18 +1038,19 @@ export function safetyCode(one: Uint8Array, other: Uint8Array): string {
 // ---------------------------------------------------------------------------------------------------- encryption
 // AES-256-GCM: `text` becomes unreadable, and neither it nor `ad`, the additional data, can be changed without notice.
 
+type Sealed = { counter: number; ad: Uint8Array; text: Uint8Array };
 /** The 12-byte nonce of Noise's AESGCM: four zeros, then the counter (Noise revision 34, section 12.4). */
+const nonce = new Uint8Array(12);
+
 function nonceOf(counter: number): Uint8Array {
-  const nonce = new Uint8Array(12);
-  u48.put({ bytes: nonce, at: 6, end: 12, bad: false }, counter);
+  u48.put(reader(nonce, 6), counter);
   return nonce;
 }
 
-type Sealed = { counter: number; ad: Uint8Array; text: Uint8Array };
-
-function encrypt(key: Uint8Array, { counter, ad, text }: Sealed): Uint8Array {
+/** The encrypted text and its tag, in pieces. */
+function encrypt(key: Uint8Array, { counter, ad, text }: Sealed): Uint8Array[] {
   const cipher = createCipheriv("aes-256-gcm", key, nonceOf(counter)).setAAD(ad);
-  return concat(cipher.update(text), cipher.final(), cipher.getAuthTag());
+  return [cipher.update(text), cipher.final(), cipher.getAuthTag()];
 }
 
 function decrypt(key: Uint8Array, { counter, ad, text }: Sealed): Uint8Array | null {
@@ -1021,7 +1058,9 @@ function decrypt(key: Uint8Array, { counter, ad, text }: Sealed): Uint8Array | n
   try {
     const decipher = createDecipheriv("aes-256-gcm", key, nonceOf(counter), { authTagLength: TAG_BYTES });
     decipher.setAAD(ad).setAuthTag(text.subarray(-TAG_BYTES));
-    return concat(decipher.update(text.subarray(0, -TAG_BYTES)), decipher.final());
+    const opened = decipher.update(text.subarray(0, -TAG_BYTES)); // all of it: GCM has no blocks to fill
+    decipher.final(); // throws if the tag is wrong
+    return plain(opened);
   } catch {
     return null;
   }
@@ -1061,22 +1100,22 @@ const mixHash = (state: SymmetricState, data: Uint8Array) => ({ ...state, hash: 
 /** What both know before the first message: prologue and static keys, and the token psk, which is MixKeyAndHash. */
 function initialState({ psk, prologue }: NoiseOptions, initiator: Uint8Array, responder: Uint8Array): SymmetricState {
   const out = deriveKey(psk, { salt: NOISE_NAME, info: "", length: 96 });
-  const state = { hash: NOISE_NAME, chain: out.slice(0, 32), key: out.slice(64) };
-  return [prologue, initiator, responder, out.slice(32, 64)].reduce(mixHash, state);
+  const state = { hash: NOISE_NAME, chain: out.subarray(0, 32), key: out.subarray(64) };
+  return [prologue, initiator, responder, out.subarray(32, 64)].reduce(mixHash, state);
 }
 
 /** The tokens of a message: e, which beside a PSK counts as key material too (section 9.2), and what was agreed on. */
 function mixTokens(state: SymmetricState, e: Uint8Array, ...agreed: Uint8Array[]): SymmetricState {
   return [e, ...agreed].reduce((state, secret) => {
     const out = deriveKey(secret, { salt: state.chain, info: "", length: 64 });
-    return { ...state, chain: out.slice(0, 32), key: out.slice(32) };
+    return { ...state, chain: out.subarray(0, 32), key: out.subarray(32) };
   }, mixHash(state, e));
 }
 
 /** The keys of the session: of what the initiator sends, and of what the responder sends. */
 function split({ chain }: SymmetricState): [Uint8Array, Uint8Array] {
   const out = deriveKey(NO_BYTES, { salt: chain, info: "", length: 64 });
-  return [out.slice(0, 32), out.slice(32)];
+  return [out.subarray(0, 32), out.subarray(32)];
 }
 
 /** The initiator's half of a handshake. */
@@ -1092,11 +1131,11 @@ export function initiate(options: NoiseOptions, payload: Uint8Array): Initiation
   const es = diffieHellman(ephemeral.secret, peer), ss = diffieHellman(own.secret, peer);
   if (!es || !ss) return null;
   const first = mixTokens(initialState(options, own.public, peer), ephemeral.public, es, ss);
-  const sealed = encrypt(first.key, { counter: 0, ad: first.hash, text: payload });
+  const sealed = concat(...encrypt(first.key, { counter: 0, ad: first.hash, text: payload }));
   return {
     message: concat(ephemeral.public, sealed),
     finish(message) {
-      const theirs = message.slice(0, 32), answer = message.subarray(32);
+      const theirs = message.subarray(0, 32), answer = message.subarray(32);
       const ee = diffieHellman(ephemeral.secret, theirs), se = diffieHellman(own.secret, theirs);
       if (!ee || !se) return null;
       const second = mixTokens(mixHash(first, sealed), theirs, ee, se);
@@ -1113,7 +1152,7 @@ export function respond(
   message: Uint8Array,
 ): { payload: Uint8Array; answer(payload: Uint8Array): { message: Uint8Array; keys: NoiseKeys } } | null {
   const { own, peer, ephemeral } = options;
-  const theirs = message.slice(0, 32), sealed = message.slice(32);
+  const theirs = message.slice(0, 32), sealed = message.slice(32); // copied, since `answer` may be called later
   const es = diffieHellman(own.secret, theirs), ss = diffieHellman(own.secret, peer);
   if (!es || !ss) return null;
   const first = mixTokens(initialState(options, peer, own.public), theirs, es, ss);
@@ -1124,7 +1163,7 @@ export function respond(
       // Neither is null: a key of low order is one for every secret, and has been found out above.
       const ee = diffieHellman(ephemeral.secret, theirs)!, se = diffieHellman(ephemeral.secret, peer)!;
       const second = mixTokens(mixHash(first, sealed), ephemeral.public, ee, se);
-      const answer = encrypt(second.key, { counter: 0, ad: second.hash, text: payload });
+      const answer = concat(...encrypt(second.key, { counter: 0, ad: second.hash, text: payload }));
       const [receive, send] = split(second);
       return { message: concat(ephemeral.public, answer), keys: { send, receive, hash: mixHash(second, answer).hash } };
     },
@@ -1495,7 +1534,7 @@ async function typedUnseen(prompt: string): Promise<string> {
 /** The 32-byte key of such words, by scrypt (RFC 7914): each guess costs a tenth of a second. */
 export function keyFromWords(words: string | undefined, label: "secret" | "password"): Uint8Array | undefined {
   if (words === undefined) return undefined;
-  return Uint8Array.from(scryptSync(words.normalize("NFC"), `punch ${label}`, 32, { N: 2 ** 15, maxmem: 2 ** 26 }));
+  return plain(scryptSync(words.normalize("NFC"), `punch ${label}`, 32, { N: 2 ** 15, maxmem: 2 ** 26 }));
 }
 
 // ---------------------------------------------------------------------------------------------------- traces
