@@ -1,14 +1,15 @@
 /**
- * What server and client share: the wire, its seals, and the one place with a socket.
+ * What server and client share: the messages, how they become bytes, how those are sealed, and the only place with a
+ * socket.
  *
- * Between a client and the server (control), everything after the COOKIE sealed by a MAC:
+ * Between a client and the server ("control"); everything after the COOKIE is sealed by a MAC:
  *
  *     0      1      2        10        16                            n-8      n
  *     +------+------+--------+---------+-----------------------------+--------+
  *     | 0x50 | code | id     | counter | fields, see CONTROL         | MAC    |
  *     +------+------+--------+---------+-----------------------------+--------+
  *
- * Between two clients (peer), encrypted; it travels directly or inside a control message, as bytes that the server
+ * Between two clients ("peer"); encrypted. It travels directly, or inside a control message as bytes that the server
  * cannot read:
  *
  *     0      1      2        6         12                            n-16     n
@@ -21,57 +22,227 @@
  * @module
  */
 /// <reference types="npm:bun-types@1.4.5" />
+import { createCipheriv, createDecipheriv, createHash, hkdfSync, randomBytes, scryptSync } from "node:crypto";
+import { createPrivateKey, createPublicKey, diffieHellman as x25519, type KeyObject } from "node:crypto";
 import { createSocket } from "node:dgram";
 import { readFileSync } from "node:fs";
 import { isIP } from "node:net";
 import process from "node:process";
-import {
-  createCipheriv,
-  createDecipheriv,
-  createHash,
-  createPrivateKey,
-  createPublicKey,
-  diffieHellman as x25519,
-  hkdfSync,
-  randomBytes,
-  scryptSync,
-  timingSafeEqual,
-} from "node:crypto";
 import { crc32 } from "node:zlib";
 
-// ---------------------------------------------------------------------------------------------------- constants
+// ---------------------------------------------------------------------------------------------------- machines
+//
+//     a datagram has come in,                               send a datagram,
+//     a socket is open,          ---->  Machine  ---->      open or close a socket,
+//     time has passed                                       tell an event to whoever runs it
+//
+// Server and client are machines. A machine has no socket, no timer and no clock: each call tells it what has happened
+// and what time it is, and returns what is to be done. The same code therefore runs on real sockets (`listen`, below)
+// and in a simulated internet (lab/network.ts), where a day takes seconds and every run can be repeated exactly.
 
-/** The port of the 2004 original. */
-export const DEFAULT_PORT = 2280;
-/** First byte of every datagram of ours; STUN's is 0 to 3 (RFC 8489, section 5), so that one port can serve both. */
-export const MAGIC = 0x50;
-/** Largest datagram in bytes: passes every path with the IPv6 minimum MTU of 1,280, tunnels included. */
-export const MAX_DATAGRAM_BYTES = 1200;
-/** Smallest datagram from a client in bytes: the size of COOKIE, so that no answer to a stranger exceeds its question. */
-export const MIN_CLIENT_BYTES = 65;
-/** Most bytes of a chat message that one datagram carries: leaves room for the relay's and the introduction's fields. */
-export const MAX_PART_BYTES = 800;
-/** Largest datagram between clients that the server passes on: with the largest introduction around it, it still fits. */
-export const MAX_RELAYED_BYTES = 907;
+/** A program without input and output: it is told what has happened and when (in ms), and returns what is to be done. */
+export interface Machine<Event = unknown> {
+  /** A socket has been bound to this port, or to none if `port` is 0. */
+  opened(socket: number, port: number, now: number): Effect<Event>[];
+  /** A datagram has come in. */
+  receive(datagram: Datagram, now: number): Effect<Event>[];
+  /** Time has passed. */
+  wake(now: number): Effect<Event>[];
+  /** When to call `wake` next; Infinity for never. Each of the other calls may change it. */
+  wakeAt(): number;
+}
+
+/** What a machine wants done, in this order. `open` binds one more socket to a free port; `opened` says which. */
+export type Effect<Event = unknown> =
+  | { kind: "send"; socket: number; to: Endpoint; data: Uint8Array; ttl?: number }
+  | { kind: "open"; socket: number }
+  | { kind: "close"; socket: number }
+  | { kind: "event"; event: Event };
+
+/** A datagram that has come in. Its bytes are good during the call only: the buffer is used again for the next one. */
+export interface Datagram {
+  /** The number that the machine gave to the socket. */ socket: number;
+  /** Who sent it, as seen from here. */ from: Endpoint;
+  /** What it says. */ data: Uint8Array;
+}
+
+// ---------------------------------------------------------------------------------------------------- messages
+// A message is one row of a table: its code, who says it to whom (client C, server S), and its fields in the order of
+// their bytes. The types `Control`, `Peer` and `Handshake`, encoding and decoding all follow from these rows. Codes 1 to
+// 4 and 100 to 103, and names such as P2PSOMEONEWANTTOCALLYOU, come from the C++ demo of 2004 that this descends from.
+
 /** Most candidates that one client may announce. */
 export const MAX_CANDIDATES = 8;
 /** Most ports that a plan names. */
 export const MAX_PLANNED_PORTS = 64;
-/** Longest user name in bytes of UTF-8. */
-export const MAX_NAME_BYTES = 32;
+const MAX_USERS_ON_PAGE = 32;
+
+// The kinds of fields; "codecs" below says how they are written and read. Numbers are unsigned, the most significant
+// byte first. An id is 8 bytes, and 16 hex digits in the program. Texts (in UTF-8) and lists begin with their length
+// (u8), `bytes` with theirs (u16); `rest` ends where the seal begins. An endpoint is 4 or 16 (u8), an address of so many
+// bytes, and a port (u16).
+const u8 = uint(1), u16 = uint(2), u32 = uint(4), u48 = uint(6);
+const id: Codec<string> = { put: putDigits, get: (cursor) => hex(readBytes(cursor, 8)) };
+const key: Codec<Uint8Array> = { put: writeBytes, get: (cursor) => readBytes(cursor, 32).slice() }; // receivers keep it
+const bytes: Codec<Uint8Array> = { put: putBytes, get: (cursor) => readBytes(cursor, u16.get(cursor)) };
+const rest: Codec<Uint8Array> = { put: writeBytes, get: (cursor) => readBytes(cursor, cursor.end - cursor.at) };
+const text: Codec<string> = { put: putText, get: getText };
+const peerName: Codec<string> = { put: putText, get: getPeerName };
+const endpoint: Codec<Endpoint> = { put: putEndpoint, get: getEndpoint };
+const natClass: Codec<NatClass> = { put: putNatClass, get: getNatClass };
+const ports = list(u16, MAX_PLANNED_PORTS), candidates = list(endpoint, MAX_CANDIDATES);
+const user: Codec<User> = record({ name: peerName, nonce: id, key, public: endpoint });
+const users = list(user, MAX_USERS_ON_PAGE), bothCandidates = list(endpoint, 2 * MAX_CANDIDATES);
+const introduced: Codec<Introduced> = record(
+  { name: peerName, nonce: id, key, candidates: bothCandidates, nat: natClass, punchAfterMs: u16 },
+);
+
+/**
+ * Between a client and the server. The header's `id` is, until WELCOME, the login's, which the client has chosen; from
+ * then on it is the session's token, which the server has chosen. Only these two know either.
+ */
+export const CONTROL = {
+  LOGIN: row(1, "C -> S", { cookie: id, key, proof: id, keepName: u8, rttMs: u16, name: text, local: candidates }),
+  LOGOUT: row(2, "C <-> S", {}),
+  P2PTRANS: row(3, "C -> S", { to: text, nonce: id, call: u8, body: bytes }),
+  GETALLUSER: row(4, "C -> S", { prefix: text, after: text }),
+  COOKIE: row(5, "S -> C", { cookie: id, key, known: u8 }),
+  WELCOME: row(6, "S -> C", { token: id, public: endpoint, secondPort: u16, thirdPort: u16, total: u32, users }),
+  KEEPALIVE: row(7, "C -> S", { cookie: id, rttMs: u16, nat: natClass, local: candidates }),
+  ALIVE: row(8, "S -> C", { asked: u48, public: endpoint }),
+  USERS: row(9, "S -> C", { asked: u48, page: u16, last: u8, more: u8, total: u32, users }),
+  INTRODUCTION: row(10, "S -> C", { peer: introduced }),
+  RELAYED: row(11, "S -> C", { from: text, nonce: id, body: bytes }),
+  PUNCHED: row(12, "C <-> S", { peer: text }),
+  ERROR: row(13, "S -> C", { reason: text, about: text, seconds: u16 }),
+  P2PSOMEONEWANTTOCALLYOU: row(102, "S -> C", { peer: introduced, body: bytes }),
+};
+
+/** Between two clients, encrypted. `states` has two bits for each part: it is missing, or came by relay, direct or lan. */
+export const PEER = {
+  P2PMESSAGE: row(100, "C <-> C", { seq: u32, base: u32, left: u16, part: rest }),
+  P2PMESSAGEACK: row(101, "C <-> C", { next: u32, from: u32, states: rest }),
+  P2PTRASH: row(103, "C <-> C", { probe: u32 }),
+  P2PECHO: row(104, "C <-> C", { probe: u32 }),
+  P2PPLAN: row(107, "C <-> C", { attempt: u8, spray: u8, ports }),
+};
+
+/** Between two clients, to agree on the keys; what is secret in them is encrypted already (see "Noise"). */
+export const HANDSHAKE = {
+  P2PFIRST: row(105, "C <-> C", { from: u32, probe: u32, noise: rest }),
+  P2PSECOND: row(106, "C <-> C", { to: u32, from: u32, noise: bytes, sealed: rest }),
+};
+
+/** What each message says, for people: the trace and the README show it. */
+const WORDS: Record<(Control | Peer | Handshake)["type"], string> = {
+  LOGIN: "I want this name; the counter is the time of this login",
+  LOGOUT: "I am leaving",
+  P2PTRANS: "pass this on to that user and, with `call`, introduce us",
+  GETALLUSER: "list the users with this prefix that come after this name",
+  COOKIE: "prove that you receive here: say it again with this cookie",
+  WELCOME: "you are in, seen at this address; I have these ports as well",
+  KEEPALIVE: "I am still here; with a cookie: and this is my new address",
+  ALIVE: "I have heard you, and I see you at this address",
+  USERS: "one page of the list of users",
+  INTRODUCTION: "the user whom you called can be reached here: punch",
+  RELAYED: "that user sends you this",
+  PUNCHED: "I have punched towards that user, or that user towards you",
+  ERROR: "I cannot do that, for this reason",
+  P2PMESSAGE: "part of a message, `left` follow; skip all before `base`",
+  P2PMESSAGEACK: "all before `next` has arrived; how those since `from` came",
+  P2PSOMEONEWANTTOCALLYOU: "that user calls you and sends you this: punch",
+  P2PTRASH: "a punch, and a question: has this reached you?",
+  P2PECHO: "your punch has reached me",
+  P2PFIRST: "first half of a handshake and a message; copies are punches",
+  P2PSECOND: "second half of a handshake, with a sealed message behind it",
+  P2PPLAN: "my NAT will use these ports in this order; `spray`: try many",
+};
+
+/** A row of the tables above. */
+export interface Row<S extends Shape = Shape> {
+  /** The second byte of the datagram. */ code: number;
+  /** Who says it to whom. */ way: "C -> S" | "S -> C" | "C <-> S" | "C <-> C";
+  /** The kind of each field. */ fields: S;
+  /** All fields as one. */ codec: Codec<Values<S>>;
+}
+/** Fields by name. */
+export type Shape = Record<string, Codec<unknown>>;
+/** The values of fields, by name. */
+export type Values<S extends Shape> = { [K in keyof S]: S[K] extends Codec<infer T> ? T : never };
+/** The union of all messages of a table: the name, the header and the fields of each. */
+export type Named<T extends Record<string, { fields: Shape }>, Header> = {
+  [N in keyof T]: { type: N } & Header & Values<T[N]["fields"]>;
+}[keyof T];
+
+/** A message between client and server, decoded. */
+export type Control = Named<typeof CONTROL, { id: string; counter: number }>;
+/** A message between client and server before it is encoded: id, counter and MAC come from the session. */
+export type ControlBody = Named<typeof CONTROL, unknown>;
+/** A message between two clients, without its seal. */
+export type Peer = Named<typeof PEER, unknown>;
+/** One of the two messages that agree on keys. */
+export type Handshake = Named<typeof HANDSHAKE, unknown>;
+
+/** A line of the list of users: enough to send that user a sealed message without asking the server first. */
+export interface User {
+  /** As `userName` leaves it. */ name: string;
+  /** Names the login. Its client has chosen it, so nobody can have a message opened that was meant for another login. */
+  nonce: string;
+  /** X25519 public key. */ key: Uint8Array;
+  /** Where the server sees the user. */ public: Endpoint;
+}
+
+/** A peer as the server introduces it. */
+export interface Introduced {
+  /** As `userName` leaves it. */ name: string;
+  /** Names the peer's login. */ nonce: string;
+  /** X25519 public key. */ key: Uint8Array;
+  /** Where the peer may be reached: at most twice MAX_CANDIDATES, its own and those of the server. */
+  candidates: Endpoint[];
+  /** The NAT that the peer has found itself behind. */ nat: NatClass;
+  /** How long to wait with the first punch, so that those of both sides cross on the way. */ punchAfterMs: number;
+}
+
+/** How a NAT behaves towards UDP (RFC 4787, sections 4 and 5), as far as its client could find out. */
+export interface NatClass {
+  /** Which destinations share an outside port. */ mapping: (typeof MAPPINGS)[number];
+  /** Who may send to an outside port. */ filtering: (typeof FILTERINGS)[number];
+  /** How an outside port is chosen. */ allocation: (typeof ALLOCATIONS)[number];
+}
+/** Endpoint-independent: all of them. Address-dependent: those with the same address. Address and port-dependent: none. */
+export const MAPPINGS = ["unknown", "EIM", "ADM", "APDM"] as const;
+/** Everybody; addresses that have been written to; addresses and ports that have been written to. */
+export const FILTERINGS = ["unknown", "EIF", "ADF", "APDF"] as const;
+/** The same as inside; the next one; one of a block that belongs to the subscriber; any. */
+export const ALLOCATIONS = ["unknown", "preserving", "sequential", "block", "random"] as const;
+
+function row<S extends Shape>(code: number, way: Row["way"], fields: S): Row<S> {
+  return { code, way, fields, codec: record(fields) };
+}
+
+const ROWS: Record<string, Row> = { ...CONTROL, ...PEER, ...HANDSHAKE };
+
+/** The table of all messages with their words, for people. */
+export function messageTable(): { name: string; code: number; way: string; what: string; fields: string[] }[] {
+  const words: Record<string, string> = WORDS;
+  return Object.entries(ROWS)
+    .map(([name, { code, way, fields }]) => ({ name, code, way, what: words[name]!, fields: Object.keys(fields) }))
+    .sort((a, b) => a.code - b.code);
+}
 
 // ---------------------------------------------------------------------------------------------------- bytes
+// A new buffer costs a microsecond or more on Deno, however small it is, and a view costs next to nothing. So fields are
+// written and read where they stand, and what is read is a view unless somebody keeps it.
 
-const utf8 = new TextEncoder();
-const strictUtf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+const utf8 = new TextEncoder(), strictUtf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const NO_BYTES = new Uint8Array(0);
 
-/** Lower-case hex digits of some bytes. */
+/** The lower-case hex digits of some bytes. */
 export function hex(data: Uint8Array): string {
   return data.toHex();
 }
 
-/** One array of several. */
+/** One new array of several. */
 export function concat(...parts: Uint8Array[]): Uint8Array {
   const whole = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
   let at = 0;
@@ -82,9 +253,38 @@ export function concat(...parts: Uint8Array[]): Uint8Array {
   return whole;
 }
 
-// ---------------------------------------------------------------------------------------------------- endpoints
+/** A place in a datagram that is being written or read. */
+export interface Cursor {
+  /** The datagram. */ bytes: Uint8Array;
+  /** The next byte. */ at: number;
+  /** Where the fields end and the seal begins. */ end: number;
+  /** Something that was read so far did not exist or was not valid. */ bad: boolean;
+}
 
-/** An IP address and a UDP port as text: `203.0.113.7:41000`, `[2001:db8::1]:41000`. */
+/** Makes room for so many bytes, and returns where they go. */
+function reserve(cursor: Cursor, length: number): number {
+  if (cursor.at + length > cursor.end) throw new RangeError(`Datagram exceeds "${cursor.end}" bytes`);
+  cursor.at += length;
+  return cursor.at - length;
+}
+
+function writeBytes(cursor: Cursor, data: Uint8Array): void {
+  cursor.bytes.set(data, reserve(cursor, data.length));
+}
+
+/** The next bytes, as a view. */
+function readBytes(cursor: Cursor, length: number): Uint8Array {
+  cursor.bad ||= length > cursor.end - cursor.at;
+  if (cursor.bad) return NO_BYTES;
+  cursor.at += length;
+  return cursor.bytes.subarray(cursor.at - length, cursor.at);
+}
+
+// ---------------------------------------------------------------------------------------------------- endpoints
+// An address and a port are a text inside the program, so that they can be compared and be keys of a map. Each has one
+// form only: IPv6 as RFC 5952 writes it, and IPv4 never as an IPv4-mapped IPv6 address.
+
+/** An IP address and a UDP port: `203.0.113.7:41000`, `[2001:db8::1]:41000`. */
 export type Endpoint = string;
 
 /** Joins an IP literal and a port. */
@@ -105,467 +305,233 @@ export function hostOf(endpoint: Endpoint): string {
   return endpoint[0] === "[" ? endpoint.slice(1, at - 1) : endpoint.slice(0, at);
 }
 
-/** Whether the endpoint is an IPv6 one. */
+/** Whether this is an IPv6 endpoint. */
 export function isIPv6(endpoint: Endpoint): boolean {
   return endpoint[0] === "[";
 }
 
 /** The 4 or 16 bytes of an IP literal, or null. An IPv4-mapped address counts as the IPv4 address that it is. */
 export function addressBytes(host: string): Uint8Array | null {
+  const octets = octetsOf(host);
+  return octets && new Uint8Array(octets);
+}
+
+/** The same as numbers, which cost less. */
+function octetsOf(host: string): number[] | null {
   const version = isIP(host);
-  if (version === 4) return new Uint8Array(host.split(".").map(Number));
-  if (version === 0 || host.includes("%")) return null; // a zone means something to one host alone
-  const bytesOf = (group: string) =>
+  if (version === 4) return host.split(".").map(Number);
+  if (version === 0 || host.includes("%")) return null; // a zone has a meaning on one host alone
+  const octetsOfGroup = (group: string) =>
     group.includes(".") ? group.split(".").map(Number) : [parseInt(group, 16) >> 8, parseInt(group, 16) & 255];
-  const halves = host.split("::").map((half) => half === "" ? [] : half.split(":").flatMap(bytesOf));
+  const halves = host.split("::").map((half) => half === "" ? [] : half.split(":").flatMap(octetsOfGroup));
   const [head, tail = []] = halves as [number[], number[]?];
-  const bytes = new Uint8Array([...head, ...Array<number>(16 - head.length - tail.length).fill(0), ...tail]);
-  const isMapped = bytes.subarray(0, 12).every((byte, i) => byte === (i < 10 ? 0 : 255));
-  return isMapped ? bytes.slice(12) : bytes;
+  const octets = [...head, ...Array<number>(16 - head.length - tail.length).fill(0), ...tail];
+  return isIPv4Mapped(octets) ? octets.slice(12) : octets;
+}
+
+/** Whether these 16 bytes are `::ffff:` and an IPv4 address (RFC 4291, section 2.5.5.2). */
+function isIPv4Mapped(octets: ArrayLike<number>): boolean {
+  for (let i = 0; i < 12; i++) if (octets[i] !== (i < 10 ? 0 : 255)) return false;
+  return true;
 }
 
 /** The text of 4 or 16 address bytes, IPv6 as RFC 5952 has it, which is how the URL standard writes it too. */
-export function formatAddress(bytes: Uint8Array): string {
-  if (bytes.length === 4) return bytes.join(".");
-  return new URL(`http://[${hex(bytes).match(/..../g)!.join(":")}]`).hostname.slice(1, -1);
+export function formatAddress(address: Uint8Array): string {
+  if (address.length === 4) return address.join(".");
+  return new URL(`http://[${hex(address).match(/..../g)!.join(":")}]`).hostname.slice(1, -1);
 }
 
 /** Where an address can be reached from: this host, this site (RFC 1918, RFC 6598, RFC 4193), this link, or anywhere. */
 export function scopeOf(host: string): "loopback" | "private" | "link" | "public" | "none" {
-  const bytes = addressBytes(host);
-  if (!bytes) return "none";
-  const [a, b] = bytes as unknown as [number, number];
-  if (bytes.length === 16) {
-    if (bytes.every((byte, i) => byte === (i === 15 ? 1 : 0))) return "loopback";
+  const octets = octetsOf(host);
+  if (!octets) return "none";
+  const [a, b] = octets as [number, number];
+  if (octets.length === 16) {
+    if (octets.every((octet, i) => octet === (i === 15 ? 1 : 0))) return "loopback";
     if ((a & 0xfe) === 0xfc) return "private";
     if (a === 0xfe && (b & 0xc0) === 0x80) return "link";
     return (a & 0xe0) === 0x20 ? "public" : "none";
   }
   if (a === 127) return "loopback";
-  if (a === 10 || (a === 172 && b >> 4 === 1) || (a === 192 && b === 168) || (a === 100 && b >> 6 === 1)) {
-    return "private";
-  }
+  const isPrivate = a === 10 || (a === 172 && b >> 4 === 1) || (a === 192 && b === 168) || (a === 100 && b >> 6 === 1);
+  if (isPrivate) return "private";
   if (a === 169 && b === 254) return "link";
   return a === 0 || a >= 224 ? "none" : "public";
 }
 
-// ---------------------------------------------------------------------------------------------------- fields
-
-/** A place in a datagram that is being written or read. */
-export interface Cursor {
-  /** The datagram. */
-  bytes: Uint8Array;
-  /** The next byte. */
-  at: number;
-  /** Where the fields end and the seal begins. */
-  end: number;
-  /** Something read so far was not there or not valid. */
-  bad: boolean;
-}
+// ---------------------------------------------------------------------------------------------------- codecs
+// How the kinds of fields are written and read. Writing throws if there is no room, which is a bug of ours. Reading what
+// a stranger has written never throws: it marks the cursor as bad and goes on with any value.
 
 /** One kind of field. */
 export interface Codec<T> {
-  /** Writes a value. */
-  put(cursor: Cursor, value: T): void;
-  /** Reads what a stranger wrote. */
-  get(cursor: Cursor): T;
+  /** Writes a value. */ put(cursor: Cursor, value: T): void;
+  /** Reads one; it means nothing if the cursor is bad. */ get(cursor: Cursor): T;
 }
-/** The type of the values of a field. */
-export type Value<C> = C extends Codec<infer T> ? T : never;
-/** Fields by name. */
-export type Shape = Record<string, Codec<unknown>>;
-/** The values of fields, by name. */
-export type Values<S extends Shape> = { [K in keyof S]: Value<S[K]> };
 
-function readBytes(cursor: Cursor, length: number): Uint8Array {
-  if (cursor.bad || length > cursor.end - cursor.at) {
+function uint(width: number): Codec<number> {
+  return {
+    put(cursor, value) {
+      const first = reserve(cursor, width);
+      for (let i = width - 1, left = value; i >= 0; i--, left = Math.floor(left / 256)) {
+        cursor.bytes[first + i] = left % 256;
+      }
+    },
+    get(cursor) {
+      cursor.bad ||= width > cursor.end - cursor.at;
+      if (cursor.bad) return 0;
+      let value = 0;
+      for (let i = 0; i < width; i++) value = value * 256 + cursor.bytes[cursor.at++]!;
+      return value;
+    },
+  };
+}
+
+/** Writes bytes that are given as hex digits. */
+function putDigits(cursor: Cursor, digits: string): void {
+  for (let i = 0; i < digits.length; i += 2) u8.put(cursor, digitAt(digits, i) << 4 | digitAt(digits, i + 1));
+}
+
+function digitAt(digits: string, i: number): number {
+  const letter = digits.charCodeAt(i);
+  return letter < 58 ? letter - 48 : letter - 87; // 0 to 9, a to f
+}
+
+function putBytes(cursor: Cursor, data: Uint8Array): void {
+  u16.put(cursor, data.length);
+  writeBytes(cursor, data);
+}
+
+function putText(cursor: Cursor, value: string): void {
+  const lengthAt = reserve(cursor, 1), room = Math.min(255, cursor.end - cursor.at);
+  const { read, written } = utf8.encodeInto(value, cursor.bytes.subarray(cursor.at, cursor.at + room));
+  if (read < value.length) throw new RangeError(`Text exceeds "${room}" bytes`);
+  cursor.bytes[lengthAt] = written;
+  cursor.at += written;
+}
+function getText(cursor: Cursor): string {
+  const encoded = readBytes(cursor, u8.get(cursor));
+  try {
+    return strictUtf8.decode(encoded);
+  } catch {
     cursor.bad = true;
-    return NO_BYTES;
+    return "";
   }
-  cursor.at += length;
-  return cursor.bytes.slice(cursor.at - length, cursor.at);
 }
 
-/** Where the next bytes go. */
-function reserve(cursor: Cursor, length: number): number {
-  if (cursor.at + length > cursor.end) throw new RangeError(`Datagram exceeds "${cursor.end}" bytes`);
-  cursor.at += length;
-  return cursor.at - length;
+/** Anything but a name could pass for a line of somebody else on a terminal, or move its cursor. */
+function getPeerName(cursor: Cursor): string {
+  const name = getText(cursor);
+  cursor.bad ||= userName(name) !== name;
+  return name;
 }
 
-const writeBytes = (cursor: Cursor, bytes: Uint8Array) => cursor.bytes.set(bytes, reserve(cursor, bytes.length));
-
-/** An unsigned integer, most significant byte first. */
-const uint = (width: number): Codec<number> => ({
-  put(cursor, value) {
-    const first = reserve(cursor, width);
-    for (let i = width - 1, rest = value; i >= 0; i--, rest = Math.floor(rest / 256)) {
-      cursor.bytes[first + i] = rest % 256;
-    }
-  },
-  get(cursor) {
-    if (cursor.bad || cursor.at + width > cursor.end) {
-      cursor.bad = true;
-      return 0;
-    }
-    let value = 0;
-    for (let i = 0; i < width; i++) value = value * 256 + cursor.bytes[cursor.at++]!;
-    return value;
-  },
-});
-const u8 = uint(1), u16 = uint(2), u32 = uint(4), u48 = uint(6);
-
-/** Eight bytes, kept as 16 hex digits: tokens, nonces, cookies. */
-const id: Codec<string> = {
-  put: (cursor, value) => writeBytes(cursor, Uint8Array.fromHex(value)),
-  get: (cursor) => hex(readBytes(cursor, 8)),
-};
-const raw = (length: number): Codec<Uint8Array> => ({ put: writeBytes, get: (cursor) => readBytes(cursor, length) });
-const key = raw(32);
-const rest: Codec<Uint8Array> = { put: writeBytes, get: (cursor) => readBytes(cursor, cursor.end - cursor.at) };
-const bytes: Codec<Uint8Array> = {
-  put(cursor, value) {
-    u16.put(cursor, value.length);
-    writeBytes(cursor, value);
-  },
-  get: (cursor) => readBytes(cursor, u16.get(cursor)),
-};
-const text: Codec<string> = {
-  put(cursor, value) {
-    const encoded = utf8.encode(value);
-    if (encoded.length > 255) throw new RangeError("Text exceeds 255 bytes");
-    u8.put(cursor, encoded.length);
-    writeBytes(cursor, encoded);
-  },
-  get(cursor) {
-    const encoded = readBytes(cursor, u8.get(cursor));
-    try {
-      return strictUtf8.decode(encoded);
-    } catch {
-      cursor.bad = true;
-      return "";
-    }
-  },
-};
-/** A name as the server may show it: what is none could pass for a line of somebody else, or move the cursor. */
-const peerName: Codec<string> = {
-  put: text.put,
-  get(cursor) {
-    const name = text.get(cursor);
-    cursor.bad ||= userName(name) !== name;
-    return name;
-  },
-};
-const endpoint: Codec<Endpoint> = {
-  put(cursor, value) {
-    const { host, port } = parseEndpoint(value)!;
-    const address = addressBytes(host)!;
-    u8.put(cursor, address.length);
-    writeBytes(cursor, address);
-    u16.put(cursor, port);
-  },
-  get(cursor) {
-    const length = u8.get(cursor);
-    const address = readBytes(cursor, length);
-    const port = u16.get(cursor);
-    if ((length !== 4 && length !== 16) || port === 0) cursor.bad = true;
-    const host = cursor.bad ? "" : formatAddress(address);
-    if (addressBytes(host)?.length !== length) cursor.bad = true; // an IPv4 address has one form only
-    return cursor.bad ? "" : formatEndpoint(host, port);
-  },
-};
-const list = <T>(item: Codec<T>, most: number): Codec<T[]> => ({
-  put(cursor, values) {
-    if (values.length > most) throw new RangeError(`List exceeds ${most} items`);
-    u8.put(cursor, values.length);
-    for (const value of values) item.put(cursor, value);
-  },
-  get(cursor) {
-    const length = u8.get(cursor);
-    if (length > most) cursor.bad = true;
-    const values: T[] = [];
-    while (values.length < length && !cursor.bad) values.push(item.get(cursor));
-    return values;
-  },
-});
-const record = <S extends Shape>(shape: S): Codec<Values<S>> => ({
-  put(cursor, value) {
-    for (const name in shape) shape[name]!.put(cursor, value[name]);
-  },
-  get(cursor) {
-    const value = {} as Values<S>;
-    for (const name in shape) value[name] = shape[name]!.get(cursor) as Values<S>[typeof name];
-    return value;
-  },
-});
-
-// ---------------------------------------------------------------------------------------------------- messages
-
-/** How a NAT behaves towards UDP (RFC 4787, sections 4 and 5), as far as somebody could tell. */
-export interface NatClass {
-  /** Which destinations share an outside port. */
-  mapping: (typeof MAPPINGS)[number];
-  /** Who may send to an outside port. */
-  filtering: (typeof FILTERINGS)[number];
-  /** How an outside port is chosen. */
-  allocation: (typeof ALLOCATIONS)[number];
+function putEndpoint(cursor: Cursor, value: Endpoint): void {
+  const { host, port } = parseEndpoint(value)!, octets = octetsOf(host)!;
+  u8.put(cursor, octets.length);
+  for (const octet of octets) u8.put(cursor, octet);
+  u16.put(cursor, port);
 }
-/** Endpoint-independent, address-dependent, address and port-dependent. */
-export const MAPPINGS = ["unknown", "EIM", "ADM", "APDM"] as const;
-/** The same. */
-export const FILTERINGS = ["unknown", "EIF", "ADF", "APDF"] as const;
-/** The inside port, the next one, one in a block of the subscriber's, any. */
-export const ALLOCATIONS = ["unknown", "preserving", "sequential", "block", "random"] as const;
-
-const natClass: Codec<NatClass> = {
-  put(cursor, { mapping, filtering, allocation }) {
-    const code = MAPPINGS.indexOf(mapping) + 4 * FILTERINGS.indexOf(filtering) + 16 * ALLOCATIONS.indexOf(allocation);
-    u8.put(cursor, code);
-  },
-  get(cursor) {
-    const code = u8.get(cursor);
-    const mapping = MAPPINGS[code & 3]!, filtering = FILTERINGS[code >> 2 & 3]!, allocation = ALLOCATIONS[code >> 4];
-    if (allocation === undefined) cursor.bad = true;
-    return { mapping, filtering, allocation: allocation ?? "unknown" };
-  },
-};
-
-/** A line of the list of users: enough to send that user a sealed message without asking first. */
-export interface User {
-  /** As `userName` leaves it. */
-  name: string;
-  /** Of this login, from its client's choice: nobody can have a client take a message meant for another login. */
-  nonce: string;
-  /** X25519 public key. */
-  key: Uint8Array;
-  /** As the server sees it. */
-  public: Endpoint;
+function getEndpoint(cursor: Cursor): Endpoint {
+  const length = u8.get(cursor), address = readBytes(cursor, length), port = u16.get(cursor);
+  cursor.bad ||= (length !== 4 && (length !== 16 || isIPv4Mapped(address))) || port === 0;
+  return cursor.bad ? "" : formatEndpoint(formatAddress(address), port);
 }
-const user: Codec<User> = record({ name: peerName, nonce: id, key, public: endpoint });
 
-/** A peer as the server introduces it. */
-export interface Introduced {
-  /** As `userName` leaves it. */
-  name: string;
-  /** Of its login. */
-  nonce: string;
-  /** X25519 public key. */
-  key: Uint8Array;
-  /** Where it may be reached: at most twice MAX_CANDIDATES. */
-  candidates: Endpoint[];
-  /** The NAT that it found itself behind. */
-  nat: NatClass;
-  /** How long to wait with the first punch, so that both sides' cross in flight. */
-  punchAfterMs: number;
+function putNatClass(cursor: Cursor, { mapping, filtering, allocation }: NatClass): void {
+  const code = MAPPINGS.indexOf(mapping) + 4 * FILTERINGS.indexOf(filtering) + 16 * ALLOCATIONS.indexOf(allocation);
+  u8.put(cursor, code);
 }
-const introduced: Codec<Introduced> = record({
-  name: peerName,
-  nonce: id,
-  key,
-  candidates: list(endpoint, 2 * MAX_CANDIDATES),
-  nat: natClass,
-  punchAfterMs: u16,
-});
+function getNatClass(cursor: Cursor): NatClass {
+  const code = u8.get(cursor);
+  const mapping = MAPPINGS[code & 3]!, filtering = FILTERINGS[code >> 2 & 3]!, allocation = ALLOCATIONS[code >> 4];
+  cursor.bad ||= allocation === undefined;
+  return { mapping, filtering, allocation: allocation ?? "unknown" };
+}
 
-/**
- * Client and server. `id` is the login's, chosen by the client, until WELCOME; the session's token, chosen by the
- * server, from then on. These two alone know either.
- */
-export const CONTROL = {
-  LOGIN: {
-    code: 1,
-    way: "C -> S",
-    what: "I want this name; the counter is the clock of the login",
-    fields: {
-      cookie: id,
-      key,
-      proof: id,
-      keepName: u8,
-      rttMs: u16,
-      name: text,
-      local: list(endpoint, MAX_CANDIDATES),
+function list<T>(item: Codec<T>, most: number): Codec<T[]> {
+  return {
+    put(cursor, values) {
+      if (values.length > most) throw new RangeError(`List exceeds "${most}" items`);
+      u8.put(cursor, values.length);
+      for (const value of values) item.put(cursor, value);
     },
-  },
-  LOGOUT: { code: 2, way: "C <-> S", what: "I am leaving", fields: {} },
-  P2PTRANS: {
-    code: 3,
-    way: "C -> S",
-    what: "pass this on to that user and, with `call`, introduce us",
-    fields: { to: text, nonce: id, call: u8, body: bytes },
-  },
-  GETALLUSER: {
-    code: 4,
-    way: "C -> S",
-    what: "who is there, in order of name, after this one",
-    fields: { prefix: text, after: text },
-  },
-  COOKIE: {
-    code: 5,
-    way: "S -> C",
-    what: "show that you receive at that address: say it again with this",
-    fields: { cookie: id, key, known: u8 },
-  },
-  WELCOME: {
-    code: 6,
-    way: "S -> C",
-    what: "you are in; this is how the world sees you, and more ports of mine",
-    fields: {
-      token: id,
-      public: endpoint,
-      secondPort: u16,
-      thirdPort: u16,
-      total: u32,
-      users: list(user, 32),
+    get(cursor) {
+      const length = u8.get(cursor), values: T[] = [];
+      cursor.bad ||= length > most;
+      while (values.length < length && !cursor.bad) values.push(item.get(cursor));
+      return values;
     },
-  },
-  KEEPALIVE: {
-    code: 7,
-    way: "C -> S",
-    what: "I am still here; with a cookie: and this is my address now",
-    fields: { cookie: id, rttMs: u16, nat: natClass, local: list(endpoint, MAX_CANDIDATES) },
-  },
-  ALIVE: { code: 8, way: "S -> C", what: "so am I, and I see you here", fields: { asked: u48, public: endpoint } },
-  USERS: {
-    code: 9,
-    way: "S -> C",
-    what: "one page of the list",
-    fields: { asked: u48, page: u16, last: u8, more: u8, total: u32, users: list(user, 32) },
-  },
-  INTRODUCTION: { code: 10, way: "S -> C", what: "the one you asked for is here: punch", fields: { peer: introduced } },
-  RELAYED: {
-    code: 11,
-    way: "S -> C",
-    what: "that user sends you this",
-    fields: { from: text, nonce: id, body: bytes },
-  },
-  PUNCHED: {
-    code: 12,
-    way: "C <-> S",
-    what: "I have punched towards that user, or that user towards you",
-    fields: { peer: text },
-  },
-  ERROR: { code: 13, way: "S -> C", what: "no, and why", fields: { reason: text, about: text, seconds: u16 } },
-  P2PSOMEONEWANTTOCALLYOU: {
-    code: 102,
-    way: "S -> C",
-    what: "that user sends you this: punch",
-    fields: { peer: introduced, body: bytes },
-  },
-} as const;
-
-/** Client and client, encrypted but for the two messages that agree on the keys. */
-export const PEER = {
-  P2PMESSAGE: {
-    code: 100,
-    way: "C <-> C",
-    what: "a part of a chat message; `base` is the oldest that is still wanted, `left` how many parts follow",
-    fields: { seq: u32, base: u32, left: u16, part: rest },
-  },
-  P2PMESSAGEACK: {
-    code: 101,
-    way: "C <-> C",
-    what: "all before `next` is here; `states` has 2 bits for each from `from`: missing, relay, direct, lan",
-    fields: { next: u32, from: u32, states: rest },
-  },
-  P2PTRASH: { code: 103, way: "C <-> C", what: "a punch, and a question: did this reach you?", fields: { probe: u32 } },
-  P2PECHO: { code: 104, way: "C <-> C", what: "it did", fields: { probe: u32 } },
-  P2PPLAN: {
-    code: 107,
-    way: "C <-> C",
-    what: "my NAT will give my next packets to you these ports, in this order; with `spray`: any ports, so try many",
-    fields: { attempt: u8, spray: u8, ports: list(u16, MAX_PLANNED_PORTS) },
-  },
-} as const;
-
-/** The two messages that agree on the keys of a session between clients. */
-export const HANDSHAKE = {
-  P2PFIRST: {
-    code: 105,
-    way: "C <-> C",
-    what: "first message of the handshake, with a peer message inside; its copies are punches",
-    fields: { from: u32, probe: u32, noise: rest },
-  },
-  P2PSECOND: {
-    code: 106,
-    way: "C <-> C",
-    what: "second message of the handshake, with a sealed peer message behind it",
-    fields: { to: u32, from: u32, noise: bytes, sealed: rest },
-  },
-} as const;
-
-/** The union of all messages of a table: name, header and fields of each. */
-export type Named<T extends Record<string, { fields: Shape }>, Header> = {
-  [N in keyof T]: { type: N } & Header & Values<T[N]["fields"]>;
-}[keyof T];
-
-/** A message between client and server, decoded. */
-export type Control = Named<typeof CONTROL, { id: string; counter: number }>;
-/** A message between client and server as one writes it: id, counter and MAC come from the session. */
-export type ControlBody = Named<typeof CONTROL, unknown>;
-/** A message between two clients, inside the seal. */
-export type Peer = Named<typeof PEER, unknown>;
-/** One of the two messages that agree on keys. */
-export type Handshake = Named<typeof HANDSHAKE, unknown>;
-/** One row of the table of messages. */
-export interface Row {
-  /** LOGIN and so on. */
-  name: string;
-  /** The second byte. */
-  code: number;
-  /** Who says it to whom: client C, server S. */
-  way: string;
-  /** What it says. */
-  what: string;
-  /** Names of its fields. */
-  fields: string[];
+  };
 }
 
-/** The table of all messages, for people. */
-export function messageTable(): Row[] {
-  return Object.entries({ ...CONTROL, ...PEER, ...HANDSHAKE })
-    .map(([name, { code, way, what, fields }]) => ({ name, code, way, what, fields: Object.keys(fields) }))
-    .sort((a, b) => a.code - b.code);
+function record<S extends Shape>(shape: S): Codec<Values<S>> {
+  return {
+    put(cursor, values) {
+      for (const name in shape) shape[name]!.put(cursor, values[name]);
+    },
+    get(cursor) {
+      const values = {} as Values<S>;
+      for (const name in shape) values[name] = shape[name]!.get(cursor) as Values<S>[typeof name];
+      return values;
+    },
+  };
 }
 
 // ---------------------------------------------------------------------------------------------------- datagrams
+// From a message to its bytes and back. A message is written into `scratch`, where its length shows, and leaves in the
+// one new buffer that is then queued and sent. Nothing here knows who may say what: decoding says only that the bytes
+// make sense, `verifies` and `openPeer` that they are genuine.
 
-const byCode = (table: Record<string, { code: number; fields: Shape }>) =>
-  new Map(Object.entries(table).map(([type, { code, fields }]) => [code, { type, code, codec: record(fields) }]));
-const CONTROL_BY_CODE = byCode(CONTROL), PEER_BY_CODE = byCode(PEER), HANDSHAKE_BY_CODE = byCode(HANDSHAKE);
-const BY_TYPE = new Map([...CONTROL_BY_CODE, ...PEER_BY_CODE, ...HANDSHAKE_BY_CODE].map(([, row]) => [row.type, row]));
+/** First byte of every datagram of ours; STUN's is 0 to 3 (RFC 8489, section 5), so that one port can serve both. */
+export const MAGIC = 0x50;
+/** Largest datagram in bytes: passes every path with the IPv6 minimum MTU of 1,280, tunnels included. */
+export const MAX_DATAGRAM_BYTES = 1200;
+/** Smallest datagram from a client in bytes: the size of COOKIE, so that no answer to a stranger exceeds its question. */
+export const MIN_CLIENT_BYTES = 65;
+/** Most bytes of a chat message that one datagram carries: leaves room for the relay's and the introduction's fields. */
+export const MAX_PART_BYTES = 800;
+/** Largest datagram between clients that the server passes on: with the largest introduction around it, it still fits. */
+export const MAX_RELAYED_BYTES = 907;
 
-/** What follows magic and code. */
 const CONTROL_HEADER = record({ id, counter: u48 }), PEER_HEADER = record({ index: u32, counter: u48 });
-const CONTROL_HEADER_BYTES = 16, MAC_BYTES = 8, PEER_HEADER_BYTES = 12, TAG_BYTES = 16;
-const scratch = new Uint8Array(MAX_DATAGRAM_BYTES);
+const CONTROL_HEADER_BYTES = 16, PEER_HEADER_BYTES = 12, MAC_BYTES = 8, TAG_BYTES = 16; // magic and code are counted
+const CONTROL_BY_CODE = byCode(CONTROL), PEER_BY_CODE = byCode(PEER), HANDSHAKE_BY_CODE = byCode(HANDSHAKE);
 
-/** The place in `scratch` behind magic and code; at the end there is room for a seal. */
+function byCode(table: Record<string, Row>): ({ type: string; codec: Codec<object> } | undefined)[] {
+  const rows = [];
+  for (const [type, { code, codec }] of Object.entries(table)) rows[code] = { type, codec };
+  return rows;
+}
+
+const scratch = new Uint8Array(MAX_DATAGRAM_BYTES), scratchMac = new Uint8Array(MAC_BYTES);
+/** The place in `scratch` after magic and code; at the end there is room for a seal. */
 const writer = (sealBytes = 0): Cursor => ({ bytes: scratch, at: 2, end: MAX_DATAGRAM_BYTES - sealBytes, bad: false });
+const reader = (data: Uint8Array, at = 0, end = data.length): Cursor => ({ bytes: data, at, end, bad: false });
 
-/** Writes magic and code, and the fields at the cursor. */
+/** Writes magic, code and, at the cursor, the fields. */
 function write(cursor: Cursor, message: { type: string }): Cursor {
-  const { code, codec } = BY_TYPE.get(message.type)!;
+  const { code, codec } = ROWS[message.type]!;
   scratch[0] = MAGIC;
   scratch[1] = code;
   codec.put(cursor, message);
   return cursor;
 }
 
-const reader = (data: Uint8Array, at = 0, end = data.length): Cursor => ({ bytes: data, at, end, bad: false });
-
-/** Reads the fields of such a message; null unless they are valid to the last byte. */
-function read(row: ReturnType<typeof BY_TYPE.get>, cursor: Cursor) {
+/** Reads the fields of such a message; null unless they are valid, and end where the cursor does. */
+function read(row: (typeof PEER_BY_CODE)[number], cursor: Cursor) {
   const fields = row?.codec.get(cursor);
-  return row && !cursor.bad && cursor.at === cursor.end ? { ...fields, type: row.type } : null;
+  return row && isWhole(cursor) ? { ...fields, type: row.type } : null;
 }
 
-/** Whether clients say it: then it is padded, since a datagram must not be smaller than what answers it. */
+const isWhole = ({ bad, at, end }: Cursor) => !bad && at === end;
+/** Whether a datagram could be one of ours. */
+const isOurs = (data: Uint8Array) => data.length >= 2 && data.length <= MAX_DATAGRAM_BYTES && data[0] === MAGIC;
+
+/** Whether a client may say it. Such a message is padded, since a datagram must not be smaller than what answers it. */
 export function isFromClient(type: Control["type"]): boolean {
   return CONTROL[type].way !== "S -> C";
 }
-
-/** Whether a datagram could be one of ours. */
-const isOurs = (data: Uint8Array) => data.length >= 2 && data.length <= MAX_DATAGRAM_BYTES && data[0] === MAGIC;
 
 /**
  * Encodes a control message. A client's is padded with zeros to MIN_CLIENT_BYTES.
@@ -581,17 +547,15 @@ export function encode(
   const cursor = writer(MAC_BYTES);
   CONTROL_HEADER.put(cursor, seal);
   write(cursor, message);
-  if (isFromClient(message.type)) {
-    writeBytes(cursor, new Uint8Array(Math.max(0, MIN_CLIENT_BYTES - MAC_BYTES - cursor.at)));
-  }
-  const data = scratch.slice(0, cursor.at + MAC_BYTES);
-  data.set(seal.key ? sipHash(seal.key, data.subarray(0, -MAC_BYTES)) : new Uint8Array(MAC_BYTES), cursor.at);
+  const macAt = isFromClient(message.type) ? Math.max(cursor.at, MIN_CLIENT_BYTES - MAC_BYTES) : cursor.at;
+  const data = scratch.fill(0, cursor.at, macAt + MAC_BYTES).slice(0, macAt + MAC_BYTES);
+  if (seal.key) sipHash(seal.key, data.subarray(0, macAt), data.subarray(macAt));
   return data;
 }
 
 /** The header of a control message, or null if it cannot be one: what costs least to read. */
 export function controlHeader(data: Uint8Array): { id: string; counter: number } | null {
-  if (!isOurs(data) || !CONTROL_BY_CODE.has(data[1]!) || data.length < CONTROL_HEADER_BYTES + MAC_BYTES) return null;
+  if (!isOurs(data) || !CONTROL_BY_CODE[data[1]!] || data.length < CONTROL_HEADER_BYTES + MAC_BYTES) return null;
   return CONTROL_HEADER.get(reader(data, 2));
 }
 
@@ -599,19 +563,22 @@ export function controlHeader(data: Uint8Array): { id: string; counter: number }
 export function decode(data: Uint8Array): Control | null {
   const header = controlHeader(data);
   if (!header) return null;
-  const { type, codec } = CONTROL_BY_CODE.get(data[1]!)!;
+  const { type, codec } = CONTROL_BY_CODE[data[1]!]!;
   const cursor = reader(data, CONTROL_HEADER_BYTES, data.length - MAC_BYTES);
   const fields = codec.get(cursor);
-  if (cursor.bad) return null;
-  const padding = data.subarray(cursor.at, cursor.end);
-  const isPadded = isFromClient(type as Control["type"]) && data.length === MIN_CLIENT_BYTES &&
-    padding.every((byte) => byte === 0);
-  return padding.length === 0 || isPadded ? { ...fields, ...header, type } as Control : null;
+  if (data.length === MIN_CLIENT_BYTES && isFromClient(type as Control["type"])) {
+    while (cursor.at < cursor.end && data[cursor.at] === 0) cursor.at++;
+  }
+  return isWhole(cursor) ? { ...fields, ...header, type } as Control : null;
 }
 
 /** Whether the MAC at the end of a control message was made with this key. */
 export function verifies(data: Uint8Array, key: Uint8Array): boolean {
-  return timingSafeEqual(sipHash(key, data.subarray(0, -MAC_BYTES)), data.subarray(-MAC_BYTES));
+  const macAt = data.length - MAC_BYTES;
+  sipHash(key, data.subarray(0, macAt), scratchMac);
+  let difference = 0; // all bytes are compared: how long it takes must not tell how many are right
+  for (let i = 0; i < MAC_BYTES; i++) difference |= scratchMac[i]! ^ data[macAt + i]!;
+  return difference === 0;
 }
 
 /** Encodes one of the two messages of the handshake. */
@@ -621,7 +588,7 @@ export function encodeHandshake(message: Handshake): Uint8Array {
 
 /** Decodes one of the two messages of the handshake, or null. */
 export function decodeHandshake(data: Uint8Array): Handshake | null {
-  return isOurs(data) ? read(HANDSHAKE_BY_CODE.get(data[1]!), reader(data, 2)) as Handshake | null : null;
+  return isOurs(data) ? read(HANDSHAKE_BY_CODE[data[1]!], reader(data, 2)) as Handshake | null : null;
 }
 
 /** The bytes of a peer message as they travel inside the first message of a handshake: code, then fields. */
@@ -629,9 +596,9 @@ export function encodeInner(message: Peer): Uint8Array {
   return scratch.slice(1, write(writer(), message).at);
 }
 
-/** Decodes what `encodeInner` made, or null. */
+/** Decodes what `encodeInner` has made, or null. */
 export function decodeInner(inner: Uint8Array): Peer | null {
-  return read(PEER_BY_CODE.get(inner[0]!), reader(inner, 1)) as Peer | null;
+  return read(PEER_BY_CODE[inner[0]!], reader(inner, 1)) as Peer | null;
 }
 
 /** Seals a peer message for the session that the other side knows by `index`; `counter` must never repeat for a key. */
@@ -640,12 +607,12 @@ export function sealPeer(message: Peer, seal: { index: number; counter: number; 
   PEER_HEADER.put(cursor, seal);
   write(cursor, message);
   const ad = scratch.subarray(0, PEER_HEADER_BYTES), text = scratch.subarray(PEER_HEADER_BYTES, cursor.at);
-  return concat(ad, encrypt(seal.key, { counter: seal.counter, ad, text }));
+  return concat(ad, ...encrypt(seal.key, { counter: seal.counter, ad, text }));
 }
 
 /** The clear header of a sealed peer message, or null if it cannot be one. */
 export function peerHeader(data: Uint8Array): { index: number; counter: number } | null {
-  if (!isOurs(data) || !PEER_BY_CODE.has(data[1]!) || data.length < PEER_HEADER_BYTES + TAG_BYTES) return null;
+  if (!isOurs(data) || !PEER_BY_CODE[data[1]!] || data.length < PEER_HEADER_BYTES + TAG_BYTES) return null;
   return PEER_HEADER.get(reader(data, 2));
 }
 
@@ -655,30 +622,36 @@ export function openPeer(data: Uint8Array, key: Uint8Array): Peer | null {
   if (!header) return null;
   const ad = data.subarray(0, PEER_HEADER_BYTES);
   const inner = decrypt(key, { counter: header.counter, ad, text: data.subarray(PEER_HEADER_BYTES) });
-  return inner && read(PEER_BY_CODE.get(data[1]!), reader(inner)) as Peer | null;
+  return inner && read(PEER_BY_CODE[data[1]!], reader(inner)) as Peer | null;
 }
 
+// ==================================================================================================== reference
+// Skip this at first reading, and go on with server.ts: text, STUN, MACs and counters, limits, keys, encryption, Noise,
+// sockets, the command line and traces.
+
 // ---------------------------------------------------------------------------------------------------- text
+// What others have written is shown on terminals: names, messages and reasons must not be able to do harm there.
+
+/** Longest user name in bytes of UTF-8. */
+export const MAX_NAME_BYTES = 32;
+const NEVER_IN_NAMES = /[\s\p{C}\p{Z}\p{Default_Ignorable_Code_Point}\u2800]/u;
 
 /**
  * Normalises a user name and checks it: 1 to 32 bytes of UTF-8, NFC, no blanks, nothing that cannot be seen.
- * Null if it is not one.
+ * Null if it is not a name.
  */
 export function userName(name: string): string | null {
-  const normal = name.normalize("NFC");
-  const length = utf8.encode(normal).length;
-  return length < 1 || length > MAX_NAME_BYTES || /[\s\p{C}\p{Z}\p{Default_Ignorable_Code_Point}\u2800]/u.test(normal)
-    ? null
-    : normal;
+  const normal = name.normalize("NFC"), length = utf8.encode(normal).length;
+  return length >= 1 && length <= MAX_NAME_BYTES && !NEVER_IN_NAMES.test(normal) ? normal : null;
 }
 
-/** An event as a line of JSON, in which no control character of a peer's text is left for a terminal to obey. */
+/** An event as a line of JSON, without any control character of a peer's text that a terminal could obey. */
 export function jsonLine(event: unknown): string {
   const escape = (letter: string) => `\\u${letter.charCodeAt(0).toString(16).padStart(4, "0")}`;
   return JSON.stringify(event).replace(/[\x7f-\x9f\u2028\u2029]/g, escape);
 }
 
-/** A text that others wrote, without what could move the cursor of a terminal. */
+/** A text that others have written, without what could move the cursor of a terminal. */
 export function harmless(text: string): string {
   return text.replace(/(?!\t)\p{Cc}/gu, "\ufffd");
 }
@@ -690,7 +663,7 @@ export function harmless(text: string): string {
 //     | type | length | cookie | transaction id | type | length | value | ...     RFC 8489, sections 5 and 14
 //     +------+--------+--------+----------------+------+--------+-------+-----
 //
-// Binding only. Nobody is asked who he is: user names, integrity and ICE's attributes are passed over.
+// Binding only. Nobody has to prove who he is: user names, integrity and the attributes of ICE are passed over.
 
 /** What classic STUN (RFC 3489) does not have: there these 4 bytes are a part of the transaction id. */
 export const STUN_COOKIE = "2112a442";
@@ -699,79 +672,63 @@ export const STUN_CHANGE_REQUEST = 0x0003;
 /** The attribute that asks for an answer to another port of the asker's (RFC 5780, section 7.5). */
 export const STUN_RESPONSE_PORT = 0x0027;
 
-const STUN_HEADER_BYTES = 20;
 const STUN_KINDS = { request: 0x0001, indication: 0x0011, response: 0x0101, error: 0x0111 };
-/** RFC 8489, section 18.3; RFC 5780, section 7; RFC 3489, section 11.2. */
-const STUN = {
-  MAPPED_ADDRESS: 0x0001,
-  SOURCE_ADDRESS: 0x0004,
-  CHANGED_ADDRESS: 0x0005,
-  MESSAGE_INTEGRITY: 0x0008,
-  ERROR_CODE: 0x0009,
-  UNKNOWN_ATTRIBUTES: 0x000a,
-  MESSAGE_INTEGRITY_SHA256: 0x001c,
-  XOR_MAPPED_ADDRESS: 0x0020,
-  FINGERPRINT: 0x8028,
-  RESPONSE_ORIGIN: 0x802b,
-  OTHER_ADDRESS: 0x802c,
-} as const;
+const XOR_MAPPED_ADDRESS = 0x20, ERROR_CODE = 0x09, UNKNOWN_ATTRIBUTES = 0x0a, FINGERPRINT = 0x8028; // RFC 8489, 18.3
+const MESSAGE_INTEGRITY = 0x08, MESSAGE_INTEGRITY_SHA256 = 0x1c;
+const RESPONSE_ORIGIN = 0x802b, OTHER_ADDRESS = 0x802c; // RFC 5780, section 7
+const MAPPED_ADDRESS = 0x01, SOURCE_ADDRESS = 0x04, CHANGED_ADDRESS = 0x05; // RFC 3489, section 11.2
 /**
- * Must be understood, and may be passed over here: USERNAME, PASSWORD, ERROR-CODE, UNKNOWN-ATTRIBUTES, REFLECTED-FROM,
- * REALM, NONCE, PASSWORD-ALGORITHM, USERHASH, PRIORITY, USE-CANDIDATE and PADDING, whose answer is not padded. Not
- * among them, since it would aim us at others: RESPONSE-ADDRESS (RFC 3489).
+ * Attributes that must be understood and that may be passed over here: USERNAME, PASSWORD, ERROR-CODE,
+ * UNKNOWN-ATTRIBUTES, REFLECTED-FROM, REALM, NONCE, PASSWORD-ALGORITHM, USERHASH, PRIORITY, USE-CANDIDATE and PADDING,
+ * whose answer is not padded. RESPONSE-ADDRESS (RFC 3489) is not among them, since it would aim us at others.
  */
 const STUN_PASSED_OVER = [0x06, 0x07, 0x09, 0x0a, 0x0b, 0x14, 0x15, 0x1d, 0x1e, 0x24, 0x25, 0x26];
 /** From here on an attribute need not be understood (RFC 8489, section 14). */
 const STUN_OPTIONAL = 0x8000;
-const STUN_CHANGE_IP = 4, STUN_CHANGE_PORT = 2, STUN_FINGERPRINT_MASK = 0x5354554e;
+const STUN_HEADER_BYTES = 20, STUN_CHANGE_IP = 4, STUN_CHANGE_PORT = 2, STUN_FINGERPRINT_MASK = 0x5354554e;
 
 /** A STUN Binding message. */
 export interface Stun {
-  /** Its class. */
-  kind: "request" | "response" | "error" | "indication";
-  /** The 16 bytes behind the length as hex digits: cookie and id, or all of them the id of classic STUN. */
-  transaction: string;
-  /** How the server sees the client: XOR-MAPPED-ADDRESS, or else MAPPED-ADDRESS. */
-  mapped?: Endpoint | undefined;
-  /** Where the server answers from: RESPONSE-ORIGIN, or SOURCE-ADDRESS. */
-  origin?: Endpoint | undefined;
-  /** The server's other address and port: OTHER-ADDRESS, or CHANGED-ADDRESS. */
-  other?: Endpoint | undefined;
-  /** CHANGE-REQUEST: answer from your other address. */
-  changeIp: boolean;
-  /** CHANGE-REQUEST: answer from another port. */
-  changePort: boolean;
-  /** RESPONSE-PORT: answer to this port of mine. */
-  responsePort?: number | undefined;
-  /** Attributes that must be understood and are not. */
-  unknown: number[];
-  /** Without the cookie: RFC 3489. */
-  classic: boolean;
+  /** Its class. */ kind: "request" | "response" | "error" | "indication";
+  /** The 16 bytes after the length, as hex digits: cookie and id; in classic STUN the id alone. */ transaction: string;
+  /** Where the server sees the client: XOR-MAPPED-ADDRESS, or else MAPPED-ADDRESS. */ mapped?: Endpoint | undefined;
+  /** Where the server answers from: RESPONSE-ORIGIN, or SOURCE-ADDRESS. */ origin?: Endpoint | undefined;
+  /** The server's other address and port: OTHER-ADDRESS, or CHANGED-ADDRESS. */ other?: Endpoint | undefined;
+  /** CHANGE-REQUEST: answer from your other address. */ changeIp: boolean;
+  /** CHANGE-REQUEST: answer from another port. */ changePort: boolean;
+  /** RESPONSE-PORT: answer to this port of mine. */ responsePort?: number | undefined;
+  /** Attributes that must be understood and are not. */ unknown: number[];
+  /** It has no cookie: RFC 3489. */ classic: boolean;
 }
 
-const words = (...values: number[]) => Uint8Array.from(values.flatMap((value) => [value >> 8, value & 255]));
+type Attribute = readonly [type: number, value: number[]];
+const words = (...values: number[]) => values.flatMap((value) => [value >> 8, value & 255]);
 
-type Attribute = readonly [type: number, value: Uint8Array];
 function stunMessage(kind: Stun["kind"], transaction: string, attributes: Attribute[]): Uint8Array {
-  const body = concat(
-    ...attributes.flatMap(([type, value]) => [words(type, value.length), value, new Uint8Array(-value.length & 3)]),
-  );
-  return concat(words(STUN_KINDS[kind], body.length), Uint8Array.fromHex(transaction), body);
+  const body = attributes.flatMap(([type, value]) => {
+    const padding = [0, 0, 0].slice(0, -value.length & 3);
+    return [...words(type, value.length), ...value, ...padding];
+  });
+  const data = new Uint8Array(STUN_HEADER_BYTES + body.length), cursor = reader(data);
+  for (const word of [STUN_KINDS[kind], body.length]) u16.put(cursor, word);
+  putDigits(cursor, transaction);
+  data.set(body, cursor.at);
+  return data;
 }
 
 /** Port and address are masked with cookie and id, so that no NAT rewrites them in passing (RFC 8489, section 14.2). */
-const masked = (bytes: Uint8Array, mask: Uint8Array | undefined) => bytes.map((byte, i) => byte ^ (mask?.[i] ?? 0));
+const masked = (octets: Iterable<number>, mask: ArrayLike<number> = NO_BYTES) =>
+  Array.from(octets, (octet, i) => octet ^ (mask[i] ?? 0));
 
-function stunAddress(endpoint: Endpoint, mask?: Uint8Array): Uint8Array {
-  const { host, port } = parseEndpoint(endpoint)!;
-  const address = addressBytes(host)!;
-  return concat(words(address.length === 4 ? 1 : 2), masked(words(port), mask), masked(address, mask));
+function stunAddress(endpoint: Endpoint, mask?: Uint8Array): number[] {
+  const { host, port } = parseEndpoint(endpoint)!, octets = octetsOf(host)!;
+  return [...words(octets.length === 4 ? 1 : 2), ...masked(words(port), mask), ...masked(octets, mask)];
 }
 
 function stunEndpoint(value: Uint8Array, mask?: Uint8Array): Endpoint | "" {
   if (value.length !== [-1, 8, 20][value[1]!]) return ""; // of family 1, IPv4, or 2, IPv6
-  const port = u16.get(reader(masked(value.subarray(2, 4), mask)));
-  return port > 0 ? formatEndpoint(formatAddress(masked(value.subarray(4), mask)), port) : "";
+  const [high, low] = masked(value.subarray(2, 4), mask) as [number, number], port = high << 8 | low;
+  return port > 0 ? formatEndpoint(formatAddress(Uint8Array.from(masked(value.subarray(4), mask))), port) : "";
 }
 
 /** Decodes a STUN Binding message (RFC 8489, section 5), or null: also if it has a FINGERPRINT that is wrong. */
@@ -792,15 +749,15 @@ export function decodeStun(data: Uint8Array): Stun | null {
     const at = cursor.at, type = u16.get(cursor), length = u16.get(cursor), value = readBytes(cursor, length);
     readBytes(cursor, -length & 3);
     if (cursor.bad) break;
-    if (type === STUN.FINGERPRINT) { // the last attribute, over all before it (RFC 8489, section 14.7)
+    if (type === FINGERPRINT) { // the last attribute, over all before it (RFC 8489, section 14.7)
       const sum = (crc32(data.subarray(0, at)) ^ STUN_FINGERPRINT_MASK) >>> 0;
       if (cursor.at !== cursor.end || length !== 4 || u32.get(reader(value)) !== sum) return null;
     } else if (isSealed) continue; // nobody vouches for what follows MESSAGE-INTEGRITY (section 14.5)
-    else if (type === STUN.MESSAGE_INTEGRITY || type === STUN.MESSAGE_INTEGRITY_SHA256) isSealed = true;
-    else if (type === STUN.XOR_MAPPED_ADDRESS) stun.mapped = address(value, id);
-    else if (type === STUN.MAPPED_ADDRESS) stun.mapped ??= address(value);
-    else if (type === STUN.RESPONSE_ORIGIN || type === STUN.SOURCE_ADDRESS) stun.origin ??= address(value);
-    else if (type === STUN.OTHER_ADDRESS || type === STUN.CHANGED_ADDRESS) stun.other ??= address(value);
+    else if (type === MESSAGE_INTEGRITY || type === MESSAGE_INTEGRITY_SHA256) isSealed = true;
+    else if (type === XOR_MAPPED_ADDRESS) stun.mapped = address(value, id);
+    else if (type === MAPPED_ADDRESS) stun.mapped ??= address(value);
+    else if (type === RESPONSE_ORIGIN || type === SOURCE_ADDRESS) stun.origin ??= address(value);
+    else if (type === OTHER_ADDRESS || type === CHANGED_ADDRESS) stun.other ??= address(value);
     else if (type === STUN_CHANGE_REQUEST) {
       const flags = u32.get(reader(value));
       cursor.bad = length !== 4;
@@ -832,32 +789,33 @@ export function encodeStunResponse(
   request: Stun,
   answer: { mapped: Endpoint; origin?: Endpoint | undefined; other?: Endpoint | undefined },
 ): Uint8Array {
-  const { transaction, classic, unknown } = request;
+  const { transaction, classic, unknown } = request, { mapped, origin, other } = answer;
   if (unknown.length > 0) {
     const even = classic && unknown.length % 2 > 0 ? unknown.slice(-1) : []; // RFC 3489, section 11.2.10
     return stunMessage("error", transaction, [
-      [STUN.ERROR_CODE, Uint8Array.of(0, 0, 4, 20)],
-      [STUN.UNKNOWN_ATTRIBUTES, words(...unknown, ...even)],
+      [ERROR_CODE, [0, 0, 4, 20]],
+      [UNKNOWN_ATTRIBUTES, words(...unknown, ...even)],
     ]);
   }
-  const { mapped, origin, other } = answer;
   const attributes: Attribute[] = [
     classic
-      ? [STUN.MAPPED_ADDRESS, stunAddress(mapped)]
-      : [STUN.XOR_MAPPED_ADDRESS, stunAddress(mapped, Uint8Array.fromHex(transaction))],
+      ? [MAPPED_ADDRESS, stunAddress(mapped)]
+      : [XOR_MAPPED_ADDRESS, stunAddress(mapped, Uint8Array.fromHex(transaction))],
   ];
-  if (origin) attributes.push([classic ? STUN.SOURCE_ADDRESS : STUN.RESPONSE_ORIGIN, stunAddress(origin)]);
-  if (other) attributes.push([classic ? STUN.CHANGED_ADDRESS : STUN.OTHER_ADDRESS, stunAddress(other)]);
+  if (origin) attributes.push([classic ? SOURCE_ADDRESS : RESPONSE_ORIGIN, stunAddress(origin)]);
+  if (other) attributes.push([classic ? CHANGED_ADDRESS : OTHER_ADDRESS, stunAddress(other)]);
   return stunMessage("response", transaction, attributes);
 }
 
 // ---------------------------------------------------------------------------------------------------- MACs and counters
+// A MAC shows that a datagram comes from somebody who has the key; a window of counters, that it is not an old one again.
 
 /**
- * SipHash-2-4 (Aumasson and Bernstein, 2012): eight bytes that nobody can guess without the 16-byte key.
- * Written out in 32-bit halves, because it guards every datagram of the server and `createHmac` costs more than an echo.
+ * SipHash-2-4 (Aumasson and Bernstein, 2012): eight bytes that nobody can guess without the 16-byte key, written into
+ * `mac`. It is written out in 32-bit halves, because it guards every datagram of the server, and `createHmac` costs more
+ * than an echo.
  */
-export function sipHash(key: Uint8Array, data: Uint8Array): Uint8Array {
+export function sipHash(key: Uint8Array, data: Uint8Array, mac: Uint8Array = new Uint8Array(8)): Uint8Array {
   const word = (from: Uint8Array, at: number) =>
     (from[at]! | from[at + 1]! << 8 | from[at + 2]! << 16 | from[at + 3]! << 24) | 0;
   const k0 = word(key, 0), k0h = word(key, 4), k1 = word(key, 8), k1h = word(key, 12);
@@ -901,15 +859,14 @@ export function sipHash(key: Uint8Array, data: Uint8Array): Uint8Array {
     ah ^= mh;
   }
   const low = a ^ b ^ c ^ d, high = ah ^ bh ^ ch ^ dh;
-  return Uint8Array.from([low, low >>> 8, low >>> 16, low >>> 24, high, high >>> 8, high >>> 16, high >>> 24]);
+  for (let i = 0; i < 8; i++) mac[i] = (i < 4 ? low : high) >>> 8 * (i & 3);
+  return mac;
 }
 
-/** Remembers which counters have been seen, up to 2,048 behind the highest (RFC 6479 has the idea). */
+/** Remembers which counters have been seen, up to 2,048 behind the highest (the idea is RFC 6479's). */
 export interface ReplayWindow {
-  /** The highest so far, -1 at first. */
-  highest: number;
-  /** A bit for each of the last 2,048. */
-  seen: Uint32Array;
+  /** The highest so far, -1 at first. */ highest: number;
+  /** A bit for each of the last 2,048. */ seen: Uint32Array;
 }
 const WINDOW_BITS = 2048;
 
@@ -918,7 +875,7 @@ export function replayWindow(): ReplayWindow {
   return { highest: -1, seen: new Uint32Array(WINDOW_BITS / 32) };
 }
 
-/** Whether the counter is behind the window, or has been seen: then its seal need not be looked at. */
+/** Whether the counter is behind the window, or has been seen: then nobody need look at its seal. */
 export function isSeen({ highest, seen }: ReplayWindow, counter: number): boolean {
   const bit = seen[(counter % WINDOW_BITS) >> 5]! & 1 << (counter & 31);
   return counter <= highest - WINDOW_BITS || (counter <= highest && bit !== 0);
@@ -928,7 +885,7 @@ export function isSeen({ highest, seen }: ReplayWindow, counter: number): boolea
 export function accept(window: ReplayWindow, counter: number): boolean {
   if (isSeen(window, counter)) return false;
   for (let i = Math.max(window.highest + 1, counter - WINDOW_BITS + 1); i <= counter; i++) {
-    window.seen[(i % WINDOW_BITS) >> 5]! &= ~(1 << (i & 31)); // slots that the window moves over are free again
+    window.seen[(i % WINDOW_BITS) >> 5]! &= ~(1 << (i & 31)); // the window moves over these slots: they are free again
   }
   window.highest = Math.max(window.highest, counter);
   window.seen[(counter % WINDOW_BITS) >> 5]! |= 1 << (counter & 31);
@@ -936,21 +893,20 @@ export function accept(window: ReplayWindow, counter: number): boolean {
 }
 
 // ---------------------------------------------------------------------------------------------------- limits
+// How often something may happen that costs us or others something. A limit is one number and a rate.
 
 /** What a limit allows: `burst` at once, `perSecond` from then on. */
 export interface Rate {
-  /** What comes back in a second. */
-  perSecond: number;
-  /** Most at once. */
-  burst: number;
+  /** How much comes back in a second. */ perSecond: number;
+  /** Most at once. */ burst: number;
 }
 
-/** Sums of times since 1970 are rounded: less than this in a burst of thousands. */
+/** Times since 1970 are rounded when they are added: by less than this in all, in a burst of thousands. */
 const ROUNDING_MS = 0.1;
 
 /**
- * The generic cell rate algorithm (ITU-T I.371): a limit is one number, the theoretical arrival time (TAT) in ms, when
- * all that has been let through would have come at the steady rate. 0: nothing yet; a TAT that has passed is as good.
+ * The generic cell rate algorithm (ITU-T I.371). The number is the theoretical arrival time (TAT) in ms: when all that
+ * has been let through would have come at the steady rate. It is 0 at first, and one that has passed is as good as 0.
  *
  * @returns the next TAT if `cost` more conforms at `now`, or null if it is too much
  */
@@ -974,10 +930,8 @@ export function createLimit(rate: Rate): Limit {
 
 /** A token bucket: so much at once, so much a second from then on. */
 export interface Bucket {
-  /** What is left. */
-  tokens: number;
-  /** When that was so, in ms. */
-  at: number;
+  /** What is left. */ tokens: number;
+  /** When that was so, in ms. */ at: number;
 }
 
 /** A full bucket. */
@@ -994,37 +948,48 @@ export function spend(bucket: Bucket, rate: Rate, { cost = 1, now }: { cost?: nu
 }
 
 // ---------------------------------------------------------------------------------------------------- keys
+// X25519 (RFC 7748) lets two ends agree on a secret of which both public keys show nothing; HKDF makes keys of it.
 
-/** An X25519 key pair (RFC 7748). */
+/** An X25519 key pair, 32 bytes each. */
 export interface KeyPair {
-  /** 32 bytes. */
-  secret: Uint8Array;
-  /** 32 bytes. */
-  public: Uint8Array;
+  /** Never leaves this program. */ secret: Uint8Array;
+  /** Everybody may know it. */ public: Uint8Array;
 }
 
-// The fixed beginnings of PKCS #8 and SubjectPublicKeyInfo for X25519 (RFC 8410).
+/** The same bytes as a plain array: node:crypto returns Buffers, and their `slice` makes a view where ours copies. */
+const plain = ({ buffer, byteOffset, length }: Uint8Array) => new Uint8Array(buffer, byteOffset, length);
+
+// The fixed beginnings of PKCS #8 and SubjectPublicKeyInfo for X25519 (RFC 8410); the 32 bytes of the key follow.
 const PKCS8 = Uint8Array.fromHex("302e020100300506032b656e04220420");
 const SPKI = Uint8Array.fromHex("302a300506032b656e032100");
-const privateKey = (secret: Uint8Array) =>
-  createPrivateKey({ key: concat(PKCS8, secret) as Buffer, format: "der", type: "pkcs8" });
+const pem = (label: string, head: Uint8Array, key: Uint8Array) =>
+  `-----BEGIN ${label}-----\n${concat(head, key).toBase64()}\n-----END ${label}-----\n`;
+
+/** What node:crypto makes of a secret. It is made once, since that costs half as much as using it (Bun). */
+const privateKeys = new WeakMap<Uint8Array, KeyObject>();
+
+function privateKey(secret: Uint8Array): KeyObject {
+  let key = privateKeys.get(secret);
+  if (!key) privateKeys.set(secret, key = createPrivateKey(pem("PRIVATE KEY", PKCS8, secret)));
+  return key;
+}
 
 /** The key pair of a 32-byte secret. */
 export function keysFrom(secret: Uint8Array): KeyPair {
   const spki = createPublicKey(privateKey(secret)).export({ format: "der", type: "spki" });
-  return { secret, public: Uint8Array.from(spki.subarray(-32)) };
+  return { secret, public: plain(spki).slice(-32) };
 }
 
 /** A fresh key pair from the operating system's randomness: any 32 bytes are a secret (RFC 7748, section 5). */
 export function generateKeys(): KeyPair {
-  return keysFrom(Uint8Array.from(randomBytes(32)));
+  return keysFrom(plain(randomBytes(32)));
 }
 
-/** X25519, or null for a key of low order and everything else that node:crypto would throw at. */
+/** The secret of two key pairs; null for a key of low order and for everything else that node:crypto would throw at. */
 export function diffieHellman(secret: Uint8Array, theirs: Uint8Array): Uint8Array | null {
   try {
-    const publicKey = createPublicKey({ key: concat(SPKI, theirs) as Buffer, format: "der", type: "spki" });
-    const shared = Uint8Array.from(x25519({ privateKey: privateKey(secret), publicKey }));
+    const publicKey = createPublicKey(pem("PUBLIC KEY", SPKI, theirs));
+    const shared = plain(x25519({ privateKey: privateKey(secret), publicKey }));
     return shared.some((byte) => byte !== 0) ? shared : null;
   } catch {
     return null;
@@ -1032,19 +997,16 @@ export function diffieHellman(secret: Uint8Array, theirs: Uint8Array): Uint8Arra
 }
 
 /** HKDF-SHA-256 (RFC 5869). */
-export function deriveKey(
-  secret: Uint8Array,
-  options: { salt: Uint8Array; info: string; length: number },
-): Uint8Array {
+export function deriveKey(secret: Uint8Array, options: { salt: Uint8Array; info: string; length: number }): Uint8Array {
   return new Uint8Array(hkdfSync("sha256", secret, options.salt, options.info, options.length));
 }
 
-const sha256 = (data: Uint8Array) => Uint8Array.from(createHash("sha256").update(data).digest());
+const sha256 = (data: Uint8Array) => plain(createHash("sha256").update(data).digest());
 
 /** The MAC keys of a session, 16 bytes a direction, from the X25519 secret of its two ends and the server's token. */
 export function controlKeys(shared: Uint8Array, token: string): { toServer: Uint8Array; toClient: Uint8Array } {
   const both = deriveKey(shared, { salt: utf8.encode(token), info: "punch control", length: 32 });
-  return { toServer: both.slice(0, 16), toClient: both.slice(16) };
+  return { toServer: both.subarray(0, 16), toClient: both.subarray(16) };
 }
 
 /** The MAC key of LOGIN and of a refusal, 16 bytes, from the X25519 secret of the two ends and the login's id. */
@@ -1053,14 +1015,14 @@ export function loginKey(shared: Uint8Array, id: string): Uint8Array {
 }
 
 /**
- * The nonce that others know a login by, of the id that only its client and the server know: who could tell the id
- * from it could answer a LOGIN in the server's place.
+ * The nonce by which others know a login. It follows from the id, which only its client and the server know, and the id
+ * must not follow from it: whoever knew that could answer a LOGIN in the server's place.
  */
 export function publicNonce(id: string): string {
   return hex(sha256(utf8.encode(`punch nonce ${id}`)).subarray(0, 8));
 }
 
-/** What proves in LOGIN that one knows the server's password: 8 bytes as hex; worthless for any other login. */
+/** What proves in LOGIN that one knows the server's password: 8 bytes as hex, worthless for any other login. */
 export function passwordProof(shared: Uint8Array, options: { password: Uint8Array; id: string }): string {
   const salt = concat(options.password, utf8.encode(options.id));
   return hex(deriveKey(shared, { salt, info: "punch password", length: 8 }));
@@ -1074,19 +1036,21 @@ export function safetyCode(one: Uint8Array, other: Uint8Array): string {
 }
 
 // ---------------------------------------------------------------------------------------------------- encryption
+// AES-256-GCM: `text` becomes unreadable, and neither it nor `ad`, the additional data, can be changed without notice.
 
+type Sealed = { counter: number; ad: Uint8Array; text: Uint8Array };
 /** The 12-byte nonce of Noise's AESGCM: four zeros, then the counter (Noise revision 34, section 12.4). */
+const nonce = new Uint8Array(12);
+
 function nonceOf(counter: number): Uint8Array {
-  const nonce = new Uint8Array(12);
-  u48.put({ bytes: nonce, at: 6, end: 12, bad: false }, counter);
+  u48.put(reader(nonce, 6), counter);
   return nonce;
 }
 
-type Sealed = { counter: number; ad: Uint8Array; text: Uint8Array };
-
-function encrypt(key: Uint8Array, { counter, ad, text }: Sealed): Uint8Array {
+/** The encrypted text and its tag, in pieces. */
+function encrypt(key: Uint8Array, { counter, ad, text }: Sealed): Uint8Array[] {
   const cipher = createCipheriv("aes-256-gcm", key, nonceOf(counter)).setAAD(ad);
-  return concat(cipher.update(text), cipher.final(), cipher.getAuthTag());
+  return [cipher.update(text), cipher.final(), cipher.getAuthTag()];
 }
 
 function decrypt(key: Uint8Array, { counter, ad, text }: Sealed): Uint8Array | null {
@@ -1094,40 +1058,15 @@ function decrypt(key: Uint8Array, { counter, ad, text }: Sealed): Uint8Array | n
   try {
     const decipher = createDecipheriv("aes-256-gcm", key, nonceOf(counter), { authTagLength: TAG_BYTES });
     decipher.setAAD(ad).setAuthTag(text.subarray(-TAG_BYTES));
-    return concat(decipher.update(text.subarray(0, -TAG_BYTES)), decipher.final());
+    const opened = decipher.update(text.subarray(0, -TAG_BYTES)); // all of it: GCM has no blocks to fill
+    decipher.final(); // throws if the tag is wrong
+    return plain(opened);
   } catch {
     return null;
   }
 }
 
 // ---------------------------------------------------------------------------------------------------- Noise
-
-/** What both sides know before a handshake, and the fresh key of this one. */
-export interface NoiseOptions {
-  /** Our static keys. */
-  own: KeyPair;
-  /** The other side's static public key. */
-  peer: Uint8Array;
-  /** 32 bytes that both know; zeros if there is no secret. */
-  psk: Uint8Array;
-  /** What else both must agree on. */
-  prologue: Uint8Array;
-  /** Fresh keys for this handshake alone. */
-  ephemeral: KeyPair;
-}
-
-/** What comes out of a handshake: one key a direction, and the hash that names the session. */
-export interface NoiseKeys {
-  /** AES-256 key of what we send. */
-  send: Uint8Array;
-  /** AES-256 key of what we receive. */
-  receive: Uint8Array;
-  /** The handshake hash, the same on both sides. */
-  hash: Uint8Array;
-}
-
-const NOISE_NAME = utf8.encode("Noise_KKpsk0_25519_AESGCM_SHA256"); // exactly 32 bytes, hence its own hash
-
 // Noise KKpsk0 (noiseprotocol.org, revision 34, sections 5, 7 and 9). Both know the other's static key and the PSK:
 //
 //     -> psk, e, es, ss      the first may carry a payload already: readable only by the peer, sent only by us
@@ -1135,49 +1074,54 @@ const NOISE_NAME = utf8.encode("Noise_KKpsk0_25519_AESGCM_SHA256"); // exactly 3
 //
 // Each key of a handshake encrypts one payload, hence always with the counter 0.
 
-/** The symmetric state of section 5.2: h, ck and k. */
-interface SymmetricState {
-  hash: Uint8Array;
-  chain: Uint8Array;
-  key: Uint8Array;
+/** What both sides know before a handshake, and the fresh key of this one. */
+export interface NoiseOptions {
+  /** Our static keys. */ own: KeyPair;
+  /** The other side's static public key. */ peer: Uint8Array;
+  /** 32 bytes that both know; zeros if there is no secret. */ psk: Uint8Array;
+  /** What else both must agree on. */ prologue: Uint8Array;
+  /** Fresh keys for this handshake alone. */ ephemeral: KeyPair;
 }
 
-const mixHash = (state: SymmetricState, data: Uint8Array): SymmetricState => ({
-  ...state,
-  hash: sha256(concat(state.hash, data)),
-});
+/** What comes out of a handshake: one key a direction, and the hash that names the session. */
+export interface NoiseKeys {
+  /** AES-256 key of what we send. */ send: Uint8Array;
+  /** AES-256 key of what we receive. */ receive: Uint8Array;
+  /** The handshake hash, the same on both sides. */ hash: Uint8Array;
+}
+
+const NOISE_NAME = utf8.encode("Noise_KKpsk0_25519_AESGCM_SHA256"); // exactly 32 bytes, hence its own hash
+
+/** The symmetric state of section 5.2: h, ck and k. */
+type SymmetricState = { hash: Uint8Array; chain: Uint8Array; key: Uint8Array };
+
+const mixHash = (state: SymmetricState, data: Uint8Array) => ({ ...state, hash: sha256(concat(state.hash, data)) });
 
 /** What both know before the first message: prologue and static keys, and the token psk, which is MixKeyAndHash. */
 function initialState({ psk, prologue }: NoiseOptions, initiator: Uint8Array, responder: Uint8Array): SymmetricState {
   const out = deriveKey(psk, { salt: NOISE_NAME, info: "", length: 96 });
-  const state = { hash: NOISE_NAME, chain: out.slice(0, 32), key: out.slice(64) };
-  return [prologue, initiator, responder, out.slice(32, 64)].reduce(mixHash, state);
+  const state = { hash: NOISE_NAME, chain: out.subarray(0, 32), key: out.subarray(64) };
+  return [prologue, initiator, responder, out.subarray(32, 64)].reduce(mixHash, state);
 }
 
 /** The tokens of a message: e, which beside a PSK counts as key material too (section 9.2), and what was agreed on. */
 function mixTokens(state: SymmetricState, e: Uint8Array, ...agreed: Uint8Array[]): SymmetricState {
   return [e, ...agreed].reduce((state, secret) => {
     const out = deriveKey(secret, { salt: state.chain, info: "", length: 64 });
-    return { ...state, chain: out.slice(0, 32), key: out.slice(32) };
+    return { ...state, chain: out.subarray(0, 32), key: out.subarray(32) };
   }, mixHash(state, e));
 }
 
 /** The keys of the session: of what the initiator sends, and of what the responder sends. */
 function split({ chain }: SymmetricState): [Uint8Array, Uint8Array] {
   const out = deriveKey(NO_BYTES, { salt: chain, info: "", length: 64 });
-  return [out.slice(0, 32), out.slice(32)];
+  return [out.subarray(0, 32), out.subarray(32)];
 }
-
-const encryptPayload = ({ key, hash }: SymmetricState, text: Uint8Array) =>
-  encrypt(key, { counter: 0, ad: hash, text });
-const decryptPayload = ({ key, hash }: SymmetricState, text: Uint8Array) =>
-  decrypt(key, { counter: 0, ad: hash, text });
 
 /** The initiator's half of a handshake. */
 export interface Initiation {
-  /** The first message. */
-  message: Uint8Array;
-  /** Makes keys of the answer; null, and to be called again, if it is not genuine. */
+  /** The first message. */ message: Uint8Array;
+  /** Makes keys of the answer; null if that is not genuine: then it may be called again with another one. */
   finish(second: Uint8Array): { payload: Uint8Array; keys: NoiseKeys } | null;
 }
 
@@ -1187,15 +1131,15 @@ export function initiate(options: NoiseOptions, payload: Uint8Array): Initiation
   const es = diffieHellman(ephemeral.secret, peer), ss = diffieHellman(own.secret, peer);
   if (!es || !ss) return null;
   const first = mixTokens(initialState(options, own.public, peer), ephemeral.public, es, ss);
-  const sealed = encryptPayload(first, payload);
+  const sealed = concat(...encrypt(first.key, { counter: 0, ad: first.hash, text: payload }));
   return {
     message: concat(ephemeral.public, sealed),
     finish(message) {
-      const theirs = message.slice(0, 32), answer = message.subarray(32);
+      const theirs = message.subarray(0, 32), answer = message.subarray(32);
       const ee = diffieHellman(ephemeral.secret, theirs), se = diffieHellman(own.secret, theirs);
       if (!ee || !se) return null;
       const second = mixTokens(mixHash(first, sealed), theirs, ee, se);
-      const payload = decryptPayload(second, answer);
+      const payload = decrypt(second.key, { counter: 0, ad: second.hash, text: answer });
       const [send, receive] = split(second);
       return payload && { payload, keys: { send, receive, hash: mixHash(second, answer).hash } };
     },
@@ -1208,97 +1152,67 @@ export function respond(
   message: Uint8Array,
 ): { payload: Uint8Array; answer(payload: Uint8Array): { message: Uint8Array; keys: NoiseKeys } } | null {
   const { own, peer, ephemeral } = options;
-  const theirs = message.slice(0, 32), sealed = message.slice(32);
+  const theirs = message.slice(0, 32), sealed = message.slice(32); // copied, since `answer` may be called later
   const es = diffieHellman(own.secret, theirs), ss = diffieHellman(own.secret, peer);
   if (!es || !ss) return null;
   const first = mixTokens(initialState(options, peer, own.public), theirs, es, ss);
-  const payload = decryptPayload(first, sealed);
+  const payload = decrypt(first.key, { counter: 0, ad: first.hash, text: sealed });
   return payload && {
     payload,
     answer(payload) {
-      const ee = diffieHellman(ephemeral.secret, theirs)!, se = diffieHellman(ephemeral.secret, peer)!; // of low order for all or none
+      // Neither is null: a key of low order is one for every secret, and has been found out above.
+      const ee = diffieHellman(ephemeral.secret, theirs)!, se = diffieHellman(ephemeral.secret, peer)!;
       const second = mixTokens(mixHash(first, sealed), ephemeral.public, ee, se);
-      const answer = encryptPayload(second, payload);
+      const answer = concat(...encrypt(second.key, { counter: 0, ad: second.hash, text: payload }));
       const [receive, send] = split(second);
       return { message: concat(ephemeral.public, answer), keys: { send, receive, hash: mixHash(second, answer).hash } };
     },
   };
 }
 
-// ---------------------------------------------------------------------------------------------------- machines
-
-/** A datagram that came in. Valid during the call only. */
-export interface Datagram {
-  /** Number of the machine's socket that received it. */
-  socket: number;
-  /** Source address. */
-  from: Endpoint;
-  /** Payload. */
-  data: Uint8Array;
-}
-
-/** What a machine wants done. `open` binds one more socket to a free port; the answer is a call of `opened`. */
-export type Effect<Event = unknown> =
-  | { kind: "send"; socket: number; to: Endpoint; data: Uint8Array; ttl?: number }
-  | { kind: "open"; socket: number }
-  | { kind: "close"; socket: number }
-  | { kind: "event"; event: Event };
-
-/** A program without I/O: it is told what happened and when (`now`, milliseconds), and says what to do. */
-export interface Machine<Event = unknown> {
-  /** A socket is bound to this port; 0 if that failed. */
-  opened(socket: number, port: number, now: number): Effect<Event>[];
-  /** A datagram came in. */
-  receive(datagram: Datagram, now: number): Effect<Event>[];
-  /** Time has passed. */
-  wake(now: number): Effect<Event>[];
-  /** When to call `wake` next; Infinity for never. */
-  wakeAt(): number;
-}
-
 // ---------------------------------------------------------------------------------------------------- sockets
+// `listen` runs a machine on real UDP sockets: the only place with a socket or a timer. It knows nothing of messages.
 
 /** A machine at work on real sockets. */
 export interface Running<Event> {
-  /** The port of each socket, in the order asked for. */
-  ports: number[];
-  /** Does what a call of the machine's own asked for, and sees to the timer. */
+  /** The port of each socket, in the order asked for. */ ports: number[];
+  /** Does what a call of the machine has returned, and sets the timer. For the calls that `listen` does not make. */
   perform(effects: Effect<Event>[]): void;
-  /** Closes all sockets. */
-  close(): void;
+  /** Closes all sockets. */ close(): void;
 }
 
 /** How to run a machine. */
 export interface ListenOptions<Event> {
-  /** Where to bind sockets 0, 1, ...; port 0 for any. */
-  sockets: { host: string; port: number }[];
-  /** Called with each event of the machine. */
-  onEvent(event: Event): void;
+  /** Where to bind sockets 0, 1, ...; port 0 for any. */ sockets: { host: string; port: number }[];
+  /** Called with each event of the machine. */ onEvent(event: Event): void;
   /** Called with each datagram, for traces. */
   onDatagram?: ((way: "in" | "out", other: Endpoint, data: Uint8Array) => void) | undefined;
 }
+
+const LONGEST_TIMER_MS = 60_000;
 
 /** Milliseconds since 1970 that never go back while the program runs. */
 export function clock(): number {
   return performance.timeOrigin + performance.now();
 }
 
-const LONGEST_TIMER_MS = 60_000;
-
 /**
- * Runs a machine on UDP sockets of Deno or Bun until closed: the only place with a socket or a timer.
+ * Runs a machine on UDP sockets of Deno or Bun until it is closed.
  *
  * @throws what the runtime throws for a port or address that cannot be bound, with that `port`
  */
 export async function listen<Event>(machine: Machine<Event>, options: ListenOptions<Event>): Promise<Running<Event>> {
   const sockets: (Udp | undefined)[] = [];
-  /** Sockets whose end was asked for before they were open. */
-  const unwanted = new Set<number>();
+  const unwanted = new Set<number>(); // sockets that the machine has closed before they were open
   let timer: ReturnType<typeof setTimeout> | undefined, dueAt = Infinity, open = true;
 
   const receiver = (socket: number): OnData => (data, from) => {
-    options.onDatagram?.("in", from, data);
-    perform(machine.receive({ socket, from, data }, clock()));
+    try {
+      options.onDatagram?.("in", from, data);
+      perform(machine.receive({ socket, from, data }, clock()));
+    } catch (error) { // a bug of ours is shown, and is no reason to stop listening
+      console.error(error);
+    }
   };
 
   function perform(effects: Effect<Event>[]): void {
@@ -1313,7 +1227,7 @@ export async function listen<Event>(machine: Machine<Event>, options: ListenOpti
         if (!sockets[effect.socket]) unwanted.add(effect.socket);
         sockets[effect.socket]?.close();
         delete sockets[effect.socket];
-      } else { // for punching through IPv4 NATs, and with a TTL
+      } else { // to punch through IPv4 NATs, and with a TTL
         openWithTtl("0.0.0.0", 0, receiver(effect.socket)).then((udp) => {
           if (!open || unwanted.delete(effect.socket)) return udp.close();
           sockets[effect.socket] = udp;
@@ -1339,31 +1253,21 @@ export async function listen<Event>(machine: Machine<Event>, options: ListenOpti
     for (const udp of sockets) udp?.close();
   }
 
-  try {
-    for (const [socket, { host, port }] of options.sockets.entries()) {
-      sockets[socket] = await openUdp(host, port, receiver(socket)).catch((error) => {
-        throw Object.assign(error, { port });
-      });
-    }
-  } catch (error) {
-    close();
-    throw error;
+  for (const [socket, { host, port }] of options.sockets.entries()) {
+    sockets[socket] = await openUdp(host, port, receiver(socket)).catch((error) => {
+      close();
+      throw Object.assign(error, { port });
+    });
   }
   const ports = sockets.map((udp) => udp!.port);
   for (const [socket, port] of ports.entries()) perform(machine.opened(socket, port, clock()));
   return { ports, perform, close };
 }
 
-/** What a datagram without a wish of its own gets. */
+/** The TTL of a datagram that does not ask for one. */
 const DEFAULT_TTL = 64;
 /** Larger datagrams are dropped unread. Ours are smaller; a STUN request may be padded to a full Ethernet frame or more. */
 const MAX_READ_BYTES = 2_048;
-/** Datagrams handed to the kernel and not yet taken: more would only pile up in memory (Deno). */
-const MAX_SENDS_IN_FLIGHT = 256;
-/** Datagrams read and not yet handled, and how many are handled before timers and signals get their turn (Bun). */
-const MAX_INBOX = 2048, INBOX_SLICE = 256;
-/** Errors of an earlier datagram that Linux reports at the next, innocent one; sending that again succeeds (Bun). */
-const STALE_ERRORS = ["ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH"], STALE_RETRIES = 3;
 
 interface Udp {
   port: number;
@@ -1372,16 +1276,19 @@ interface Udp {
 }
 type OnData = (data: Uint8Array, from: Endpoint) => void;
 
-/** On a dual-stack socket IPv4 addresses arrive as `::ffff:192.0.2.1`; link-local ones may carry a scope. */
+const openUdp = (host: string, port: number, onData: OnData) =>
+  "Deno" in globalThis ? openDeno(host, port, onData) : openBun(host, port, onData);
+
+/** Deno's own UDP socket cannot set a TTL. Node's can, but for the next datagram only once the one before has left. */
+const openWithTtl = (host: string, port: number, onData: OnData) =>
+  "Deno" in globalThis ? openNode(host, port, onData) : openBun(host, port, onData);
+
+/** A dual-stack socket shows IPv4 addresses as `::ffff:192.0.2.1`; link-local ones may carry a zone. */
 const plainHost = (host: string) =>
   host.startsWith("::ffff:") && host.includes(".") ? host.slice(7) : host.replace(/%.*/, "");
 
-const openUdp = (host: string, port: number, onData: OnData): Promise<Udp> =>
-  "Deno" in globalThis ? openDeno(host, port, onData) : openBun(host, port, onData);
-
-/** Deno's own UDP socket cannot set a TTL, Node's can: but for each datagram only when the one before has left. */
-const openWithTtl = (host: string, port: number, onData: OnData): Promise<Udp> =>
-  "Deno" in globalThis ? openNode(host, port, onData) : openBun(host, port, onData);
+/** Datagrams handed over and not yet taken by the kernel: more would only pile up in memory (Deno). */
+const MAX_SENDS_IN_FLIGHT = 256;
 
 /** Sends one after the other, since sends that do not wait for each other overtake each other. */
 function inOrder<T>(send: (datagram: T) => Promise<unknown>): (datagram: T) => void {
@@ -1398,56 +1305,26 @@ function inOrder<T>(send: (datagram: T) => Promise<unknown>): (datagram: T) => v
   };
 }
 
-function openNode(host: string, port: number, onData: OnData): Promise<Udp> {
-  return new Promise((resolve, reject) => {
-    const socket = createSocket("udp4");
-    let open = true;
-    const send = inOrder(([data, to, ttl]: [Uint8Array, { host: string; port: number }, number]) =>
-      new Promise((sent) => {
-        if (!open) return sent(null);
-        socket.setTTL(ttl);
-        socket.send(data, to.port, to.host, sent);
-      })
-    );
-    socket.on("error", reject);
-    socket.on("message", (data, from) => {
-      if (open && data.length <= MAX_READ_BYTES) guarded(onData, data, formatEndpoint(from.address, from.port));
-    });
-    socket.bind(port, host, () => {
-      resolve({
-        port: socket.address().port,
-        send(data, to, ttl = DEFAULT_TTL) {
-          if (open && isIP(to.host) === 4) send([data, to, ttl]);
-        },
-        close() {
-          if (open) socket.close();
-          open = false;
-        },
-      });
-    });
-  });
-}
-
 // deno-lint-ignore require-await
-async function openDeno(host: string, port: number, onData: OnData): Promise<Udp> {
+async function openDeno(hostname: string, port: number, onData: OnData): Promise<Udp> {
   if (!Deno.listenDatagram) {
     throw new Failure(
       "Deno keeps its UDP sockets behind a flag, start it with: deno run --unstable-net --allow-net ...",
     );
   }
-  const socket = Deno.listenDatagram({ transport: "udp", hostname: host, port });
+  const socket = Deno.listenDatagram({ transport: "udp", hostname, port });
   let open = true;
   const send = inOrder(async (datagram: [Uint8Array, Deno.NetAddr]) => {
     if (open) await socket.send(...datagram);
   });
   const receiveAll = async () => {
-    const buffer = new Uint8Array(MAX_READ_BYTES + 1); // one more, so that what is too long shows
+    const buffer = new Uint8Array(MAX_READ_BYTES + 1); // one more, so that a datagram that is too long is noticed
     while (open) {
       const received = await socket.receive(buffer).catch(() => null);
       if (!received && open) await new Promise((resolve) => setTimeout(resolve, 1));
       else if (received && received[0].length <= MAX_READ_BYTES) {
         const from = received[1] as Deno.NetAddr;
-        guarded(onData, received[0], formatEndpoint(plainHost(from.hostname), from.port));
+        onData(received[0], formatEndpoint(plainHost(from.hostname), from.port));
       }
     }
   };
@@ -1464,16 +1341,38 @@ async function openDeno(host: string, port: number, onData: OnData): Promise<Udp
   };
 }
 
-/** A bug of ours is shown, and is no reason to stop listening. */
-function guarded(onData: OnData, data: Uint8Array, from: Endpoint): void {
-  try {
-    onData(data, from);
-  } catch (error) {
-    console.error(error);
-  }
+async function openNode(host: string, port: number, onData: OnData): Promise<Udp> {
+  const socket = createSocket("udp4");
+  let open = true;
+  const send = inOrder(([data, to, ttl]: [Uint8Array, { host: string; port: number }, number]) =>
+    new Promise((sent) => {
+      if (!open) return sent(null);
+      socket.setTTL(ttl);
+      socket.send(data, to.port, to.host, sent);
+    })
+  );
+  socket.on("message", (data, from) => {
+    if (open && data.length <= MAX_READ_BYTES) onData(data, formatEndpoint(from.address, from.port));
+  });
+  await new Promise<void>((resolve, reject) => socket.on("error", reject).bind(port, host, resolve));
+  return {
+    port: socket.address().port,
+    send(data, to, ttl = DEFAULT_TTL) {
+      if (open && isIP(to.host) === 4) send([data, to, ttl]);
+    },
+    close() {
+      if (open) socket.close();
+      open = false;
+    },
+  };
 }
 
-async function openBun(host: string, port: number, onData: OnData): Promise<Udp> {
+/** Datagrams read and not yet handled, and how many are handled before timers and signals get their turn (Bun). */
+const MAX_INBOX = 2048, INBOX_SLICE = 256;
+/** Errors of an earlier datagram that Linux reports at the next, innocent one; sending that again succeeds (Bun). */
+const STALE_ERRORS = ["ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH"], STALE_RETRIES = 3;
+
+async function openBun(hostname: string, port: number, onData: OnData): Promise<Udp> {
   let inbox: [Uint8Array, Endpoint][] = [], scheduled = false, open = true;
   const schedule = () => {
     if (!scheduled) setImmediate(work);
@@ -1483,12 +1382,12 @@ async function openBun(host: string, port: number, onData: OnData): Promise<Udp>
     scheduled = false;
     for (const [data, from] of inbox.splice(0, INBOX_SLICE)) {
       if (!open) return;
-      guarded(onData, data, from);
+      onData(data, from);
     }
     if (inbox.length > 0) schedule();
   };
   const socket = await Bun.udpSocket({
-    hostname: host,
+    hostname,
     port,
     socket: {
       data(_socket, data, port, address) {
@@ -1522,6 +1421,10 @@ async function openBun(host: string, port: number, onData: OnData): Promise<Udp>
 }
 
 // ---------------------------------------------------------------------------------------------------- command line
+// What the two programs share: how they end, what they bind, and where secrets come from.
+
+/** The port of the 2004 original. */
+export const DEFAULT_PORT = 2280;
 
 /** Something that the user must type differently: exit code 2. */
 export class UsageError extends Error {}
@@ -1538,9 +1441,9 @@ export function exitWith(error: unknown): never {
 }
 
 /**
- * Runs a machine on the given host; or else on `::`, which is IPv4 too, and on a host without IPv6 on IPv4 alone.
+ * Runs a machine on the given host; without one on `::`, which is IPv4 too, or on IPv4 alone if the host has no IPv6.
  *
- * @throws {Failure} if the port cannot be bound; with `json` it is told on stdout too
+ * @throws {Failure} if the port cannot be bound; with `json` stdout says so too
  */
 export async function listenOrFail<T>(
   run: (host: string) => Promise<T>,
@@ -1566,7 +1469,7 @@ export async function listenOrFail<T>(
   }
 }
 
-/** An environment variable; undefined too where Deno was not allowed to look. */
+/** An environment variable; undefined too if Deno has not been allowed to look. */
 export function environment(name: string): string | undefined {
   const mayLook = !("Deno" in globalThis) ||
     Deno.permissions.querySync({ name: "env", variable: name }).state === "granted";
@@ -1574,28 +1477,28 @@ export function environment(name: string): string | undefined {
 }
 
 /**
- * Words that people know and nobody else: from a file, typed unseen for the file "-", or else from the environment;
- * undefined if there are none.
+ * Words that only some people know: from a file, typed unseen for the file "-", or else from the environment; undefined
+ * if there are none.
  *
  * @throws {Failure} if the file cannot be read or is empty
  */
 export async function secretWords(
   source: { file?: string | undefined; variable: string; label: "secret" | "password" },
 ): Promise<string | undefined> {
-  if (source.file === undefined) return environment(source.variable)?.trim() || undefined;
-  let words: string;
-  if (source.file === "-") {
-    words = (await typedUnseen(`The ${source.label}:`)).trim();
-    if (words === "") throw new Failure(`There was no ${source.label} typed: "-" needs a terminal`);
+  const { file, variable, label } = source;
+  if (file === undefined) return environment(variable)?.trim() || undefined;
+  if (file === "-") {
+    const words = (await typedUnseen(`The ${label}:`)).trim();
+    if (words === "") throw new Failure(`No ${label} was typed: "-" needs a terminal`);
     return words;
   }
   try {
-    words = readFileSync(source.file, "utf8").trim();
+    const words = readFileSync(file, "utf8").trim();
+    if (words !== "") return words;
   } catch (error) {
-    throw new Failure(`Cannot read the ${source.label} file "${source.file}": ${(error as Error).message}`);
+    throw new Failure(`Cannot read the ${label} file "${file}": ${(error as Error).message}`);
   }
-  if (words === "") throw new Failure(`The ${source.label} file "${source.file}" is empty`);
-  return words;
+  throw new Failure(`The ${label} file "${file}" is empty`);
 }
 
 /** What is typed on the terminal, unseen; nothing without a terminal. @std/cli has this for Deno alone. */
@@ -1631,12 +1534,12 @@ async function typedUnseen(prompt: string): Promise<string> {
 /** The 32-byte key of such words, by scrypt (RFC 7914): each guess costs a tenth of a second. */
 export function keyFromWords(words: string | undefined, label: "secret" | "password"): Uint8Array | undefined {
   if (words === undefined) return undefined;
-  return Uint8Array.from(scryptSync(words.normalize("NFC"), `punch ${label}`, 32, { N: 2 ** 15, maxmem: 2 ** 26 }));
+  return plain(scryptSync(words.normalize("NFC"), `punch ${label}`, 32, { N: 2 ** 15, maxmem: 2 ** 26 }));
 }
 
 // ---------------------------------------------------------------------------------------------------- traces
 
-/** A datagram in words, for traces: its name, what it says and what of it can be read without a key. */
+/** A datagram in words, for traces: its name, what it says, and what can be read of it without a key. */
 export function explain(data: Uint8Array): string {
   const stun = decodeStun(data);
   if (stun) {
@@ -1662,9 +1565,9 @@ export function explain(data: Uint8Array): string {
 /** Writes every datagram to stderr, in words, with the time since the last `restart`. */
 export function createTrace(): { (way: "in" | "out", other: Endpoint, data: Uint8Array): void; restart(): void } {
   let start = clock();
-  const trace = (way: "in" | "out", other: Endpoint, data: Uint8Array) =>
-    console.error(
-      `${(clock() - start).toFixed(1).padStart(9)} ms ${way === "in" ? "<-" : "->"} ${other} ${explain(data)}`,
-    );
+  const trace = (way: "in" | "out", other: Endpoint, data: Uint8Array) => {
+    const ms = (clock() - start).toFixed(1).padStart(9);
+    console.error(`${ms} ms ${way === "in" ? "<-" : "->"} ${other} ${explain(data)}`);
+  };
   return Object.assign(trace, { restart: () => void (start = clock()) });
 }

@@ -8,63 +8,16 @@
 import { assert, assertEquals, assertNotEquals, assertRejects, assertThrows } from "@std/assert";
 import { createCipheriv, createHash } from "node:crypto";
 import { type ClientEvent, type Command, createClient } from "./client.ts";
-import {
-  accept,
-  addressBytes,
-  clock,
-  CONTROL,
-  type ControlBody,
-  decode,
-  decodeHandshake,
-  decodeInner,
-  decodeStun,
-  deriveKey,
-  diffieHellman,
-  encode,
-  encodeHandshake,
-  encodeInner,
-  encodeStunRequest,
-  encodeStunResponse,
-  explain,
-  Failure,
-  formatAddress,
-  formatEndpoint,
-  fullBucket,
-  generateKeys,
-  type Handshake,
-  hex,
-  hostOf,
-  initiate,
-  isIPv6,
-  jsonLine,
-  keysFrom,
-  listen,
-  listenOrFail,
-  type Machine,
-  MAX_CANDIDATES,
-  MAX_DATAGRAM_BYTES,
-  MAX_NAME_BYTES,
-  MAX_PART_BYTES,
-  messageTable,
-  MIN_CLIENT_BYTES,
-  type NoiseOptions,
-  openPeer,
-  parseEndpoint,
-  PEER,
-  type Peer,
-  peerHeader,
-  replayWindow,
-  respond,
-  type Running,
-  safetyCode,
-  scopeOf,
-  sealPeer,
-  sipHash,
-  spend,
-  STUN_COOKIE,
-  userName,
-  verifies,
-} from "./protocol.ts";
+import { CONTROL, type ControlBody, type Handshake, messageTable, PEER, type Peer } from "./protocol.ts";
+import { decode, decodeHandshake, decodeInner, encode, encodeHandshake, encodeInner, verifies } from "./protocol.ts";
+import { MAX_CANDIDATES, MAX_DATAGRAM_BYTES, MAX_NAME_BYTES, MAX_PART_BYTES, MIN_CLIENT_BYTES } from "./protocol.ts";
+import { explain, hex, jsonLine, openPeer, peerHeader, sealPeer, userName } from "./protocol.ts";
+import { addressBytes, formatAddress, formatEndpoint, hostOf, isIPv6, parseEndpoint, scopeOf } from "./protocol.ts";
+import { decodeStun, encodeStunRequest, encodeStunResponse, STUN_COOKIE } from "./protocol.ts";
+import { accept, conform, createLimit, replayWindow, sipHash } from "./protocol.ts";
+import { deriveKey, diffieHellman, generateKeys, keysFrom, safetyCode } from "./protocol.ts";
+import { initiate, type NoiseOptions, respond } from "./protocol.ts";
+import { clock, Failure, listen, listenOrFail, type Machine, type Running } from "./protocol.ts";
 import { createServer } from "./server.ts";
 
 const bytes = (digits: string) => Uint8Array.from(digits.replace(/\s/g, "").match(/../g) ?? [], (d) => parseInt(d, 16));
@@ -548,23 +501,48 @@ Deno.test("accept() agrees with a set that forgets nothing", () => {
   }
 });
 
-Deno.test("spend() allows a burst, then what comes back with time, and nothing for a clock that goes back", () => {
-  const rate = { perSecond: 10, burst: 3 }, bucket = fullBucket(rate, 1_000);
+Deno.test("conform() allows a burst, then what comes back with time, and nothing for a clock that goes back", () => {
+  const rate = { perSecond: 10, burst: 3 };
   const rows: [now: number, cost: number, allowed: boolean][] = [
     [1_000, 1, true],
     [1_000, 2, true],
     [1_000, 1, false],
     [1_050, 1, false],
-    [1_100, 1, true], // two halves make one: what is refused is not lost
+    [1_100, 1, true], // two halves make one: what is refused costs nothing
     [1_100, 1, false],
     [400, 1, false],
-    [500, 1, true],
+    [1_100, 1, false],
+    [1_200, 1, true],
     [90_000, 4, false], // never more than the burst
     [90_000, 3, true],
     [90_000, 0, true],
+    [90_000, 1, false],
   ];
+  let tat = 0;
   for (const [now, cost, allowed] of rows) {
-    assertEquals(spend(bucket, rate, { cost, now }), allowed, `${cost} at ${now}`);
+    const next = conform(tat, rate, now, cost);
+    assertEquals(next !== null, allowed, `${cost} at ${now}`);
+    tat = next ?? tat;
+  }
+});
+
+Deno.test("createLimit() agrees with an exact token bucket, today and in 200 years", () => {
+  const below = seeded(6);
+  for (const began of [0, 1.7e12, 8e12]) {
+    for (const [perSecond, burst] of [[1, 1], [2, 7], [5, 20], [4, 300]] as const) {
+      const limit = createLimit({ perSecond, burst });
+      let now = began, thousandths = 1_000 * burst, allowed = 0; // of a token: integers, hence exact
+      for (let round = 0; round < 5_000; round++) {
+        const waited = below((below(500) === 0 ? 1_000 * burst : 1_000) / perSecond),
+          cost = below(4) === 0 ? below(5) : 1;
+        now += waited;
+        thousandths = Math.min(1_000 * burst, thousandths + perSecond * waited);
+        const isEnough = thousandths >= 1_000 * cost;
+        assertEquals(limit(now, cost), isEnough, `${perSecond} a second, ${burst} at once, round ${round}`);
+        if (isEnough) thousandths -= 1_000 * cost, allowed++;
+      }
+      assert(allowed > 1_000 && allowed < 5_000, `${allowed} of 5,000 were allowed`);
+    }
   }
 });
 
