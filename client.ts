@@ -1859,7 +1859,8 @@ function createChannel(
   const { keys, psk = new Uint8Array(32) } = options;
   const ownStream = io.random(STREAM_BYTES), mayBegin = createLimit(HANDSHAKES_PER_PEER);
   /** Sessions that the peer may still use, newest first; and the one that we use. */
-  let sessions: PeerSession[] = [], inUse: PeerSession | null = null;
+  const sessions: PeerSession[] = [];
+  let inUse: PeerSession | null = null;
   let opening: Opening | null = null;
 
   /** The session that we seal with; none if the peer has logged in again since. */

@@ -17,7 +17,8 @@
  *     | 0x50 | code | index  | counter | encrypted fields, see PEER  | tag    |
  *     +------+------+--------+---------+-----------------------------+--------+
  *
- * Nothing in this file knows what a login or a punch is for. Bytes that make no sense decode to null.
+ * Within a session counters only grow, so that a datagram that comes twice is noticed. Nothing in this file knows what a
+ * login or a punch is for. Bytes that make no sense decode to null.
  *
  * @module
  */
@@ -52,7 +53,7 @@ export interface Machine<Event = unknown> {
   wakeAt(): number;
 }
 
-/** What a machine wants done, in this order. `open` binds one more socket to a free port; `opened` says which. */
+/** What a machine wants done, in this order. `open` binds one more socket to a free port; a call of `opened` says which. */
 export type Effect<Event = unknown> =
   | { kind: "send"; socket: number; to: Endpoint; data: Uint8Array; ttl?: number }
   | { kind: "open"; socket: number }
@@ -61,9 +62,9 @@ export type Effect<Event = unknown> =
 
 /** A datagram that has come in. Its bytes are good during the call only: the buffer is used again for the next one. */
 export interface Datagram {
-  /** The number that the machine gave to the socket. */ socket: number;
-  /** Who sent it, as seen from here. */ from: Endpoint;
-  /** What it says. */ data: Uint8Array;
+  /** The number of the machine's socket that received it. */ socket: number;
+  /** Where it came from. A NAT may have changed that on the way. */ from: Endpoint;
+  /** What the sender wrote. */ data: Uint8Array;
 }
 
 // ---------------------------------------------------------------------------------------------------- messages
@@ -80,7 +81,7 @@ const MAX_USERS_ON_PAGE = 32;
 // The kinds of fields; "codecs" below says how they are written and read. Numbers are unsigned, the most significant
 // byte first. An id is 8 bytes, and 16 hex digits in the program. Texts (in UTF-8) and lists begin with their length
 // (u8), `bytes` with theirs (u16); `rest` ends where the seal begins. An endpoint is 4 or 16 (u8), an address of so many
-// bytes, and a port (u16).
+// bytes, and a port (u16). A NAT class is one byte.
 const u8 = uint(1), u16 = uint(2), u32 = uint(4), u48 = uint(6);
 const id: Codec<string> = { put: putDigits, get: (cursor) => hex(readBytes(cursor, 8)) };
 const key: Codec<Uint8Array> = { put: writeBytes, get: (cursor) => readBytes(cursor, 32).slice() }; // receivers keep it

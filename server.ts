@@ -15,120 +15,24 @@
  *       |------------------------------>|   INTRODUCTION to alice and, in the same tick,
  *       |                               |   P2PSOMEONEWANTTOCALLYOU to bob: now both punch
  *
+ * Each room below is one function with its own state. Rooms do not know each other: `createServer` puts them together.
+ *
  * @module
  */
 import { randomBytes, timingSafeEqual } from "node:crypto";
 import process from "node:process";
-import {
-  accept,
-  addressBytes,
-  type Bucket,
-  clock,
-  CONTROL,
-  type Control,
-  type ControlBody,
-  controlHeader,
-  controlKeys,
-  createTrace,
-  type Datagram,
-  decode,
-  decodeStun,
-  DEFAULT_PORT,
-  diffieHellman,
-  type Effect,
-  encode,
-  encodeStunResponse,
-  type Endpoint,
-  exitWith,
-  formatEndpoint,
-  fullBucket,
-  generateKeys,
-  hex,
-  hostOf,
-  type Introduced,
-  isFromClient,
-  isIPv6,
-  isSeen,
-  jsonLine,
-  keyFromWords,
-  type KeyPair,
-  listen,
-  listenOrFail,
-  loginKey,
-  type Machine,
-  MAX_RELAYED_BYTES,
-  MIN_CLIENT_BYTES,
-  type NatClass,
-  parseEndpoint,
-  passwordProof,
-  publicNonce,
-  type Rate,
-  type ReplayWindow,
-  replayWindow,
-  scopeOf,
-  secretWords,
-  sipHash,
-  spend,
-  STUN_CHANGE_REQUEST,
-  STUN_RESPONSE_PORT,
-  UsageError,
-  type User,
-  userName,
-  verifies,
-} from "./protocol.ts";
+import { addressBytes, type Endpoint, formatEndpoint, hostOf, isIPv6, parseEndpoint, scopeOf } from "./protocol.ts";
+import { CONTROL, type Control, type ControlBody, controlHeader, decode, encode, isFromClient } from "./protocol.ts";
+import { hex, type Introduced, MAX_RELAYED_BYTES, MIN_CLIENT_BYTES, type NatClass, type User } from "./protocol.ts";
+import { accept, isSeen, type ReplayWindow, replayWindow, sipHash, verifies } from "./protocol.ts";
+import { controlKeys, diffieHellman, type KeyPair, loginKey, passwordProof, publicNonce } from "./protocol.ts";
+import { conform, createLimit, type Rate } from "./protocol.ts";
+import { decodeStun, encodeStunResponse, STUN_CHANGE_REQUEST, STUN_RESPONSE_PORT } from "./protocol.ts";
+import { type Datagram, type Effect, listen, listenOrFail, type Machine } from "./protocol.ts";
+import { clock, createTrace, DEFAULT_PORT, exitWith, jsonLine, secretWords, UsageError, userName } from "./protocol.ts";
+import { generateKeys, keyFromWords } from "./protocol.ts";
 
-// ---------------------------------------------------------------------------------------------------- constants
-
-/** A client that has been silent for so long has vanished: three of its keepalives are lost. */
-const SILENCE_MS = 60_000;
-/** How much longer the key of a vanished client that asked for it holds its name. */
-const NAME_HELD_MS = 300_000;
-/** How long a name that was here is called "offline" rather than "unknown". */
-const REMEMBERED_MS = 3_600_000;
-/** A cookie is valid in its epoch and the next one. */
-const COOKIE_EPOCH_MS = 30_000;
-const SWEEP_INTERVAL_MS = 1_000;
-/** Most that the nearer of two peers waits with its punch (DESIGN 4). */
-const MAX_PUNCH_DELAY_MS = 150;
-/** A page of users ends after so many bytes: one more user (92 bytes at most) and the fields of WELCOME still fit. */
-const PAGE_BYTES = 1040;
-/** Pages sent in answer to one question; more would overflow the asker's socket buffer (92 full datagrams on Linux). */
-const PAGES_PER_ANSWER = 16;
-/** While so few are logged in, a newcomer is announced to all: then nobody has to ask before the first message. */
-const ANNOUNCE_UP_TO = 16;
-
-// What a stranger or a user can make grow or make us do. One address is a /24 or, of IPv6, a /48.
-const MAX_USERS = 100_000, MAX_PER_ADDRESS = 2_000, MAX_REMEMBERED = 10_000, MAX_ADDRESSES = 50_000;
-const LOGINS_PER_ADDRESS: Rate = { perSecond: 50, burst: 2_000 };
-const PER_SESSION = {
-  /** Of all kinds: as many as its relayed bytes make, were they the smallest; whatever else is limited costs more than one. */
-  datagrams: { perSecond: 2_000, burst: 5_000 },
-  calls: { perSecond: 20, burst: 100 },
-  /** What others' calls make a client say must not cost it its own calls. */
-  punches: { perSecond: 100, burst: 200 },
-  moves: { perSecond: 1, burst: 10 },
-  pages: { perSecond: 200, burst: 2_000 },
-  relayedBytes: { perSecond: 256 * 1024, burst: 512 * 1024 },
-  errors: { perSecond: 10, burst: 20 },
-} satisfies Record<string, Rate>;
-/** Strangers altogether, with a cookie and without: under a flood the rest is dropped unread, so that sessions are served. */
-const STRANGERS: Rate = { perSecond: 5_000, burst: 5_000 };
-const LOG_LINES: Rate = { perSecond: 20, burst: 200 };
-// STUN alone is larger than its question (1.6 times; 2.2 with IPv6, 2.8 and 4.6 with a second address), and it cannot
-// ask for a cookie: whoever forges a victim's address gets no more than this to it, and nobody can make us remember
-// more addresses than so many. Those who come once that is full have one bucket together.
-const STUN_PER_ADDRESS: Rate = { perSecond: 50, burst: 400 }, MAX_STUN_ADDRESSES = 10_000;
-const STUN_WHEN_FULL: Rate = { perSecond: 200, burst: 200 }, STUN_ALTOGETHER: Rate = { perSecond: 2_000, burst: 2_000 };
-
-/** Sockets 0, 1: our two ports; 2: a third, to which no client writes; 3, 4: the two ports of a second address. */
-const SECOND_PORT = 1, THIRD_PORT = 2, SECOND_ADDRESS = 3;
-/**
- * Which socket answers a STUN request that came in at socket 0, 1, ... (RFC 5780, section 6.1). Another port is the
- * third one, so that nobody who asks what his NAT lets in has ever written to where the answer comes from.
- */
-const STUN_FROM = { same: [0, 1, 2, 3, 4], port: [2, 2, 0, 4, 3], address: [3, 4, 3, 0, 1], both: [4, 3, 4, 1, 0] };
-
-// ---------------------------------------------------------------------------------------------------- types
+// ---------------------------------------------------------------------------------------------------- options, events
 
 /** What the server tells its operator. */
 export type ServerEvent =
@@ -138,60 +42,455 @@ export type ServerEvent =
 
 /** What the server is made of; everything random comes in here. */
 export interface ServerOptions {
-  /** The server's own keys. */
-  keys: KeyPair;
-  /** So many unpredictable bytes. */
-  random: (length: number) => Uint8Array;
-  /** scrypt of the password, if one is asked for. */
-  password?: Uint8Array | undefined;
-  /** Most users at a time. */
-  maxUsers?: number | undefined;
-  /** Most users at a time from one address. */
-  maxPerAddress?: number | undefined;
-  /** The address of sockets 0 to 2 and that of 3 and 4, if there is a second one. */
-  hosts?: [string, string] | undefined;
+  /** The server's own keys. */ keys: KeyPair;
+  /** So many unpredictable bytes. */ random: (length: number) => Uint8Array;
+  /** scrypt of the password, if one is asked for. */ password?: Uint8Array | undefined;
+  /** Most users at a time. */ maxUsers?: number | undefined;
+  /** Most users at a time from one /24 or IPv6 /48. */ maxPerAddress?: number | undefined;
+  /** The address of sockets 0 to 2 and that of 3 and 4, if there are two. */ hosts?: [string, string] | undefined;
 }
 
-/** A server without sockets. It wants 0: main port, 1: second port, 2: any port, and 3, 4: as 0, 1 at another address. */
+/** A server without sockets. It wants 0: main port, 1: second port, 2: any port; and 3, 4: as 0, 1 at another address. */
 export interface Server extends Machine<ServerEvent> {
   /** Tells all clients that the server is going. */
   stop(): Effect<ServerEvent>[];
 }
 
-/** An endpoint, and which of our sockets reaches it. */
-interface Address {
-  endpoint: Endpoint;
-  socket: number;
+/** All that a room has of the outside. What rooms send and tell leaves in the order in which it happens. */
+interface Io {
+  readonly now: number;
+  random(length: number): Uint8Array;
+  allows(key: string, what: keyof typeof LIMITS, cost?: number): boolean; // see "limits"; the key is a token or a prefix
+  emit(event: ServerEvent): void;
+  send(to: Address, data: Uint8Array): void;
 }
+
+/** An endpoint, and which of our sockets reaches it. */
+type Address = { endpoint: Endpoint; socket: number };
+
+/** The part of an address that one customer of a provider usually has to himself: IPv4 /24, IPv6 /48. */
+function prefixOf(endpoint: Endpoint): string {
+  const host = hostOf(endpoint);
+  return isIPv6(endpoint) ? hex(addressBytes(host)!.subarray(0, 6)) : host.slice(0, host.lastIndexOf("."));
+}
+
+const utf8 = new TextEncoder();
+
+// ---------------------------------------------------------------------------------------------------- the login ladder
+//
+// A client that wants to log in climbs it. Each rung shows more about the client and costs us more than the one below, so
+// that nobody has us work hard who has not worked himself. The ladder does not know who is logged in.
+//
+//     rung                                         now we know that the client ...           it has cost us
+//     65 bytes, and there is room for a stranger   (nothing: see "limits")                   a look at them
+//     the cookie, a MAC over its endpoint          receives where it says it is              2 SipHashes, no memory
+//     there is room for a login of its prefix      is not one of thousands                   a number
+//     MAC under the key that both agree on         owns the public key in its LOGIN          an X25519
+//     proof of the password, if there is one       has been told the password                an HKDF
+//     the name is free, see `claim`                may have the name                         a session
+
+/** A cookie is valid in its epoch and in the next one. For so long others can repeat a LOGIN that they have seen. */
+const COOKIE_EPOCH_MS = 30_000, COOKIE_LIFE_MS = 2 * COOKIE_EPOCH_MS;
+
+type Login = Control & { type: "LOGIN" };
+type Refusal = { reason: string; seconds: number }; // it makes sense to ask again after so many, if we know
+type Admit = (login: Login, at: Address, shared: Uint8Array) => Refusal | undefined;
+
+function createLadder(io: Io, { keys, password }: ServerOptions, admit: Admit) {
+  const cookieKey = io.random(16);
+
+  function cookieOf(endpoint: Endpoint, epochsAgo: 0 | 1): string {
+    const epoch = Math.floor(io.now / COOKIE_EPOCH_MS) - epochsAgo;
+    return hex(sipHash(cookieKey, utf8.encode(`${epoch} ${endpoint}`)));
+  }
+  const isCookieOf = (endpoint: Endpoint, cookie: string) =>
+    cookie === cookieOf(endpoint, 0) || cookie === cookieOf(endpoint, 1);
+
+  /** The only answer that a stranger gets; never larger than the question, which MIN_CLIENT_BYTES sees to. */
+  function challenge(at: Address, asked: Control, known: 0 | 1): void {
+    io.send(at, encode({ type: "COOKIE", cookie: cookieOf(at.endpoint, 0), key: keys.public, known }, asked));
+  }
+
+  function climb(login: Login, at: Address, data: Uint8Array): void {
+    const { id, counter, name } = login;
+    if (!isCookieOf(at.endpoint, login.cookie)) return challenge(at, login, 0);
+    if (!io.allows(prefixOf(at.endpoint), "logins")) return;
+    const shared = diffieHellman(keys.secret, login.key), key = shared && loginKey(shared, id);
+    if (!key || !verifies(data, key)) return;
+    const refusal = objection(login, shared) ?? admit(login, at, shared);
+    if (refusal) io.send(at, encode({ type: "ERROR", about: name, ...refusal }, { id, counter, key }));
+  }
+
+  /** What is wrong with a LOGIN, whoever has the name. */
+  function objection({ id, name, proof }: Login, shared: Uint8Array): Refusal | undefined {
+    if (userName(name) !== name) return { reason: "bad-name", seconds: 0 };
+    const right = password ? passwordProof(shared, { password, id }) : proof;
+    if (!timingSafeEqual(utf8.encode(right), utf8.encode(proof))) return { reason: "bad-password", seconds: 0 };
+  }
+
+  return { climb, challenge, isCookieOf };
+}
+
+// ---------------------------------------------------------------------------------------------------- sessions
+//
+// A session is a client that has a name, and an address at which it receives. The sessions do not know how a login is
+// proved, nor what the clients have to say to each other.
+//
+//     LOGIN --claim--> session ----- LOGOUT, or silent for 60 s -----> former user ---- 1 h ----> forgotten
+//                       |   ^                                             |
+//                       +---+ KEEPALIVE with a cookie: it has moved       +--claim--> session
+
+const SILENCE_MS = 60_000; // after so long a client has vanished: three of its keepalives are lost
+const NAME_HELD_MS = 300_000; // for so much longer the key of a vanished client holds its name, if it has asked for that
+const REMEMBERED_MS = 3_600_000; // for so long a name that was here is called "offline" rather than "unknown"
+const MAX_USERS = 100_000, MAX_PER_ADDRESS = 2_000, MAX_PREFIXES = 50_000, MAX_REMEMBERED = 10_000;
 
 interface Session {
-  /** Index of the session, known to its client alone. */
-  token: string;
-  /** The login's clock: an older LOGIN is a replay. */
-  clock: number;
+  token: string; // index of the session, known to its client alone
+  clock: number; // the counter of its LOGIN, which is the client's clock
   name: string;
-  /** Of the login, as other users know it. */
-  nonce: string;
-  key: Uint8Array;
-  keys: { toServer: Uint8Array; toClient: Uint8Array };
-  window: ReplayWindow;
-  sent: number;
-  /** Where the client logged in from; has returned a cookie. */
-  home: Address;
-  /** The same client in the other IP version; has returned a cookie too. */
-  other: Address | null;
-  /** Its own idea of its addresses. */
-  local: Endpoint[];
-  keepName: boolean;
-  nat: NatClass;
-  rttMs: number;
+  nonce: string; // by which other users know this login; the id in LOGIN is a secret
+  key: Uint8Array; // the client's X25519 public key
+  keys: { toServer: Uint8Array; toClient: Uint8Array }; // of the MACs
+  window: ReplayWindow; // which counters the client has used
+  sent: number; // the last counter that we have used
+  home: Address; // where the client has returned a cookie from: with LOGIN, or later with KEEPALIVE
+  other: Address | null; // the same in the other IP version
+  local: Endpoint[]; // what the client takes its own addresses to be
+  keepName: boolean; // whether its key holds the name when it has vanished
+  nat: NatClass; // what the client takes its NAT to be
+  rttMs: number; // its round trip to us, as it has measured it
   heardAt: number;
-  buckets: Record<keyof typeof PER_SESSION, Bucket>;
+}
+type FormerUser = Pick<Session, "key" | "clock"> & { leftAt: number; heldMs: number };
+type Claim = "new" | "again" | "replaces" | { refusedFor: number }; // seconds
+
+const UNKNOWN_NAT: NatClass = { mapping: "unknown", filtering: "unknown", allocation: "unknown" };
+
+/** Whether the client has shown that it receives there. */
+const isAt = ({ home, other }: Session, endpoint: Endpoint) =>
+  endpoint === home.endpoint || endpoint === other?.endpoint;
+const sameKey = (one: Uint8Array, other: Uint8Array) => one.every((byte, i) => byte === other[i]);
+
+type Sessions = ReturnType<typeof createSessions>;
+type Greet = (session: Session, login: Login, at: Address, isNew: boolean) => void;
+function createSessions(io: Io, options: ServerOptions, directory: Directory, greet: Greet) {
+  const { maxUsers = MAX_USERS, maxPerAddress = MAX_PER_ADDRESS } = options;
+  const byToken = new Map<string, Session>(), formerUsers = new Map<string, FormerUser>(); // these by name
+  const usedLoginIds = new Map<string, number>(); // until when the cookie of that login is valid
+  const usersAt = new Map<string, number>(); // how many a prefix has
+
+  /**
+   * Who may have a name: the first row that is true. An observer may repeat a LOGIN that he has seen. The key in it is the
+   * right one, but its clock is no later than the last one that we know.
+   *
+   *     the name is ...   and is asked for by ...                    claim
+   *     a session's       the very login that made the session       again: our WELCOME was lost
+   *     a session's       anybody but its key with a later clock     refused until it has been silent for 60 s
+   *     a former user's   another key                                refused while it is held for the former one
+   *     a former user's   its key, with no later clock               refused while it may be a repetition
+   *     anything else     anybody                                    new, or replaces the session
+   */
+  function claim(login: Login, nonce: string): Claim {
+    const holder = directory.find(login.name), former = formerUsers.get(login.name), last = holder ?? former; // never both
+    const isSameKey = last !== undefined && sameKey(last.key, login.key);
+    const isLater = isSameKey && login.counter > last.clock;
+    const refusedUntil = (at: number) => ({ refusedFor: Math.max(0, Math.ceil((at - io.now) / 1000)) });
+
+    if (holder && isSameKey && holder.nonce === nonce) return "again";
+    if (holder && !isLater) return refusedUntil(holder.heardAt + SILENCE_MS);
+    const freeAt = former && !isLater ? former.leftAt + (isSameKey ? COOKIE_LIFE_MS : former.heldMs) : 0;
+    if (freeAt > io.now) return refusedUntil(freeAt);
+    if (usedLoginIds.has(login.id)) return { refusedFor: 0 }; // a repetition; others have had the name since
+    return holder ? "replaces" : "new";
+  }
+
+  /** Lets in whoever has climbed the ladder, or says why not. */
+  function admit(login: Login, at: Address, shared: Uint8Array): Refusal | undefined {
+    const nonce = publicNonce(login.id), claimed = claim(login, nonce), holder = directory.find(login.name);
+    if (typeof claimed === "object") return { reason: "name-taken", seconds: claimed.refusedFor };
+    if (holder && claimed === "again") {
+      const hadNoWelcome = holder.window.highest < 0; // who has had it would not ask from elsewhere
+      if (at.endpoint !== holder.home.endpoint && hadNoWelcome) move(holder, at);
+      return void greet(holder, login, at, false);
+    }
+    const stays = holder && prefixOf(holder.home.endpoint) === prefixOf(at.endpoint);
+    if ((!holder && directory.size() >= maxUsers) || (!stays && !hasRoom(at))) return { reason: "full", seconds: 0 };
+    if (holder) remove(holder, "replaced");
+
+    const { id, counter: clock, name, local, rttMs } = login, token = hex(io.random(8));
+    const theirs = { clock, name, nonce, key: login.key.slice(), local, keepName: login.keepName === 1, rttMs };
+    const ours = { token, keys: controlKeys(shared, token), window: replayWindow(), sent: clock, heardAt: io.now };
+    const session: Session = { ...theirs, ...ours, home: at, other: null, nat: UNKNOWN_NAT };
+    byToken.set(token, session);
+    directory.put(session);
+    countUser(at, 1);
+    formerUsers.delete(name);
+    if (usedLoginIds.size >= MAX_USERS) usedLoginIds.delete(usedLoginIds.keys().next().value!);
+    usedLoginIds.set(id, io.now + COOKIE_LIFE_MS);
+    io.emit({ event: "login", name, public: at.endpoint });
+    greet(session, login, at, true);
+  }
+
+  function remove(session: Session, reason: "left" | "vanished" | "replaced"): void {
+    const { token, name, key, clock } = session;
+    byToken.delete(token);
+    directory.remove(name);
+    countUser(session.home, -1);
+    io.emit({ event: "logout", name, reason });
+    if (reason === "replaced") return;
+    if (formerUsers.size >= MAX_REMEMBERED) { // the oldest one goes; one whose name is held only if all are
+      const unheld = formerUsers.entries().find(([, { leftAt, heldMs }]) => leftAt + heldMs <= io.now);
+      formerUsers.delete(unheld ? unheld[0] : formerUsers.keys().next().value!);
+    }
+    const heldMs = reason === "vanished" && session.keepName ? NAME_HELD_MS : 0;
+    formerUsers.set(name, { key, clock, leftAt: io.now, heldMs });
+  }
+
+  /** The client receives there now. Nothing happens if the prefix has no room, or if the client moves all the time. */
+  function move(session: Session, to: Address): void {
+    if (isIPv6(to.endpoint) !== isIPv6(session.home.endpoint)) return void (session.other = to);
+    const stays = prefixOf(to.endpoint) === prefixOf(session.home.endpoint);
+    if (!stays && !(hasRoom(to) && io.allows(session.token, "moves"))) return;
+    countUser(session.home, -1);
+    session.home = to;
+    countUser(to, 1);
+    io.emit({ event: "moved", name: session.name, public: to.endpoint });
+  }
+
+  function hasRoom({ endpoint }: Address): boolean {
+    const users = usersAt.get(prefixOf(endpoint));
+    return users === undefined ? usersAt.size < MAX_PREFIXES : users < maxPerAddress;
+  }
+
+  function countUser({ endpoint }: Address, change: 1 | -1): void {
+    const prefix = prefixOf(endpoint), users = (usersAt.get(prefix) ?? 0) + change;
+    if (users > 0) usersAt.set(prefix, users);
+    else usersAt.delete(prefix);
+  }
+
+  /** Whether the client itself has said this, and for the first time: then it is alive. */
+  function hear(session: Session, data: Uint8Array, counter: number): boolean {
+    if (!verifies(data, session.keys.toServer) || !accept(session.window, counter)) return false;
+    session.heardAt = io.now;
+    return true;
+  }
+
+  function keepAlive(session: Session, message: Control & { type: "KEEPALIVE" }, at: Address, hasMoved: boolean): void {
+    session.rttMs = message.rttMs;
+    session.nat = message.nat;
+    session.local = message.local;
+    if (hasMoved) move(session, at);
+    if (!isAt(session, at.endpoint)) return;
+    toClient(session, { type: "ALIVE", asked: message.counter, public: at.endpoint }, at);
+  }
+
+  function toClient(session: Session, message: ControlBody, to = session.home): void {
+    io.send(to, encode(message, { id: session.token, counter: ++session.sent, key: session.keys.toClient }));
+  }
+
+  function refuse(session: Session, reason: string, about = ""): void {
+    if (io.allows(session.token, "errors")) toClient(session, { type: "ERROR", reason, about, seconds: 0 });
+  }
+
+  function sweep(): void {
+    for (const [name, { leftAt }] of formerUsers) if (leftAt + REMEMBERED_MS <= io.now) formerUsers.delete(name);
+    for (const [id, staleAt] of usedLoginIds) if (staleAt <= io.now) usedLoginIds.delete(id);
+    for (const session of byToken.values()) if (session.heardAt + SILENCE_MS <= io.now) remove(session, "vanished");
+  }
+
+  const find = (token: string) => byToken.get(token), all = () => byToken.values();
+  const wasHere = (name: string) => formerUsers.has(name);
+  const isEmpty = () => byToken.size + formerUsers.size + usedLoginIds.size === 0;
+  return { find, all, wasHere, admit, hear, keepAlive, remove, toClient, refuse, sweep, isEmpty };
 }
 
-// ---------------------------------------------------------------------------------------------------- directory
+// ---------------------------------------------------------------------------------------------------- introduction, relay
+//
+// A NAT lets a datagram in only where one went out before. So both must send at about the same time, each to where the
+// other one will be: this is what an introduction tells them. Until one of those datagrams has come through, everything
+// passes here, and the first message travels together with the call. This room cannot read what it passes on.
 
-/** Who is there, by name and in order of name. All that several servers would have to share. */
+const MAX_PUNCH_DELAY_MS = 150; // most that the nearer of two peers waits, since both round trips are only their word
+
+/** Where a session's client has shown that it receives: IPv4, IPv6 or both. */
+const endpointsOf = ({ home, other }: Session) => other ? [home.endpoint, other.endpoint] : [home.endpoint];
+
+/** Whether two sessions come from behind the same NAT: the same IPv4 address, or the same /64. */
+function sameSite(one: Session, other: Session): boolean {
+  const siteOf = (endpoint: Endpoint) => hex(addressBytes(hostOf(endpoint))!.subarray(0, 8));
+  const sites = endpointsOf(other).map(siteOf);
+  return endpointsOf(one).some((endpoint) => sites.includes(siteOf(endpoint)));
+}
+
+/** Where `viewer` may try to reach `subject`: where we see it and, on the same site, the private addresses it named. */
+function candidatesFor(subject: Session, viewer: Session): Endpoint[] {
+  const isThisHost = scopeOf(hostOf(subject.home.endpoint)) === "loopback"; // then nothing is nearer than that
+  const isLocal = (endpoint: Endpoint) => scopeOf(hostOf(endpoint)) === "private";
+  const local = sameSite(subject, viewer) && !isThisHost ? subject.local.filter(isLocal) : [];
+  return [...new Set([...local, ...endpointsOf(subject)])];
+}
+
+/**
+ * Both introductions leave in the same tick. The nearer peer has its own earlier, by half the difference of the round
+ * trips, and waits for so long: a Linux router may give a flow another port if the other side's datagram came first.
+ */
+function introduction(subject: Session, viewer: Session): Introduced {
+  const punchAfterMs = Math.min(MAX_PUNCH_DELAY_MS, Math.max(0, (subject.rttMs - viewer.rttMs) >> 1));
+  const { name, nonce, key, nat } = subject;
+  return { name, nonce, key, candidates: candidatesFor(subject, viewer), nat, punchAfterMs };
+}
+
+function createRelay(io: Io, { find }: Directory, { toClient, refuse, wasHere }: Sessions) {
+  return {
+    pass(session: Session, { to, nonce, call, body }: Control & { type: "P2PTRANS" }): void {
+      const target = find(to);
+      if (!target) return refuse(session, wasHere(to) ? "offline" : "unknown", to);
+      if (body.length > MAX_RELAYED_BYTES) return refuse(session, "too-long", to);
+      if (!io.allows(session.token, "relayedBytes", body.length)) return refuse(session, "busy", to);
+      const isCurrent = nonce === target.nonce; // else it is sealed for an earlier login: nobody could open it
+      if (isCurrent && !call) {
+        return toClient(target, { type: "RELAYED", from: session.name, nonce: session.nonce, body });
+      }
+      if (!io.allows(session.token, "calls")) return refuse(session, "busy", to);
+      const readable = body.subarray(0, isCurrent ? body.length : 0);
+      toClient(target, { type: "P2PSOMEONEWANTTOCALLYOU", peer: introduction(session, target), body: readable });
+      toClient(session, { type: "INTRODUCTION", peer: introduction(target, session) });
+    },
+    punched(session: Session, { peer }: Control & { type: "PUNCHED" }): void {
+      const target = find(peer);
+      if (target && io.allows(session.token, "punches")) toClient(target, { type: "PUNCHED", peer: session.name });
+    },
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- the list of users
+//
+// In order of name, in pages of one datagram each; whoever wants more asks for what comes after the last name he has.
+
+const PAGE_BYTES = 1_040; // the last user begins at 1,039 at most: 1,039 + 92 for the longest + 60 around them = 1,191
+const PAGES_PER_ANSWER = 16; // more would overflow the asker's socket buffer (92 full datagrams on Linux)
+const ANNOUNCE_UP_TO = 16; // while so few are logged in, all hear of a newcomer: nobody has to ask before he writes
+
+const asUser = ({ name, nonce, key, home }: Session): User => ({ name, nonce, key, public: home.endpoint });
+/** Length and name, nonce, key, length and address, port: see `user` in protocol.ts. */
+const userBytes = ({ name, home }: Session) =>
+  1 + utf8.encode(name).length + 8 + 32 + 1 + (isIPv6(home.endpoint) ? 16 : 4) + 2;
+
+function createList(io: Io, directory: Directory, { toClient, refuse }: Sessions) {
+  function nextPage(entries: Iterator<Session>): User[] {
+    const users: User[] = [];
+    for (let left = PAGE_BYTES; left > 0;) {
+      const { value: session, done } = entries.next();
+      if (done) break;
+      left -= userBytes(session);
+      users.push(asUser(session));
+    }
+    return users;
+  }
+
+  return {
+    firstPage: () => nextPage(directory.after("", "")),
+    answer(session: Session, { counter: asked, prefix, after }: Control & { type: "GETALLUSER" }): void {
+      const entries = directory.after(prefix, after), pages = [nextPage(entries)];
+      while (pages.at(-1)!.length > 0 && pages.length < PAGES_PER_ANSWER) pages.push(nextPage(entries));
+      const more = Number(pages.at(-1)!.length > 0);
+      if (!more && pages.length > 1) pages.pop();
+      if (!io.allows(session.token, "pages", pages.length)) return refuse(session, "busy");
+      const total = directory.size(), last = pages.length - 1;
+      pages.forEach((users, page) => toClient(session, { type: "USERS", asked, page, last, more, total, users }));
+    },
+    announce(newcomer: Session, all: Iterable<Session>): void {
+      const total = directory.size(), users = [asUser(newcomer)];
+      if (total > ANNOUNCE_UP_TO) return;
+      const message = { type: "USERS", asked: 0, page: 0, last: 0, more: 0, total, users } as const;
+      for (const session of all) if (session !== newcomer) toClient(session, message);
+    },
+  };
+}
+
+// ==================================================================================================== reference
+//
+// Skip this at first reading: limits, directory, STUN. Behind them `createServer` puts the rooms together.
+
+// ---------------------------------------------------------------------------------------------------- limits
+//
+// What others can have us do, and how often. A limit is one number (see `conform`): one for all strangers together, or
+// one for each session or prefix. This room does not know what it limits.
+
+interface Rule extends Rate {
+  maxKeys?: number; // what is not among them when the table is full ...
+  whenFull?: Rate; // ... has this limit together with all others, or is refused
+}
+const LIMITS = {
+  // For a session
+  datagrams: { perSecond: 2_000, burst: 5_000 }, // of all kinds; 2,000 of 131 bytes are the 256 KiB below
+  calls: { perSecond: 20, burst: 100 },
+  punches: { perSecond: 100, burst: 200 }, // others' calls have a client report them: no reason to have no calls left
+  moves: { perSecond: 1, burst: 10 },
+  pages: { perSecond: 200, burst: 2_000 },
+  relayedBytes: { perSecond: 256 * 1024, burst: 512 * 1024 },
+  errors: { perSecond: 10, burst: 20 },
+  // For a prefix. STUN cannot ask for a cookie, and only its answers are larger than the questions: 1.6 times, 2.2 with
+  // IPv6, 2.8 and 4.6 with a second address. Whoever forges a victim's address has no more than this sent to it.
+  logins: { perSecond: 50, burst: 2_000, maxKeys: MAX_PREFIXES },
+  stun: { perSecond: 50, burst: 400, maxKeys: 10_000, whenFull: { perSecond: 200, burst: 200 } },
+} satisfies Record<string, Rule>;
+// For all together. Of strangers there are those who seem to have a cookie, and the others.
+const STUN_ALTOGETHER: Rate = { perSecond: 2_000, burst: 2_000 }, STRANGERS: Rate = { perSecond: 5_000, burst: 5_000 };
+
+/** A limit for each key, by the same rule. What a key has used is forgotten when its limit is whole again. */
+function createLimiter({ maxKeys = Infinity, whenFull, ...rate }: Rule) {
+  const arrivals = new Map<string, number>(); // by key: the theoretical arrival time
+  const newcomers = whenFull ? createLimit(whenFull) : () => false;
+  return {
+    allows(key: string, now: number, cost = 1): boolean {
+      const arrival = arrivals.get(key);
+      if (arrival === undefined && arrivals.size >= maxKeys) return newcomers(now, cost);
+      const next = conform(arrival ?? 0, rate, now, cost);
+      if (next !== null) arrivals.set(key, next);
+      return next !== null;
+    },
+    sweep(now: number): void {
+      for (const [key, arrival] of arrivals) if (arrival <= now) arrivals.delete(key);
+    },
+    isEmpty: () => arrivals.size === 0,
+  };
+}
+
+function createLimits() {
+  const strangers = createLimit(STRANGERS), withCookie = createLimit(STRANGERS);
+  const stunAltogether = createLimit(STUN_ALTOGETHER);
+  const rows = Object.entries(LIMITS).map(([what, rule]) => [what, createLimiter(rule)]);
+  const limiters: Record<keyof typeof LIMITS, ReturnType<typeof createLimiter>> = Object.fromEntries(rows);
+  let time = 0, last: number | undefined;
+  const allows: Io["allows"] = (key, what, cost) => limiters[what].allows(key, time, cost);
+  return {
+    allows,
+    /** Limits count time from 0, so that sums are exact, and forwards, so that a clock which is set back refuses nobody. */
+    setTime(now: number): void {
+      time += Math.max(0, now - (last ?? now));
+      last = now;
+    },
+    mayAskStun: (from: Endpoint) => allows(prefixOf(from), "stun") && stunAltogether(time),
+    isWorthDecoding(data: Uint8Array): boolean {
+      if (data.length < MIN_CLIENT_BYTES) return false; // not even a cookie in answer: that could be larger
+      // The cookie is the first field of LOGIN, behind the header of 16 bytes.
+      const hasCookie = data[1] === CONTROL.LOGIN.code && data.subarray(16, 24).some((byte) => byte !== 0);
+      return (hasCookie ? withCookie : strangers)(time);
+    },
+    sweep: () => Object.values(limiters).forEach((limiter) => limiter.sweep(time)),
+    isEmpty: () => Object.values(limiters).every((limiter) => limiter.isEmpty()),
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- the directory
+//
+// Who is there, by name and in order of name: all that several servers would have to share. It does not know what a
+// session is, only that it has a name.
+
+type Directory = ReturnType<typeof createDirectory<Session>>;
+
 function createDirectory<T extends { name: string }>() {
   const byName = new Map<string, T>();
   const names: string[] = []; // sorted by code unit
@@ -207,12 +506,11 @@ function createDirectory<T extends { name: string }>() {
   return {
     size: () => names.length,
     find: (name: string) => byName.get(name),
-    all: () => byName.values(),
-    put(entry: T) {
+    put(entry: T): void {
       if (!byName.has(entry.name)) names.splice(position(entry.name), 0, entry.name);
       byName.set(entry.name, entry);
     },
-    remove(name: string) {
+    remove(name: string): void {
       if (byName.delete(name)) names.splice(position(name), 1);
     },
     /** Those whose name begins with the prefix and comes after the other, in order. */
@@ -224,419 +522,126 @@ function createDirectory<T extends { name: string }>() {
   };
 }
 
-// ---------------------------------------------------------------------------------------------------- pure functions
+// ---------------------------------------------------------------------------------------------------- STUN
+//
+// How somebody's endpoint looks from here; answered from another port or address if he wants to know what his NAT lets in
+// (RFC 5780). It knows nobody, and keeps nothing. Its sockets:     main port   second port   any port
+//                                                  our address     0           1             2
+//                                                  a second one    3           4
 
-/** The part of an address that one customer of a provider usually has to himself: IPv4 /24, IPv6 /48. */
-function prefixOf(endpoint: Endpoint): string {
-  const host = hostOf(endpoint);
-  return isIPv6(endpoint) ? hex(addressBytes(host)!.subarray(0, 6)) : host.slice(0, host.lastIndexOf("."));
+const SECOND_PORT = 1, THIRD_PORT = 2, SECOND_ADDRESS = 3;
+/**
+ * Which socket answers a STUN request that came in at socket 0, 1, ... (RFC 5780, section 6.1). Another port is the
+ * third one, so that nobody who asks what his NAT lets in has ever written to where the answer comes from.
+ */
+const STUN_FROM = { same: [0, 1, 2, 3, 4], port: [2, 2, 0, 4, 3], address: [3, 4, 3, 0, 1], both: [4, 3, 4, 1, 0] };
+
+function createStun(io: Io, { hosts }: ServerOptions) {
+  const ports = [0, 0, 0, 0, 0]; // of our sockets; 0: not open
+  const own = (socket: number) => hosts && formatEndpoint(hosts[socket < SECOND_ADDRESS ? 0 : 1], ports[socket]!);
+  return {
+    opened: (socket: number, port: number) => void (ports[socket] = port),
+    portOf: (socket: number) => ports[socket]!,
+    answer({ socket, from, data }: Datagram): void {
+      const asked = decodeStun(data);
+      if (asked?.kind !== "request" || !parseEndpoint(from)) return;
+      const change = asked.changeIp ? asked.changePort ? "both" : "address" : asked.changePort ? "port" : "same";
+      const answerer = STUN_FROM[change][socket]!, unknown = [...asked.unknown];
+      if (asked.responsePort && !hosts) unknown.push(STUN_RESPONSE_PORT);
+      if (ports[answerer] === 0) unknown.push(STUN_CHANGE_REQUEST);
+      if (unknown.length === 0) {
+        // Another port of the asker's own: whoever can forge his address could have named that port as well.
+        const endpoint = asked.responsePort ? formatEndpoint(hostOf(from), asked.responsePort) : from;
+        const answer = { mapped: from, origin: own(answerer), other: own(STUN_FROM.both[socket]!) };
+        return io.send({ socket: answerer, endpoint }, encodeStunResponse(asked, answer));
+      }
+      // Without that socket it is an error: silence would look like a NAT that filters (RFC 5780, section 6.1). A classic
+      // client takes whatever comes in for the answer that it hopes for: there silence errs to the safe side.
+      if (asked.classic && asked.unknown.length === 0) return;
+      io.send({ socket, endpoint: from }, encodeStunResponse({ ...asked, unknown }, { mapped: from }));
+    },
+  };
 }
 
-/** Whether a bucket has been left alone for so long that a new one would be the same. */
-function isIdle(bucket: Bucket, { burst, perSecond }: Rate, now: number): boolean {
-  return now - bucket.at > burst / perSecond * 1000;
-}
+// ---------------------------------------------------------------------------------------------------- the machine
 
-/** Whether a session may do so once more. */
-function allows({ buckets }: Session, what: keyof typeof PER_SESSION, cost: { cost?: number; now: number }): boolean {
-  return spend(buckets[what], PER_SESSION[what], cost);
-}
+const SWEEP_INTERVAL_MS = 1_000;
 
-/** Where a session's client has shown that it receives: IPv4, IPv6 or both. */
-const endpointsOf = ({ home, other }: Session) => other ? [home.endpoint, other.endpoint] : [home.endpoint];
-
-/** Whether two sessions come from behind the same NAT: the same IPv4 address, or the same /64. */
-function sameSite(one: Session, other: Session): boolean {
-  const sitesOf = (session: Session) =>
-    endpointsOf(session).map((endpoint) => hex(addressBytes(hostOf(endpoint))!.subarray(0, 8)));
-  return sitesOf(one).some((site) => sitesOf(other).includes(site));
-}
-
-/** Where `viewer` may try to reach `subject`: what we have seen and, on the same site, the private addresses it named. */
-function candidatesFor(subject: Session, viewer: Session): Endpoint[] {
-  const isThisHost = scopeOf(hostOf(subject.home.endpoint)) === "loopback"; // then nothing is nearer than that
-  const local = sameSite(subject, viewer) && !isThisHost
-    ? subject.local.filter((endpoint) => scopeOf(hostOf(endpoint)) === "private")
-    : [];
-  return [...new Set([...local, ...endpointsOf(subject)])];
-}
-
-const asUser = ({ name, nonce, key, home }: Session): User => ({ name, nonce, key, public: home.endpoint });
-/** Its size in a datagram: see `user` in protocol.ts. */
-const userBytes = (session: Session) => 44 + Buffer.byteLength(session.name) + (isIPv6(session.home.endpoint) ? 16 : 4);
-
-// ---------------------------------------------------------------------------------------------------- machine
-
-/** Makes a server. */
+/** Makes a server: the rooms, and all that goes from one to another. */
 export function createServer(options: ServerOptions): Server {
-  const { keys, random, password, maxUsers = MAX_USERS, maxPerAddress = MAX_PER_ADDRESS, hosts } = options;
-  const cookieKey = random(16);
-  const sessions = new Map<string, Session>();
-  const directory = createDirectory<Session>();
-  /** Names that were here; `key` still holds its name until `heldUntil`, and a LOGIN of old may come again. */
-  const past = new Map<
-    string,
-    Record<"clock" | "heldUntil" | "replayUntil" | "forgetAt", number> & Pick<User, "key">
-  >();
-  /** Logins whose cookie is still good: when it will not be. */
-  const accepted = new Map<string, number>();
-  /** Of each address that has returned a cookie: how many users, and its bucket of logins. */
-  const addresses = new Map<string, { users: number; logins: Bucket }>();
-  /** Of each address that has lately sent STUN requests, or whose name somebody has put on his. */
-  const stunned = new Map<string, Bucket>();
-  const stunWhenFull = fullBucket(STUN_WHEN_FULL, 0), stunAltogether = fullBucket(STUN_ALTOGETHER, 0);
-  /** Of our sockets; 0: not open. */
-  const ports = [0, 0, 0, 0, 0];
-  const strangers = fullBucket(STRANGERS, 0), claimants = fullBucket(STRANGERS, 0);
-  let sweepAt = Infinity;
+  let effects: Effect<ServerEvent>[] = [], sweepAt = Infinity;
+  const limits = createLimits(), directory = createDirectory<Session>();
+  const io = {
+    now: 0,
+    random: options.random,
+    allows: limits.allows,
+    emit: (event: ServerEvent) => void effects.push({ kind: "event", event }),
+    send: ({ socket, endpoint: to }: Address, data: Uint8Array) =>
+      void effects.push({ kind: "send", socket, to, data }),
+  };
+  const ladder = createLadder(io, options, (...proved) => sessions.admit(...proved));
+  const sessions = createSessions(io, options, directory, greet), { toClient } = sessions;
+  const relay = createRelay(io, directory, sessions), list = createList(io, directory, sessions);
+  const stun = createStun(io, options);
 
-  // -- STUN: how a stranger's endpoint looks from here
-
-  /** A refusal is silence, as a lost datagram would be. */
-  function mayAskStun(from: Endpoint, now: number): boolean {
-    const prefix = prefixOf(from);
-    let bucket = stunned.get(prefix);
-    if (!bucket && stunned.size < MAX_STUN_ADDRESSES) stunned.set(prefix, bucket = fullBucket(STUN_PER_ADDRESS, now));
-    if (sweepAt === Infinity) sweepAt = now + SWEEP_INTERVAL_MS;
-    const own = bucket ? spend(bucket, STUN_PER_ADDRESS, { now }) : spend(stunWhenFull, STUN_WHEN_FULL, { now });
-    return own && spend(stunAltogether, STUN_ALTOGETHER, { now });
+  /** WELCOME bears the id and the counter of the LOGIN, since it is only now that the client learns its token. */
+  function greet(session: Session, { id, counter }: Login, at: Address, isNew: boolean): void {
+    const { token, keys } = session, users = list.firstPage(), total = directory.size();
+    const ports = { secondPort: stun.portOf(SECOND_PORT), thirdPort: stun.portOf(THIRD_PORT) };
+    const welcome = { type: "WELCOME", token, public: at.endpoint, ...ports, total, users } as const;
+    io.send(at, encode(welcome, { id, counter, key: keys.toClient }));
+    if (isNew) list.announce(session, sessions.all());
   }
 
-  function answerStun({ socket, from, data }: Datagram, now: number): Effect<ServerEvent>[] {
-    if (!mayAskStun(from, now)) return []; // before anything that costs more
-    const asked = decodeStun(data);
-    if (asked?.kind !== "request" || !parseEndpoint(from)) return [];
-    const endpoint = (socket: number) =>
-      hosts && formatEndpoint(hosts[socket < SECOND_ADDRESS ? 0 : 1], ports[socket]!);
-    const change = asked.changeIp ? asked.changePort ? "both" : "address" : asked.changePort ? "port" : "same";
-    const answerer = STUN_FROM[change][socket]!;
-    const missing = [...asked.unknown];
-    if (asked.responsePort && !hosts) missing.push(STUN_RESPONSE_PORT);
-    if (ports[answerer] === 0) missing.push(STUN_CHANGE_REQUEST);
-    if (missing.length === 0) {
-      // Another port of the asker's own: whoever can forge his address could have named that port as well.
-      const to = asked.responsePort ? formatEndpoint(hostOf(from), asked.responsePort) : from;
-      const answer = { mapped: from, origin: endpoint(answerer), other: endpoint(STUN_FROM.both[socket]!) };
-      return [{ kind: "send", socket: answerer, to, data: encodeStunResponse(asked, answer) }];
+  /** In order of cost: whatever can be thrown away is, before it costs more. */
+  function receive(datagram: Datagram): void {
+    const { data, socket, from } = datagram, at = { socket, endpoint: from };
+    if (data[0]! < 4) return limits.mayAskStun(from) ? stun.answer(datagram) : undefined;
+    const header = controlHeader(data), isLogin = data[1] === CONTROL.LOGIN.code;
+    const session = header && !isLogin ? sessions.find(header.id) : undefined;
+    if (!header || (session ? isSeen(session.window, header.counter) : !limits.isWorthDecoding(data))) return;
+    const message = decode(data); // this, and the MAC, cost more than all that came before
+    if (!message || !isFromClient(message.type)) return; // no answer to an answer: that would never end
+    if (message.type === "LOGIN") return ladder.climb(message, at, data);
+    if (!session) return ladder.challenge(at, message, 0);
+    if (!sessions.hear(session, data, message.counter) || !io.allows(session.token, "datagrams")) return;
+    serve(session, message, at);
+    if (!isAt(session, from) && sessions.find(session.token)) ladder.challenge(at, message, 1);
+  }
+
+  function serve(session: Session, message: Control, at: Address): void {
+    if (message.type === "LOGOUT") sessions.remove(session, "left");
+    else if (message.type === "GETALLUSER") list.answer(session, message);
+    else if (message.type === "P2PTRANS") relay.pass(session, message);
+    else if (message.type === "PUNCHED") relay.punched(session, message);
+    else if (message.type === "KEEPALIVE") {
+      const hasMoved = !isAt(session, at.endpoint) && ladder.isCookieOf(at.endpoint, message.cookie);
+      sessions.keepAlive(session, message, at, hasMoved);
     }
-    // Without that socket it is an error, not silence, which would look like a NAT that filters (RFC 5780, section 6.1).
-    // A classic client takes whatever comes in for the answer that it hopes for: there silence errs to the safe side.
-    if (asked.classic && asked.unknown.length === 0) return [];
-    const refusal = encodeStunResponse({ ...asked, unknown: missing }, { mapped: from });
-    return [{ kind: "send", socket, to: from, data: refusal }];
   }
 
-  /** Strangers have a share of the server's time, and those who seem to bring a cookie back have one of their own. */
-  function mayBeRead({ data }: Datagram, now: number): boolean {
-    if (data.length < MIN_CLIENT_BYTES) return false; // not even a cookie in answer: that could be larger
-    // The cookie is the first field of LOGIN, behind the header of 16 bytes.
-    const hasCookie = data[1] === CONTROL.LOGIN.code && data.subarray(16, 24).some((byte) => byte !== 0);
-    return spend(hasCookie ? claimants : strangers, STRANGERS, { now });
+  /** What the rooms have sent and told meanwhile. As long as they remember anything, there will be a sweep. */
+  function effectsOf(act: () => void, now = io.now): Effect<ServerEvent>[] {
+    effects = [];
+    io.now = now;
+    limits.setTime(now);
+    act();
+    if (sweepAt === Infinity && !(limits.isEmpty() && sessions.isEmpty())) sweepAt = now + SWEEP_INTERVAL_MS;
+    return effects;
   }
 
-  // -- cookies: what shows that somebody receives at an address, without our keeping anything
-
-  function cookieOf(endpoint: Endpoint, epoch: number): string {
-    return hex(sipHash(cookieKey, Buffer.from(`${epoch} ${endpoint}`)));
-  }
-
-  function isCookieOf(endpoint: Endpoint, cookie: string, now: number): boolean {
-    const epoch = Math.floor(now / COOKIE_EPOCH_MS);
-    return [epoch, epoch - 1].some((epoch) => cookieOf(endpoint, epoch) === cookie);
-  }
-
-  /** The only answer that a stranger gets; never larger than the question, which MIN_CLIENT_BYTES sees to. */
-  function challenge({ socket, from }: Datagram, asked: Control, known: boolean, now: number): Effect<ServerEvent> {
-    const cookie = cookieOf(from, Math.floor(now / COOKIE_EPOCH_MS));
-    const message = { type: "COOKIE", cookie, key: keys.public, known: Number(known) } as const;
-    return { kind: "send", socket, to: from, data: encode(message, asked) };
-  }
-
-  // -- sessions
-
-  function tell(session: Session, message: ControlBody, to: Address = session.home): Effect<ServerEvent> {
-    const data = encode(message, { id: session.token, counter: ++session.sent, key: session.keys.toClient });
-    return { kind: "send", socket: to.socket, to: to.endpoint, data };
-  }
-
-  function refuse(session: Session, reason: string, about: string, now: number): Effect<ServerEvent>[] {
-    if (!allows(session, "errors", { now })) return [];
-    return [tell(session, { type: "ERROR", reason, about, seconds: 0 })];
-  }
-
-  function remove(session: Session, reason: "left" | "vanished" | "replaced", now: number): Effect<ServerEvent>[] {
-    sessions.delete(session.token);
-    directory.remove(session.name);
-    addresses.get(prefixOf(session.home.endpoint))!.users--;
-    if (reason !== "replaced") {
-      const held = reason === "vanished" && session.keepName;
-      if (past.size >= MAX_REMEMBERED) {
-        const free = past.entries().find(([, { heldUntil }]) => heldUntil <= now); // the oldest; held only if all are
-        past.delete(free ? free[0] : past.keys().next().value!);
-      }
-      past.set(session.name, {
-        key: session.key,
-        clock: session.clock,
-        heldUntil: held ? now + NAME_HELD_MS : now,
-        replayUntil: now + 2 * COOKIE_EPOCH_MS,
-        forgetAt: now + REMEMBERED_MS,
-      });
-    }
-    return [{ kind: "event", event: { event: "logout", name: session.name, reason } }];
-  }
-
-  /** The client receives there now; nothing happens if that address has no room, or if it is a new one all the time. */
-  function move(session: Session, to: Address, now: number): Effect<ServerEvent>[] {
-    if (isIPv6(to.endpoint) !== isIPv6(session.home.endpoint)) {
-      session.other = to;
-      return [];
-    }
-    const stays = prefixOf(to.endpoint) === prefixOf(session.home.endpoint);
-    if (!stays && !(hasRoom(to.endpoint) && allows(session, "moves", { now }))) return [];
-    addresses.get(prefixOf(session.home.endpoint))!.users--;
-    session.home = to;
-    addressOf(to.endpoint, now).users++;
-    return [{ kind: "event", event: { event: "moved", name: session.name, public: to.endpoint } }];
-  }
-
-  function hasRoom(endpoint: Endpoint): boolean {
-    const address = addresses.get(prefixOf(endpoint));
-    return address ? address.users < maxPerAddress : addresses.size < MAX_ADDRESSES;
-  }
-
-  function addressOf(endpoint: Endpoint, now: number) {
-    const prefix = prefixOf(endpoint);
-    let address = addresses.get(prefix);
-    if (!address) addresses.set(prefix, address = { users: 0, logins: fullBucket(LOGINS_PER_ADDRESS, now) });
-    return address;
-  }
-
-  // -- login
-
-  function login(message: Control & { type: "LOGIN" }, datagram: Datagram, now: number): Effect<ServerEvent>[] {
-    const { socket, from, data } = datagram;
-    if (!isCookieOf(from, message.cookie, now)) return [challenge(datagram, message, false, now)];
-    if (addresses.size >= MAX_ADDRESSES && !addresses.has(prefixOf(from))) return [];
-    const address = addressOf(from, now);
-    if (!spend(address.logins, LOGINS_PER_ADDRESS, { now })) return [];
-    const shared = diffieHellman(keys.secret, message.key);
-    if (!shared || !verifies(data, loginKey(shared, message.id))) return [];
-
-    const deny = (reason: string, seconds = 0): Effect<ServerEvent>[] => {
-      const answer = { type: "ERROR", reason, about: message.name, seconds } as const;
-      const seal = { id: message.id, counter: message.counter, key: loginKey(shared, message.id) };
-      return [{ kind: "send", socket, to: from, data: encode(answer, seal) }];
-    };
-    if (userName(message.name) !== message.name) return deny("bad-name");
-    if (password) {
-      const proof = Buffer.from(passwordProof(shared, { password, id: message.id }));
-      if (!timingSafeEqual(proof, Buffer.from(message.proof))) return deny("bad-password");
-    }
-    const holder = directory.find(message.name), former = past.get(message.name); // never both
-    const last = holder ?? former, isHers = last !== undefined && hex(last.key) === hex(message.key);
-    const nonce = publicNonce(message.id), at = { endpoint: from, socket };
-    if (holder && isHers && holder.nonce === nonce) { // our WELCOME was lost; who has had it would not ask from elsewhere
-      const isElsewhere = from !== holder.home.endpoint && holder.window.highest < 0;
-      return [...isElsewhere ? move(holder, at, now) : [], welcome(holder, message, at)];
-    }
-    const freeAt = holder ? holder.heardAt + SILENCE_MS : former?.[isHers ? "replayUntil" : "heldUntil"] ?? 0;
-    const isNewer = isHers && message.counter > last.clock; // else it may be a replay
-    const seconds = Math.max(0, Math.ceil((freeAt - now) / 1000));
-    if (!isNewer && (holder || freeAt > now)) return deny("name-taken", seconds);
-    if (accepted.has(message.id)) return deny("name-taken"); // a replay, after others have had the name
-    const stays = holder && prefixOf(holder.home.endpoint) === prefixOf(from);
-    if ((!holder && directory.size() >= maxUsers) || (!stays && !hasRoom(from))) return deny("full");
-
-    const replaced = holder ? remove(holder, "replaced", now) : [];
-    const token = hex(random(8));
-    const session: Session = {
-      token,
-      clock: message.counter,
-      name: message.name,
-      nonce,
-      key: message.key,
-      keys: controlKeys(shared, token),
-      window: replayWindow(),
-      sent: message.counter,
-      home: at,
-      other: null,
-      local: message.local,
-      keepName: message.keepName === 1,
-      nat: { mapping: "unknown", filtering: "unknown", allocation: "unknown" },
-      rttMs: message.rttMs,
-      heardAt: now,
-      buckets: {
-        datagrams: fullBucket(PER_SESSION.datagrams, now),
-        calls: fullBucket(PER_SESSION.calls, now),
-        punches: fullBucket(PER_SESSION.punches, now),
-        moves: fullBucket(PER_SESSION.moves, now),
-        pages: fullBucket(PER_SESSION.pages, now),
-        relayedBytes: fullBucket(PER_SESSION.relayedBytes, now),
-        errors: fullBucket(PER_SESSION.errors, now),
-      },
-    };
-    sessions.set(token, session);
-    directory.put(session);
-    past.delete(session.name);
-    if (accepted.size >= MAX_USERS) accepted.delete(accepted.keys().next().value!);
-    accepted.set(message.id, now + 2 * COOKIE_EPOCH_MS);
-    address.users++;
-    if (sweepAt === Infinity) sweepAt = now + SWEEP_INTERVAL_MS;
-    return [
-      ...replaced,
-      { kind: "event", event: { event: "login", name: session.name, public: from } },
-      welcome(session, message, at),
-      ...announce(session),
-    ];
-  }
-
-  function welcome({ token, keys }: Session, { id, counter }: Control, at: Address): Effect<ServerEvent> {
-    const message = {
-      type: "WELCOME",
-      token,
-      public: at.endpoint,
-      secondPort: ports[SECOND_PORT]!,
-      thirdPort: ports[THIRD_PORT]!,
-      total: directory.size(),
-      users: page(directory.after("", "")),
-    } as const;
-    const data = encode(message, { id, counter, key: keys.toClient });
-    return { kind: "send", socket: at.socket, to: at.endpoint, data };
-  }
-
-  function announce(session: Session): Effect<ServerEvent>[] {
-    const total = directory.size();
-    if (total > ANNOUNCE_UP_TO) return [];
-    const users = [asUser(session)];
-    return [...directory.all()].filter((other) => other !== session).map((other) =>
-      tell(other, { type: "USERS", asked: 0, page: 0, last: 0, more: 0, total, users })
-    );
-  }
-
-  // -- the list of users
-
-  /** As many of them as fit into one datagram. */
-  function page(entries: Generator<Session>): User[] {
-    const users: User[] = [];
-    for (let room = PAGE_BYTES; room > 0;) {
-      const { value: session, done } = entries.next();
-      if (done) break;
-      room -= userBytes(session);
-      users.push(asUser(session));
-    }
-    return users;
-  }
-
-  function list(session: Session, asked: Control & { type: "GETALLUSER" }, now: number): Effect<ServerEvent>[] {
-    const entries = directory.after(asked.prefix, asked.after);
-    const pages: User[][] = [page(entries)];
-    while (pages.at(-1)!.length > 0 && pages.length < PAGES_PER_ANSWER) pages.push(page(entries));
-    const more = Number(pages.at(-1)!.length > 0);
-    if (!more && pages.length > 1) pages.pop();
-    if (!allows(session, "pages", { cost: pages.length, now })) return refuse(session, "busy", "", now);
-    const total = directory.size(), last = pages.length - 1;
-    return pages.map((users, page) =>
-      tell(session, { type: "USERS", asked: asked.counter, page, last, more, total, users })
-    );
-  }
-
-  // -- introductions and relay
-
-  function introduction(subject: Session, viewer: Session): Introduced {
-    // Both hear of each other at the same instant of ours; the nearer one waits until the other can have heard too.
-    const punchAfterMs = Math.min(MAX_PUNCH_DELAY_MS, Math.max(0, (subject.rttMs - viewer.rttMs) >> 1));
-    const { name, nonce, key, nat } = subject;
-    return { name, nonce, key, candidates: candidatesFor(subject, viewer), nat, punchAfterMs };
-  }
-
-  function relay(session: Session, message: Control & { type: "P2PTRANS" }, now: number): Effect<ServerEvent>[] {
-    const target = directory.find(message.to);
-    if (!target) return refuse(session, past.has(message.to) ? "offline" : "unknown", message.to, now);
-    const cost = message.body.length;
-    if (cost > MAX_RELAYED_BYTES) return refuse(session, "too-long", message.to, now);
-    if (!allows(session, "relayedBytes", { cost, now })) return refuse(session, "busy", message.to, now);
-    const isCurrent = message.nonce === target.nonce; // else it is sealed for a login of old: nobody could open it
-    if (isCurrent && !message.call) {
-      return [tell(target, { type: "RELAYED", from: session.name, nonce: session.nonce, body: message.body })];
-    }
-    if (!allows(session, "calls", { now })) return refuse(session, "busy", message.to, now);
-    const body = isCurrent ? message.body : new Uint8Array(0);
-    return [
-      tell(target, { type: "P2PSOMEONEWANTTOCALLYOU", peer: introduction(session, target), body }),
-      tell(session, { type: "INTRODUCTION", peer: introduction(target, session) }),
-    ];
-  }
-
-  // -- events in, effects out
-
-  function hear(session: Session, message: Control, datagram: Datagram, now: number): Effect<ServerEvent>[] {
-    switch (message.type) {
-      case "LOGOUT":
-        return remove(session, "left", now);
-      case "GETALLUSER":
-        return list(session, message, now);
-      case "P2PTRANS":
-        return relay(session, message, now);
-      case "PUNCHED": {
-        const target = directory.find(message.peer);
-        if (!target || !allows(session, "punches", { now })) return [];
-        return [tell(target, { type: "PUNCHED", peer: session.name })];
-      }
-      case "KEEPALIVE": {
-        const at: Address = { endpoint: datagram.from, socket: datagram.socket };
-        const isKnown = endpointsOf(session).includes(at.endpoint);
-        const moved = !isKnown && isCookieOf(at.endpoint, message.cookie, now);
-        session.rttMs = message.rttMs;
-        session.nat = message.nat;
-        session.local = message.local;
-        const events = moved ? move(session, at, now) : [];
-        if (!endpointsOf(session).includes(at.endpoint)) return events;
-        return [...events, tell(session, { type: "ALIVE", asked: message.counter, public: at.endpoint }, at)];
-      }
-      default:
-        return [];
-    }
+  function sweep(): void {
+    sweepAt = Infinity;
+    limits.sweep();
+    sessions.sweep();
   }
 
   return {
-    opened(socket, port) {
-      ports[socket] = port;
-      return [];
-    },
-    receive(datagram, now) {
-      if (datagram.data[0]! < 4) return answerStun(datagram, now);
-      const header = controlHeader(datagram.data), isLogin = datagram.data[1] === CONTROL.LOGIN.code;
-      const session = header && !isLogin ? sessions.get(header.id) : undefined;
-      if (!header || (session ? isSeen(session.window, header.counter) : !mayBeRead(datagram, now))) return [];
-      const message = decode(datagram.data); // this, and the MAC, cost more than all that came before
-      if (!message || !isFromClient(message.type)) return []; // no answer to an answer: that would never end
-      if (message.type === "LOGIN") return login(message, datagram, now);
-      if (!session) return [challenge(datagram, message, false, now)];
-      if (!verifies(datagram.data, session.keys.toServer) || !accept(session.window, message.counter)) return [];
-      session.heardAt = now;
-      if (!allows(session, "datagrams", { now })) return [];
-      const effects = hear(session, message, datagram, now);
-      const isKnown = endpointsOf(session).includes(datagram.from);
-      if (!isKnown && sessions.has(session.token)) effects.push(challenge(datagram, message, true, now));
-      return effects;
-    },
-    wake(now) {
-      if (now < sweepAt) return [];
-      sweepAt = now + SWEEP_INTERVAL_MS;
-      for (const [name, { forgetAt }] of past) if (forgetAt <= now) past.delete(name);
-      for (const [prefix, { users, logins }] of addresses) {
-        if (users === 0 && isIdle(logins, LOGINS_PER_ADDRESS, now)) addresses.delete(prefix);
-      }
-      for (const [id, forgetAt] of accepted) if (forgetAt <= now) accepted.delete(id);
-      for (const [prefix, bucket] of stunned) if (isIdle(bucket, STUN_PER_ADDRESS, now)) stunned.delete(prefix);
-      const vanished = [...directory.all()].filter(({ heardAt }) => now - heardAt >= SILENCE_MS);
-      const effects = vanished.flatMap((session) => remove(session, "vanished", now));
-      const isEmpty = [sessions, past, accepted, addresses, stunned].every(({ size }) => size === 0);
-      if (isEmpty) sweepAt = Infinity;
-      return effects;
-    },
+    opened: (socket, port, now) => effectsOf(() => stun.opened(socket, port), now),
+    receive: (datagram, now) => effectsOf(() => receive(datagram), now),
+    wake: (now) => now < sweepAt ? [] : effectsOf(sweep, now),
     wakeAt: () => sweepAt,
-    stop: () => [...directory.all()].map((session) => tell(session, { type: "LOGOUT" })),
+    stop: () => effectsOf(() => sessions.all().forEach((session) => toClient(session, { type: "LOGOUT" }))),
   };
 }
 
@@ -658,6 +663,8 @@ const USAGE = `The rendezvous server of Punch.
   --trace              every datagram on stderr
   --quiet              only errors
 `;
+const LOG_LINES: Rate = { perSecond: 20, burst: 200 };
+const GOODBYE_MS = 50; // long enough for the last datagrams to leave
 
 async function main(): Promise<void> {
   const { parseArgs } = await import("deno-std@1.4.0/cli/parse_args.js");
@@ -674,8 +681,7 @@ async function main(): Promise<void> {
     throw new UsageError(`--${name} wants a number of 0 to ${most}, not "${args[name]}"`);
   };
   if (unknown.length > 0) throw new UsageError(`Unknown argument "${unknown[0]}"`);
-  const port = number("port", 65535, DEFAULT_PORT);
-  const altPort = number("alt-port", 65535, port === 0 ? 0 : port + 1);
+  const port = number("port", 65535, DEFAULT_PORT), altPort = number("alt-port", 65535, port === 0 ? 0 : port + 1);
   const maxUsers = number("max-users", 1e7, MAX_USERS);
   const maxPerAddress = number("max-per-address", 1e7, MAX_PER_ADDRESS);
   const host = args.host ?? "::", altHost = args["alt-host"];
@@ -691,20 +697,16 @@ async function main(): Promise<void> {
   }
   const password = await secretWords({ file: args["password-file"], variable: "PUNCH_PASSWORD", label: "password" });
 
-  const lines = fullBucket(LOG_LINES, clock());
+  const mayLog = createLimit(LOG_LINES);
   const say = (event: ServerEvent) => {
-    if (event.event !== "listening" && !spend(lines, LOG_LINES, { now: clock() })) return;
+    if (event.event !== "listening" && !mayLog(clock())) return;
     if (args.json) console.log(jsonLine(event));
     else if (!args.quiet) console.error(inWords(event));
   };
-  const server = createServer({
-    keys: generateKeys(),
-    random: (length) => Uint8Array.from(randomBytes(length)),
-    password: keyFromWords(password, "password"),
-    maxUsers,
-    maxPerAddress,
-    hosts: altHost === undefined ? undefined : [host, altHost],
-  });
+  const hosts: ServerOptions["hosts"] = altHost === undefined ? undefined : [host, altHost];
+  const random = (length: number) => Uint8Array.from(randomBytes(length)), keys = generateKeys();
+  const passwordKey = keyFromWords(password, "password");
+  const server = createServer({ keys, random, password: passwordKey, maxUsers, maxPerAddress, hosts });
   const onDatagram = args.trace ? createTrace() : undefined;
   let address = host;
   const run = (host: string) => {
@@ -722,27 +724,19 @@ async function main(): Promise<void> {
   say({ event: "listening", address, port: running.ports[0]!, altPort: running.ports[1]! });
   const stop = () => {
     running.perform(server.stop());
-    setTimeout(() => {
-      running.close();
-      process.exit(0);
-    }, GOODBYE_MS);
+    setTimeout(() => process.exit(0), GOODBYE_MS);
   };
   for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, stop);
 }
 
-/** Long enough for the last datagrams to leave. */
-const GOODBYE_MS = 50;
-
 function inWords(event: ServerEvent): string {
-  if (event.event === "listening") {
-    const port = event.port === DEFAULT_PORT ? "" : `:${event.port}`;
-    return `Listening on UDP port ${event.port} of ${event.address}. The others type:\n` +
-      `  deno task client <address of this host>${port} <name>`;
-  }
   if (event.event === "logout") return `${event.name} is gone (${event.reason})`;
-  return event.event === "login"
-    ? `${event.name} is here, at ${event.public}`
-    : `${event.name} is now at ${event.public}`;
+  if (event.event !== "listening") {
+    return `${event.name} is ${event.event === "login" ? "here," : "now"} at ${event.public}`;
+  }
+  const port = event.port === DEFAULT_PORT ? "" : `:${event.port}`;
+  return `Listening on UDP port ${event.port} of ${event.address}. The others type:\n` +
+    `  deno task client <address of this host>${port} <name>`;
 }
 
 if (import.meta.main) await main().catch(exitWith);
