@@ -112,8 +112,7 @@ export interface Client extends Machine<ClientEvent> {
 
 // ---------------------------------------------------------------------------------------------------- what rooms share
 
-/** All that a room can see and do of the world outside. Effects leave in the order in which they happen. */
-interface Io {
+interface Io { // All that a room can see and do of the world outside. Effects leave in the order in which they happen.
   readonly now: number; // when the event that is being handled happened, in ms
   random(length: number): Uint8Array;
   emit(event: ClientEvent): void;
@@ -125,11 +124,9 @@ interface Io {
 /** A way to the peer: over the server, or a path from one of our sockets to one of the peer's endpoints. */
 type Way = { kind: "relay"; rtt: Estimator } | Path;
 
-/** Where a peer's datagram came from; null: over the relay. */
-type Origin = { socket: number; from: Endpoint } | null;
+type Origin = { socket: number; from: Endpoint } | null; // Where a peer's datagram came from; null: over the relay.
 
-/** Smoothed round-trip time and its variation, in ms (RFC 6298). */
-interface Estimator {
+interface Estimator { // Smoothed round-trip time and its variation, in ms (RFC 6298).
   srtt: number | null; // null: nothing measured yet
   rttvar: number;
 }
@@ -208,8 +205,7 @@ const isLower = (one: Uint8Array, other: Uint8Array) => hex(one) < hex(other);
 //
 // The session with the server. Knows nothing of peers, of their keys and of paths to them.
 
-/** The first login ends in an error after so long, unless the user is patient. */
-const FIRST_LOGIN_MS = 10_000;
+const FIRST_LOGIN_MS = 10_000; // The first login ends in an error after so long, unless the user is patient.
 /** Between two attempts to log in: grows by half each time, up to the second number. */
 const LOGIN_RETRY_MS = 400, LOGIN_RETRY_MAX_MS = 3_000;
 /** After so many attempts without a word from the server we forget what it has said: it may be another one by now. */
@@ -225,8 +221,7 @@ const KEEPALIVE_TRIES = 8;
 /** Cookies that we bring back without anything between that shows progress; more would be a loop. */
 const MAX_CHALLENGES = 5;
 
-/** A login under way, the first one or another. */
-const newLogin = (id: string, now: number, delayMs: number) => ({
+const newLogin = (id: string, now: number, delayMs: number) => ({ // A login under way, the first one or another.
   id, // known to us and the server alone
   clock: Math.floor(now), // its counter: of two logins with one key the greater is the later
   since: now,
@@ -446,12 +441,10 @@ function createLink(
       beginLogin();
       wake();
     },
-    /** Tells the server what has changed here. */
-    report: () => session && !login && keepalive(),
+    report: () => session && !login && keepalive(), // Tells the server what has changed here.
     /** Speaks to the server, which opens the way from it again, should the NAT have forgotten. */
     check: () => session && !login && !session.asked && keepalive(),
-    /** A message is on the relay: soon we want to know whether the server still lives. */
-    checkSoon() {
+    checkSoon() { // A message is on the relay: soon we want to know whether the server still lives.
       if (session) session.keepaliveAt = Math.min(session.keepaliveAt, io.now + KEEPALIVE_MS.relay);
     },
   };
@@ -464,8 +457,7 @@ function createLink(
 // from. The first message travels with the first call. This room knows how often we have asked and when we ask again, but
 // not what becomes of it.
 
-/** Rounds of "ask the server to have the other side punch, then send again", as in 2004. */
-const MAX_ROUNDS = 5;
+const MAX_ROUNDS = 5; // Rounds of "ask the server to have the other side punch, then send again", as in 2004.
 /** After so many seconds on the relay a direct path is tried again. */
 const RETRY_DIRECT_MS = [2_000, 5_000, 15_000, 60_000, 300_000];
 /** So many tries of the part that all others wait for, over the relay: the peer may have forgotten the session. */
@@ -516,8 +508,7 @@ function createCalls(
     rounds = retries = 0;
   }
 
-  /** Something has changed: we ask as if for the first time. */
-  function again(): void {
+  function again(): void { // Something has changed: we ask as if for the first time.
     begin();
     ask();
   }
@@ -563,14 +554,12 @@ function createCalls(
 // has not been acknowledged, and sends it again when the way changes; the peer takes the first copy of each. Knows whom
 // we talk to and by which way, and wires the rooms together; it looks into no datagram.
 
-/** A message went either way so recently: the conversation is warm, its path is kept open. */
-const WARM_MS = 300_000;
+const WARM_MS = 300_000; // A message went either way so recently: the conversation is warm, its path is kept open.
 /** So long after its restart the last client may come back to the server: one whose keepalive was due only then. */
 const ALL_BACK_MS = 30_000;
 const INTRODUCTIONS_PER_PEER: Rate = { perSecond: 5, burst: 20 };
 
-/** What the rooms of a conversation may ask. */
-interface Context {
+interface Context { // What the rooms of a conversation may ask.
   name: string; // of the peer
   relay: Way;
   canBeDirect: boolean; // not with ourselves, and not if the user does not want it
@@ -586,8 +575,7 @@ interface Context {
   hostMayPunch(): boolean;
 }
 
-/** What all conversations of a client have in common. */
-interface Shared {
+interface Shared { // What all conversations of a client have in common.
   options: ClientOptions;
   link: Link;
   discovery: Discovery;
@@ -672,8 +660,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
 
   // -- what happens
 
-  /** Both sides have been introduced in the same tick, so both punch now. */
-  function startPunching(): void {
+  function startPunching(): void { // Both sides have been introduced in the same tick, so both punch now.
     if (!c.canBeDirect || !channel.canPunch()) return;
     calls.onPunching();
     paths.startPunching(c.peer()!.punchAfterMs);
@@ -688,15 +675,13 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     delivery.resend(Infinity);
   }
 
-  /** A message goes either way. */
-  function onTalk(): void {
+  function onTalk(): void { // A message goes either way.
     talkedAt = io.now;
     if (!c.best()) link.checkSoon();
     paths.onTalk();
   }
 
-  /** What has waited for a session can go. */
-  function onSessionReady(): void {
+  function onSessionReady(): void { // What has waited for a session can go.
     if (delivery.isAckDue() && c.hasSession()) delivery.acknowledge(carry);
     traversal.onSessionReady();
     delivery.wake();
@@ -860,8 +845,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     resendLate();
   }
 
-  /** The server cannot pass something on. */
-  function onError(reason: "unknown" | "offline"): void {
+  function onError(reason: "unknown" | "offline"): void { // The server cannot pass something on.
     // After the server's restart "unknown" only means that the peer is not back yet.
     const isFinal = reason === "offline" || !c.peer() ||
       (!channel.wasOpen() && !delivery.hasHeard() && io.now - link.forgottenAt() > ALL_BACK_MS);
@@ -917,12 +901,10 @@ const FRESH_SOCKETS_AFTER_MS = 1_500;
 const ACTIVE_MS = 10_000, ACTIVE_PROBE_MS = 400;
 /** So often while the conversation is warm: under the 30 s after which the strictest NATs forget. */
 const WARM_PROBE_MS = 15_000;
-/** Something on the path unanswered for max(3 SRTT, this): suspect. */
-const SUSPECT_MS = 400;
+const SUSPECT_MS = 400; // Something on the path unanswered for max(3 SRTT, this): suspect.
 /** A suspect path is probed so often; after so many probes without an echo we ask the server again, or give it up. */
 const FAST_PROBE_MS = 150, PROBES_BEFORE_DOUBT = 2, FAST_PROBES = 6;
-/** A path that nobody has answered on for so long is suspect as soon as it is needed. */
-const STALE_PATH_MS = 30_000;
+const STALE_PATH_MS = 30_000; // A path that nobody has answered on for so long is suspect as soon as it is needed.
 /**
  * Some carriers end a mapping at a certain age, whatever the traffic: two paths in a row that die at about the same age,
  * each after 10 s and under 90 s; then the next one is replaced at 70 % of that age.
@@ -1128,23 +1110,19 @@ function createPaths(
   return {
     ...{ over, newProbe, startPunching, onPunch, onEcho, onAnswer, isPunching: punching.isOn },
     best: () => best,
-    /** The peer's hole is open by now. */
-    punchAgain(): void {
+    punchAgain(): void { // The peer's hole is open by now.
       if (!punching.isOn() || best) return;
       for (const path of paths) if (path.state === "trying") punch(path);
     },
-    /** Something has been sent that the peer answers. */
-    expectAnswer(): void {
+    expectAnswer(): void { // Something has been sent that the peer answers.
       if (best) best.waitingSince = Math.min(best.waitingSince, io.now);
     },
-    /** A message goes either way: the path is checked all the time from here on. */
-    onTalk(): void {
+    onTalk(): void { // A message goes either way: the path is checked all the time from here on.
       if (!best) return;
       if (io.now - best.answeredAt > STALE_PATH_MS && best.state === "good") suspect(best);
       best.probeAt = Math.min(best.probeAt, io.now + ACTIVE_PROBE_MS);
     },
-    /** Closes the sockets that nothing came through. */
-    prune(): void {
+    prune(): void { // Closes the sockets that nothing came through.
       for (const { socket } of paths) if (socket !== best?.socket) io.close(socket);
       paths = paths.filter(({ socket }) => socket === 0 || socket === best?.socket);
     },
@@ -1180,12 +1158,10 @@ function createPaths(
 
 /** A question is asked again so often; what is unanswered then has been filtered, or lost. */
 const QUESTION_MS = 250, QUESTION_TRIES = 4;
-/** Three random ports lie within a block by chance once in 80 times, four once in a thousand. */
-const SAMPLES = 4;
+const SAMPLES = 4; // Three random ports lie within a block by chance once in 80 times, four once in a thousand.
 /** Ports of successive mappings this near to each other are a sequence, or this near, a block. */
 const SEQUENCE_STEP = 8, BLOCK_SPAN = 4_096;
-/** How far a block may reach beyond what we have seen of it. */
-const BLOCK_GUESS = 512;
+const BLOCK_GUESS = 512; // How far a block may reach beyond what we have seen of it.
 const LOWEST_PORT = 1_024;
 
 /** `changeIp`, `changePort`: to be answered from the server's other address, or from another port of it. */
@@ -1194,8 +1170,7 @@ type Question = { socket: number; to: Endpoint; changeIp?: boolean; changePort?:
 type Topic = "second port" | "other address" | "observer" | "third port" | "unknown address" | NumberedTopic;
 type NumberedTopic = `${"sample" | "hairpin"} ${number}`;
 
-/** What a discovery knows by now. */
-interface Facts {
+interface Facts { // What a discovery knows by now.
   server: Endpoint;
   secondPort: Endpoint; // of the server
   observer: Endpoint | undefined;
@@ -1262,8 +1237,7 @@ function allocationOf(facts: Facts): NatClass["allocation"] {
   return Math.max(...known) - Math.min(...known) <= BLOCK_SPAN ? "block" : "random";
 }
 
-/** The step of a sequence of ports, with its sign; 0 if it is none. */
-function stepOf(ports: number[]): number {
+function stepOf(ports: number[]): number { // The step of a sequence of ports, with its sign; 0 if it is none.
   const steps = ports.slice(1).map((port, i) => port - ports[i]!), sign = Math.sign(steps[0] ?? 0);
   const isSequence = steps.every((step) => Math.sign(step) === sign && Math.abs(step) <= SEQUENCE_STEP);
   return isSequence ? sign * Math.min(...steps.map(Math.abs)) : 0;
@@ -1315,8 +1289,7 @@ function createDiscovery(
     one.done(stun.kind === "response" ? stun : null);
   }
 
-  /** One discovery at a time. */
-  function start(): void {
+  function start(): void { // One discovery at a time.
     const { server, secondPort, public: seen } = session() ?? {};
     if (!server || !seen || isIPv6(server)) return;
     if (current) return void (current.isOutdated = true);
@@ -1334,8 +1307,7 @@ function createDiscovery(
     }
   }
 
-  /** Asks what can be asked by now and has not been asked yet. */
-  function askAll({ facts, topics } = current!): void {
+  function askAll({ facts, topics } = current!): void { // Asks what can be asked by now and has not been asked yet.
     for (const [topic, question] of questions(facts)) {
       if (topics.has(topic)) continue;
       topics.add(topic);
@@ -1380,8 +1352,7 @@ function createDiscovery(
     isAsking: () => asked.size > 0,
     /** Calls back as soon as nothing is being found out. */
     whenDone: (tell: () => void) => current ? void waiting.push(tell) : tell(),
-    /** The server knows our class; true if that has just changed what can be tried. */
-    confirm(): boolean {
+    confirm(): boolean { // The server knows our class; true if that has just changed what can be tried.
       const hasChanged = changeUnconfirmed;
       changeUnconfirmed = false;
       return hasChanged;
@@ -1420,25 +1391,21 @@ const GUESS_SOCKETS = 16, OPENER_SOCKETS = 4, SPRAY_SOCKETS = 256;
 const FOREIGN_FLOWS = 4;
 /** When an attempt sends; where one side opens its NAT with packets of low TTL, the next ones follow the peer's. */
 const VOLLEYS_MS = [0, 100, 250], OPENER_VOLLEYS_MS = [0, 500], SPRAY_VOLLEYS_MS = [0, 6_200];
-/** When a plan is told again. */
-const TELL_PLAN_MS = 300;
+const TELL_PLAN_MS = 300; // When a plan is told again.
 /** When an attempt has failed, or a spray: all of its time (10.2 s of probes, 1 s of pause), and a little for the last echo. */
 const ATTEMPT_MS = 1_000, SPRAY_ATTEMPT_MS = 13_000, MAX_ATTEMPT = 4;
-/** The number of an attempt that replaces a path which still works. */
-const RENEWAL = 100;
+const RENEWAL = 100; // The number of an attempt that replaces a path which still works.
 /** Dies on the way, after it has opened our NAT and before a Linux router at the far end can take offence at it. */
 const OPENER_TTL = 8;
 /** A spray: so many ports, 4 each 20 ms, a little ahead at first; half of them, a pause, the other half; never more. */
 const SPRAY_PORTS = 2_048, SPRAY_BURST = 4, SPRAY_BURST_MS = 20, SPRAY_AHEAD_MS = 60, SPRAY_PAUSE_MS = 1_000;
-/** One spray at a time on this host, so long one after the other. */
-const SPRAY_INTERVAL_MS = 14_000;
+const SPRAY_INTERVAL_MS = 14_000; // One spray at a time on this host, so long one after the other.
 const PORTS = 65_536 - LOWEST_PORT;
 const ATTEMPTS_PER_PEER: Rate = { perSecond: 0.2, burst: 6 };
 
 type Plan = Peer & { type: "P2PPLAN" };
 
-/** What it takes for symmetric, and whether our ports cannot be predicted then. */
-interface Cell {
+interface Cell { // What it takes for symmetric, and whether our ports cannot be predicted then.
   symmetric: boolean; // us,
   peerSymmetric: boolean; // and the peer
   random: boolean;
@@ -1460,8 +1427,7 @@ const newAttempt = (number: number, theirs: Plan | null, cell: Cell, now: number
 });
 type Attempt = ReturnType<typeof newAttempt>;
 
-/** Who sprays: one conversation at a time. */
-interface SprayTurn {
+interface SprayTurn { // Who sprays: one conversation at a time.
   take(): boolean;
   giveBack(): void;
 }
@@ -1501,8 +1467,7 @@ function createTraversal(
 
   /** The attempt replaces a path that still works, and has not yet done so. */
   const isRenewing = () => attempt?.number === RENEWAL && best()!.bornAt < attempt.startedAt;
-  /** Nothing is left for an attempt to do. */
-  const isSettled = () => best()?.state === "good" && !isRenewing();
+  const isSettled = () => best()?.state === "good" && !isRenewing(); // Nothing is left for an attempt to do.
   /** We alone are symmetric: our packets open our NAT to one port of the peer, which finds out where. */
   const isOpener = ({ symmetric, peerSymmetric }: Attempt) => symmetric && !peerSymmetric;
   /** Where the server sees the peer, in IPv4. */
@@ -1520,8 +1485,7 @@ function createTraversal(
     else if (!attempt.isSpraying) begin(attempt.number, attempt.theirs);
   }
 
-  /** Of the two of us, where both would do the same. */
-  const isFirst = () => isLower(host.ownKey, c.peer()!.key);
+  const isFirst = () => isLower(host.ownKey, c.peer()!.key); // Of the two of us, where both would do the same.
 
   function cellOf(nat: NatClass, peerNat: NatClass, number: number): Cell {
     const symmetric = isTakenForSymmetric(nat, peerNat, { number, isFirst: isFirst() });
@@ -1530,8 +1494,7 @@ function createTraversal(
     return { symmetric, peerSymmetric, random, peerRandom };
   }
 
-  /** Begins an attempt, if it is not hopeless. */
-  function begin(number: number, theirs: Plan | null = null): void {
+  function begin(number: number, theirs: Plan | null = null): void { // Begins an attempt, if it is not hopeless.
     const nat = discovery.nat(), peerNat = c.peer()!.nat, cell = cellOf(nat, peerNat, number);
     const { symmetric, peerSymmetric, random, peerRandom } = cell;
     end();
@@ -1608,8 +1571,7 @@ function createTraversal(
 
   // -- sending
 
-  /** Sends as soon as both sides know where. */
-  function beginSending(mine: Attempt): void {
+  function beginSending(mine: Attempt): void { // Sends as soon as both sides know where.
     const isReady = mine.plan !== null || (!mine.symmetric && mine.peerSymmetric);
     if (mine.isSending || !isReady || !(mine.theirs || isOpener(mine))) return;
     mine.isSending = true;
@@ -1668,8 +1630,7 @@ function createTraversal(
     }());
   }
 
-  /** Closes the sockets that nothing came through. */
-  function end(): void {
+  function end(): void { // Closes the sockets that nothing came through.
     for (const { socket } of attempt?.sockets ?? []) if (socket !== best()?.socket) io.close(socket);
     if (attempt) on.ended();
     attempt = null;
@@ -1724,8 +1685,7 @@ function createIdentity(
   /** It has another key than the one that was verified, or does not know our secret; and the login that we warned of. */
   let untrusted = peer !== null && !isTrusted(peer.key), warnedOf: string | null = null;
 
-  /** Takes the server's word on who the peer is now; false if it cannot be. */
-  function renew(now: Introduced): boolean {
+  function renew(now: Introduced): boolean { // Takes the server's word on who the peer is now; false if it cannot be.
     const key = hex(now.key), before = peer && hex(peer.key);
     if (key === hex(ownKey) && !isSelf) return false; // our own messages would come back as somebody else's
     if (before !== null && before !== key) {
@@ -1749,8 +1709,7 @@ function createIdentity(
     onUser(user: User): void {
       if (peer && peer.nonce !== user.nonce) renew({ ...peer, nonce: user.nonce, key: user.key });
     },
-    /** Somebody who passes for the peer does not know what it must know. */
-    warn(): void {
+    warn(): void { // Somebody who passes for the peer does not know what it must know.
       untrusted = true;
       if (warnedOf === peer!.nonce || !on.mayWarn()) return;
       warnedOf = peer!.nonce;
@@ -1770,8 +1729,7 @@ function createIdentity(
 // Sessions with the peer: keys that only the two of us know, made anew with each login. Knows no sequence numbers, no
 // paths and no server.
 
-/** AES-GCM keys are changed long before 2^32 messages. */
-const REKEY_AFTER = 2 ** 30;
+const REKEY_AFTER = 2 ** 30; // AES-GCM keys are changed long before 2^32 messages.
 const HANDSHAKES_PER_PEER: Rate = { perSecond: 5, burst: 20 };
 /** Sessions of one peer, first messages that we remember, and bytes of the name of a stream. */
 const MAX_SESSIONS = 4, MAX_EPHEMERALS = 4_096, STREAM_BYTES = 8;
@@ -1788,28 +1746,24 @@ interface PeerSession {
   second: Uint8Array | null; // we answered, and the peer has not shown yet that it knows: all that we send carries this
 }
 
-/** We are opening a session: first by asking the server who that is, then with a handshake. */
-interface Opening {
+interface Opening { // We are opening a session: first by asking the server who that is, then with a handshake.
   tries: number;
   dueAt: number;
   handshake: { index: number; initiation: Initiation } | null;
 }
 
-/** One side of a handshake. */
-type Party = Pick<User, "name" | "nonce">;
+type Party = Pick<User, "name" | "nonce">; // One side of a handshake.
 type First = Handshake & { type: "P2PFIRST" };
 type Second = Handshake & { type: "P2PSECOND" };
 
-/** What a channel takes from the peer. */
-interface Intake {
+interface Intake { // What a channel takes from the peer.
   onSecond(second: Second): void;
   onSealed(session: PeerSession, data: Uint8Array, origin: Origin): void;
   onCopy(session: PeerSession, probe: number, origin: Origin): void;
   onReady(): void;
 }
 
-/** Whom a peer's datagram is for, and in which session; null: there is only a handshake. */
-interface Line {
+interface Line { // Whom a peer's datagram is for, and in which session; null: there is only a handshake.
   intake: Intake;
   session: PeerSession | null;
 }
@@ -1858,13 +1812,11 @@ function createChannel(
 ) {
   const { keys, psk = new Uint8Array(32) } = options;
   const ownStream = io.random(STREAM_BYTES), mayBegin = createLimit(HANDSHAKES_PER_PEER);
-  /** Sessions that the peer may still use, newest first; and the one that we use. */
-  const sessions: PeerSession[] = [];
+  const sessions: PeerSession[] = []; // Sessions that the peer may still use, newest first; and the one that we use.
   let inUse: PeerSession | null = null;
   let opening: Opening | null = null;
 
-  /** The session that we seal with; none if the peer has logged in again since. */
-  function current(): PeerSession | null {
+  function current(): PeerSession | null { // The session that we seal with; none if the peer has logged in again since.
     const now = peer();
     return inUse && now && inUse.peerNonce === now.nonce && sameKey(inUse.peerKey, now.key) ? inUse : null;
   }
@@ -1878,8 +1830,7 @@ function createChannel(
     on.handshakeOver(io.now);
   }
 
-  /** Opens a session if there is none, or if it is worn. */
-  function open(): void {
+  function open(): void { // Opens a session if there is none, or if it is worn.
     if (opening || !server() || (current() && inUse!.sent <= REKEY_AFTER)) return;
     opening = { tries: 0, dueAt: io.now, handshake: null };
     sendOpening(opening);
@@ -1904,8 +1855,7 @@ function createChannel(
     return { index, initiation };
   }
 
-  /** No bytes if there is no handshake under way. */
-  function firstMessage(probe = 0): Uint8Array {
+  function firstMessage(probe = 0): Uint8Array { // No bytes if there is no handshake under way.
     if (!opening?.handshake) return NO_BYTES;
     const { index, initiation } = opening.handshake;
     return encodeHandshake({ type: "P2PFIRST", from: index, probe, noise: initiation.message });
@@ -2004,8 +1954,7 @@ function createChannel(
       const session = current();
       return session ? seal({ type: "P2PTRASH", probe }, session) : opening?.handshake ? firstMessage(probe) : null;
     },
-    /** Sends the first message again at once, if there is no session yet. */
-    hurry(): void {
+    hurry(): void { // Sends the first message again at once, if there is no session yet.
       if (current()) return;
       if (opening) sendOpening(opening);
       else open();
@@ -2034,12 +1983,10 @@ function createChannel(
 
 /** Longest chat message in bytes of UTF-8. */
 export const MAX_MESSAGE_BYTES = 65_536;
-/** Nothing acknowledged for so long: Send Failure! */
-const GIVE_UP_MS = 15_000;
+const GIVE_UP_MS = 15_000; // Nothing acknowledged for so long: Send Failure!
 /** A tail is not sent again sooner than the clocks of two runtimes can tell (a tail loss probe, RFC 8985, section 7.2). */
 const TAIL_MIN_MS = 20;
-/** What all else waits for is sent again in as many copies as it has been tried, up to this. */
-const MAX_COPIES = 4;
+const MAX_COPIES = 4; // What all else waits for is sent again in as many copies as it has been tried, up to this.
 /** Sent so much before a part that has been acknowledged: lost (a fraction of SRTT, as in RACK, RFC 8985). */
 const REORDERING = 0.25;
 /** Parts on their way at a time: at first, at least, at most. Twice the most fits into one acknowledgement. */
@@ -2052,8 +1999,7 @@ interface Message {
   startedAt: number;
 }
 
-/** A piece of a message, which fits into a datagram. */
-interface Part {
+interface Part { // A piece of a message, which fits into a datagram.
   seq: number;
   left: number; // so many more follow
   bytes: Uint8Array;
@@ -2114,14 +2060,11 @@ export function createDelivery(
   },
 ) {
   let nextSeq = 0, parts: Part[] = [], window = WINDOW_FIRST;
-  /** When something was acknowledged last. */
-  let progressAt = io.now;
+  let progressAt = io.now; // When something was acknowledged last.
   let incoming: Incoming | null = null;
-  /** To be acknowledged as soon as there is a session. */
-  let ackDue = false;
+  let ackDue = false; // To be acknowledged as soon as there is a session.
 
-  /** The part that all others wait for. */
-  const oldest = () => parts.find(({ arrival }) => arrival === null);
+  const oldest = () => parts.find(({ arrival }) => arrival === null); // The part that all others wait for.
   const asFrame = ({ seq, left, bytes }: Part): MessageFrame => ({
     type: "P2PMESSAGE",
     seq,
@@ -2144,8 +2087,7 @@ export function createDelivery(
     pump();
   }
 
-  /** Sends what may be sent now: what is due again, and what is new as far as the window allows. */
-  function pump(): void {
+  function pump(): void { // Sends what may be sent now: what is due again, and what is new as far as the window allows.
     if (parts.length === 0) return;
     on.needSession();
     if (!hasSession()) return;
@@ -2297,8 +2239,7 @@ export function createDelivery(
     hasSent: () => nextSeq > 0,
     hasHeard: () => incoming !== null,
     isAckDue: () => ackDue,
-    /** The peer is to hear from us in the new session. */
-    owesAck: () => void (ackDue = true),
+    owesAck: () => void (ackDue = true), // The peer is to hear from us in the new session.
     triesOfOldest: () => oldest()?.tries ?? 0,
     resendInFlight(): void {
       for (const part of parts.filter(isInFlight)) send(part);
@@ -2317,8 +2258,7 @@ export function createDelivery(
       for (const part of parts.filter(isInHandshake)) part.dueAt = dueAt;
     },
 
-    /** The clock has jumped: the time that it left out does not count. */
-    onJump: () => void (progressAt = io.now),
+    onJump: () => void (progressAt = io.now), // The clock has jumped: the time that it left out does not count.
     failAll(reason: Reason): void {
       for (const message of new Set(parts.map(({ message }) => message))) fail(message, reason);
     },
@@ -2430,8 +2370,7 @@ function createList(io: Io, link: Link) {
       listings.push({ prefix, after: "", users: [], pages: new Map(), asked: 0, tries: 0, dueAt: io.now, done });
       wake();
     },
-    /** We are in again: what was asked before is lost. */
-    askAgain(): void {
+    askAgain(): void { // We are in again: what was asked before is lost.
       for (const listing of listings) listing.dueAt = io.now;
     },
     onUsers(message: Control & { type: "USERS" }): void {
@@ -2461,8 +2400,7 @@ function createList(io: Io, link: Link) {
 //
 // Sockets beyond the first one: each has a mapping of its own in our NAT.
 
-/** At a time: two sprays, and what else is going on. */
-const MAX_SOCKETS = 600;
+const MAX_SOCKETS = 600; // At a time: two sprays, and what else is going on.
 
 function createSockets(effect: (effect: Effect<ClientEvent>) => void) {
   const open = new Set<number>(), opening = new Map<number, (port: number) => void>();
@@ -2561,8 +2499,7 @@ function createCommands(
 const MAX_CONVERSATIONS = 1_000, MAX_KNOWN_USERS = 20_000;
 /** Datagrams to where nothing has come back from yet, whoever named the place. */
 const PUNCHES: Rate = { perSecond: 300, burst: 1_500 };
-/** Of peers who do not know what they must know. */
-const WARNINGS: Rate = { perSecond: 0.2, burst: 10 };
+const WARNINGS: Rate = { perSecond: 0.2, burst: 10 }; // Of peers who do not know what they must know.
 
 /** Makes a client; it logs in as soon as its socket 0 is open. */
 export function createClient(options: ClientOptions): Client {
@@ -2570,11 +2507,9 @@ export function createClient(options: ClientOptions): Client {
   const known = new Map<string, User>(); // from the list of users
   const verified = new Map<string, Uint8Array>(); // keys that the user has seen: no other one counts for that name
   let addresses: string[] = [], port = 0, sprayedAt = -Infinity;
-  /** Logged out, refused, or no server found: nothing happens any more. */
-  let isClosed = false;
+  let isClosed = false; // Logged out, refused, or no server found: nothing happens any more.
   const close = () => void (isClosed = true);
-  /** What the event that is being handled has led to so far. */
-  let effects: Effect<ClientEvent>[] = [];
+  let effects: Effect<ClientEvent>[] = []; // What the event that is being handled has led to so far.
 
   const sockets = createSockets((effect) => effects.push(effect));
   const io = {
@@ -2730,8 +2665,7 @@ export function createClient(options: ClientOptions): Client {
 
   // -- events in, effects out
 
-  /** Computed once for each event. */
-  let dueAt: number | null = null;
+  let dueAt: number | null = null; // Computed once for each event.
   function wakeAt(): number {
     if (dueAt !== null) return dueAt;
     dueAt = Math.min(link.wakeAt(), list.wakeAt(), discovery.wakeAt());
@@ -2780,6 +2714,88 @@ export function createClient(options: ClientOptions): Client {
   };
 }
 
+// ---------------------------------------------------------------------------------------------------- words
+//
+// How events are told to people.
+
+type Told = { [E in ClientEvent["event"]]: (event: Extract<ClientEvent, { event: E }>) => string };
+
+/** These are about the state of things, hence for stderr; all others are answers. */
+const STATUS = ["login", "error", "reconnecting", "reconnected", "logout"];
+const WORDS: Told = {
+  login: ({ name, server, public: seen, users }) =>
+    `You are "${name}", seen at ${seen}; ${users} here. A colleague joins with:\n  deno task client ${server} <name>`,
+  users({ users }) {
+    const width = Math.max(0, ...users.map(({ name }) => columns(name)));
+    const lines = users.map((user) => `  ${user.name}${" ".repeat(width - columns(user.name))}  ${user.public}`);
+    return [`${lines.length} user${lines.length === 1 ? "" : "s"}:`, ...lines].join("\n");
+  },
+  message: ({ from, text, path }) => `${from}: ${harmless(text)}  (${path})`,
+  sent: (event) =>
+    event.ok
+      ? `Send OK! (to ${event.to}, ${event.path}, ${event.ms} ms)`
+      : `Send Failure! (to ${event.to}: ${FAILURES[event.reason]})`,
+  path: ({ peer, path, address, rttMs }) =>
+    `The path to ${peer} is ${path === "relay" ? "over the server" : path}, ${address}` +
+    (rttMs === null ? "" : `, round trip ${rttMs} ms`),
+  ping: ({ peer, path, rttMs, lost }) =>
+    rttMs === null ? `No answer from ${peer} (${path}), ${lost} lost` : `${peer} answers in ${rttMs} ms (${path})`,
+  verify: ({ peer, code }) => `Read this to ${peer}, who must see the same: ${code}`,
+  nat: natInWords,
+  error: ({ message }) => message,
+  reconnecting: ({ reason }) => `Connecting again: ${reason}. Direct conversations go on`,
+  reconnected: () => "Connected again",
+  logout: () => "Logged out",
+};
+
+const FAILURES: Record<Reason, string> = {
+  unknown: "there is no such user",
+  offline: "has left",
+  timeout: "no answer in 15 s",
+  empty: "an empty message",
+  "too-long": `over ${MAX_MESSAGE_BYTES} bytes`,
+  untrusted: "the key or the secret is another one; see verify and --secret-file",
+};
+const ALLOCATIONS: Record<NatClass["allocation"], string> = {
+  preserving: "the one inside if it is free",
+  sequential: "one after the other",
+  block: "any of a block",
+  random: "any",
+  unknown: "we do not know which",
+};
+const FILTERS: Record<NatClass["filtering"], string> = {
+  APDF: "Only those you have written to can write to you, port by port (APDF)",
+  ADF: "Whoever you have written to can write to you from any port (ADF)",
+  EIF: "Anybody can write to you (EIF)",
+  unknown: "A port you have not written to can write to you (EIF or ADF)",
+};
+
+/** What one's NAT means for reaching others. */
+function natInWords(nat: NatEvent): string {
+  if (!nat.udp) return "UDP does not reach the server: it is blocked here, or the server is not running";
+  const kind = isSymmetric(nat)
+    ? `symmetric (${nat.mapping}): each destination sees another port, ${ALLOCATIONS[nat.allocation]}`
+    : nat.mapping === "EIM"
+    ? "every destination sees the same port (EIM)"
+    : "as far as one server can tell, every destination sees the same port (EIM, or ADM: --stun gives a second opinion)";
+  const outlook = !isSymmetric(nat)
+    ? "direct to everybody but those behind blocked UDP; to random symmetric NATs within seconds"
+    : nat.allocation === "random" || nat.allocation === "block"
+    ? "direct to everybody whose NAT is not symmetric, within seconds; over the server to the others"
+    : "direct to nearly everybody; over the server to symmetric NATs with random ports";
+  const reach = nat.hairpin ? "reach" : "do not reach";
+  const hairpin = nat.hairpin === null ? [] : [`Two behind it ${reach} each other by its public address`];
+  const lines = [`You are seen at ${nat.public}`, `Your NAT: ${kind}`, FILTERS[nat.filtering], ...hairpin];
+  return [...lines, `So you are ${outlook}`].join("\n  ");
+}
+
+/** Columns that a text takes on a terminal: two for East Asian wide characters and emoji, none for marks. */
+function columns(text: string): number {
+  const wide =
+    /[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6]|\p{Emoji_Presentation}|[\u{20000}-\u{3fffd}]/u;
+  return [...text].reduce((sum, letter) => sum + (/\p{M}/u.test(letter) ? 0 : wide.test(letter) ? 2 : 1), 0);
+}
+
 // ---------------------------------------------------------------------------------------------------- command line
 
 const HELP = `Commands, one a line:
@@ -2810,196 +2826,30 @@ const USAGE = `Talks to other users of a Punch server, directly wherever a hole 
 
 ${HELP}`;
 
-/** Interfaces of containers, virtual machines and tunnels: nobody at the other end can come in through them. */
-const DEAD_END_INTERFACES = /^(docker|veth|br-|virbr|tun|wg)/;
-const INTERFACES_CHECK_MS = 5_000;
-const GOODBYE_MS = 50, STUN_PORT = 3478;
-/** 20 letters of an alphabet of 32 without look-alikes: 100 bits. */
-const SECRET_LETTERS = "abcdefghijkmnpqrstuvwxyz23456789", SECRET_LENGTH = 20, SHORT_SECRET = 16;
-
-/** IP addresses of this host at which it may be reached. */
-function localAddresses(): string[] {
-  try {
-    const all = Object.entries(networkInterfaces()).flatMap(([name, entries]) =>
-      (entries ?? []).map(({ address }) => ({ name, address }))
-    ).filter(({ address }) => ["private", "public"].includes(scopeOf(address)));
-    const alive = all.filter(({ name }) => !DEAD_END_INTERFACES.test(name));
-    return (alive.length > 0 ? alive : all).map(({ address }) => address);
-  } catch {
-    return []; // Deno without --allow-sys=networkInterfaces: then without a path over the LAN
-  }
-}
-
-/** The server's endpoints, at most one in each IP version. */
-async function resolve(server: string, defaultPort: number): Promise<Endpoint[]> {
-  const match = /^(?:\[([^\]]+)\]|([^:]*)|(.*:.*:.*))(?::(\d+))?$/.exec(server);
-  const host = match?.[1] ?? match?.[2] ?? match?.[3], port = Number(match?.[4] ?? defaultPort);
-  if (!host || port < 1 || port > 65535) throw new UsageError(`"${server}" is not a server: SERVER or SERVER:PORT`);
-  try {
-    const found = await lookup(host, { all: true });
-    const endpoints = [4, 6].flatMap((family) => found.filter((entry) => entry.family === family).slice(0, 1))
-      .map(({ address }) => formatEndpoint(address, port));
-    if (endpoints.length > 0) return endpoints;
-  } catch { /* the same as nothing found */ }
-  throw new Failure(`Cannot find the server "${host}": check the name, or give its IP address`);
-}
-
-/** The keys in a file, made now if there is no such file. */
-function identity(file: string): KeyPair {
-  try {
-    const keys = generateKeys();
-    writeFileSync(file, hex(keys.secret) + "\n", { mode: 0o600, flag: "wx" });
-    return keys;
-  } catch (error) {
-    const { code, message } = error as { code?: string; message: string };
-    if (code !== "EEXIST") throw new Failure(`Cannot create the identity "${file}": ${message}`);
-  }
-  try {
-    if (process.platform !== "win32" && (statSync(file).mode & 0o077) !== 0) {
-      throw new Failure(`Others can read the identity "${file}": chmod 600 ${file}`);
-    }
-    const digits = readFileSync(file, "utf8").trim();
-    if (/^[0-9a-f]{64}$/.test(digits)) return keysFrom(Uint8Array.from(Buffer.from(digits, "hex")));
-  } catch (error) {
-    throw error instanceof Failure
-      ? error
-      : new Failure(`Cannot read the identity "${file}": ${(error as Error).message}`);
-  }
-  throw new Failure(`"${file}" is not an identity: 64 hex digits; name another file, and it will be created`);
-}
-
-function newSecret(): string {
-  const letters = [...randomBytes(SECRET_LENGTH)].map((byte) => SECRET_LETTERS[byte % 32]!);
-  return letters.join("").replace(/(.{4})(?!$)/g, "$1-");
-}
-
-/** Columns that a text takes on a terminal: two for East Asian wide characters and emoji, none for marks. */
-function columns(text: string): number {
-  const wide =
-    /[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6]|\p{Emoji_Presentation}|[\u{20000}-\u{3fffd}]/u;
-  return [...text].reduce((sum, letter) => sum + (/\p{M}/u.test(letter) ? 0 : wide.test(letter) ? 2 : 1), 0);
-}
-
-/** How an event is told to people, and whether it is an answer (stdout) or about the state of things (stderr). */
-function inWords(event: ClientEvent): { text: string; answer: boolean } {
-  const answer = (text: string) => ({ text, answer: true }), status = (text: string) => ({ text, answer: false });
-  switch (event.event) {
-    case "login":
-      return status(
-        `You are "${event.name}", seen at ${event.public}; ${event.users} here. A colleague joins with:\n` +
-          `  deno task client ${event.server} <name>`,
-      );
-    case "users": {
-      const width = Math.max(0, ...event.users.map(({ name }) => columns(name)));
-      const lines = event.users.map((user) =>
-        `  ${user.name}${" ".repeat(width - columns(user.name))}  ${user.public}`
-      );
-      return answer([`${lines.length} user${lines.length === 1 ? "" : "s"}:`, ...lines].join("\n"));
-    }
-    case "message":
-      return answer(`${event.from}: ${harmless(event.text)}  (${event.path})`);
-    case "sent":
-      return answer(
-        event.ok
-          ? `Send OK! (to ${event.to}, ${event.path}, ${event.ms} ms)`
-          : `Send Failure! (to ${event.to}: ${FAILURES[event.reason]})`,
-      );
-    case "path":
-      return answer(
-        `The path to ${event.peer} is ${event.path === "relay" ? "over the server" : event.path}, ${event.address}` +
-          (event.rttMs === null ? "" : `, round trip ${event.rttMs} ms`),
-      );
-    case "ping":
-      return answer(
-        event.rttMs === null
-          ? `No answer from ${event.peer} (${event.path}), ${event.lost} lost`
-          : `${event.peer} answers in ${event.rttMs} ms (${event.path})`,
-      );
-    case "verify":
-      return answer(`Read this to ${event.peer}, who must see the same: ${event.code}`);
-    case "nat":
-      return answer(natInWords(event));
-    case "error":
-      return status(event.message);
-    case "reconnecting":
-      return status(`Connecting anew: ${event.reason}. Direct conversations go on`);
-    case "reconnected":
-      return status("Connected again");
-    case "logout":
-      return status("Logged out");
-  }
-}
-
-/** What one's NAT means for reaching others. */
-function natInWords(nat: NatEvent): string {
-  const { mapping, filtering, allocation, hairpin } = nat;
-  if (!nat.udp) return "UDP does not reach the server: it is blocked here, or the server is not running";
-  const kind = isSymmetric(nat)
-    ? `symmetric (${mapping}): each destination sees another port, ${ALLOCATION_WORDS[allocation]}`
-    : mapping === "EIM"
-    ? "every destination sees the same port (EIM)"
-    : "as far as one server can tell, every destination sees the same port (EIM, or ADM: --stun gives a second opinion)";
-  const filter = {
-    APDF: "Only those you have written to can write to you, port by port (APDF)",
-    ADF: "Whoever you have written to can write to you from any port (ADF)",
-    EIF: "Anybody can write to you (EIF)",
-    unknown: "A port you have not written to can write to you (EIF or ADF)",
-  }[filtering];
-  const outlook = !isSymmetric(nat)
-    ? "direct to everybody but those behind blocked UDP; to random symmetric NATs within seconds"
-    : allocation === "random" || allocation === "block"
-    ? "direct to everybody whose NAT is not symmetric, within seconds; over the server to the others"
-    : "direct to nearly everybody; over the server to symmetric NATs with random ports";
-  return [
-    `You are seen at ${nat.public}`,
-    `Your NAT: ${kind}`,
-    filter,
-    ...hairpin === null ? [] : [`Two behind it ${hairpin ? "reach" : "do not reach"} each other by its public address`],
-    `So you are ${outlook}`,
-  ].join("\n  ");
-}
-
-const ALLOCATION_WORDS: Record<NatClass["allocation"], string> = {
-  preserving: "the one inside if it is free",
-  sequential: "one after the other",
-  block: "any of a block",
-  random: "any",
-  unknown: "we do not know which",
-};
-
-const FAILURES: Record<Reason, string> = {
-  unknown: "there is no such user",
-  offline: "has left",
-  timeout: "no answer in 15 s",
-  empty: "an empty message",
-  "too-long": `over ${MAX_MESSAGE_BYTES} bytes`,
-  untrusted: "the key or the secret is another one; see verify and --secret-file",
-};
-
-/** A line as a command; a text says what is wrong with it, null that there is nothing to do. */
+/** A line as a command; an error says what is wrong with it, null that there is nothing to do. */
 export function parseCommand(line: string): Command | { command: "sleep"; seconds: number } | "help" | Error | null {
-  const [, verb = "", rest = ""] = /^\s*(\S*)\s?(.*)$/s.exec(line)!;
-  const [peer, times = 3] = rest.match(/\S+/g) ?? [];
+  const split = (text: string) => /^\s*(\S*)\s?(.*)$/s.exec(text)!.slice(1) as [string, string];
+  const [verb, rest] = split(line), [peer, times = 3] = rest.match(/\S+/g) ?? [];
+  const usage = (text: string) => new UsageError(`Usage: ${text}`);
   switch (verb) {
     case "":
       return null;
     case "send": {
-      const [, to, text = ""] = /^\s*(\S*)\s?(.*)$/s.exec(rest)!;
-      return to ? { command: "send", to, text } : new UsageError("Usage: send NAME MESSAGE");
+      const [to, text] = split(rest);
+      return to ? { command: "send", to, text } : usage("send NAME MESSAGE");
     }
     case "getu":
       return { command: "getu", prefix: peer ?? "" };
     case "path":
       return { command: "path", peer: peer ?? null };
     case "ping": {
-      const count = Number(times);
-      if (peer && Number.isInteger(count) && count > 0 && count <= 1000) return { command: "ping", peer, count };
-      return new UsageError("Usage: ping NAME [COUNT], COUNT of 1 to 1000");
+      const count = Number(times), isCount = Number.isInteger(count) && count > 0 && count <= 1000;
+      return peer && isCount ? { command: "ping", peer, count } : usage("ping NAME [COUNT], COUNT of 1 to 1000");
     }
     case "verify":
-      return peer ? { command: "verify", peer } : new UsageError("Usage: verify NAME");
+      return peer ? { command: "verify", peer } : usage("verify NAME");
     case "sleep":
-      return Number(peer) >= 0 ? { command: "sleep", seconds: Number(peer) } : new UsageError("Usage: sleep SECONDS");
+      return Number(peer) >= 0 ? { command: "sleep", seconds: Number(peer) } : usage("sleep SECONDS");
     case "nat":
     case "exit":
       return { command: verb };
@@ -3021,8 +2871,66 @@ async function* pipedLines(): AsyncGenerator<string, undefined> {
   if (rest !== "") yield rest;
 }
 
+/** Interfaces of containers, virtual machines and tunnels: nobody at the other end can come in through them. */
+const DEAD_END_INTERFACES = /^(docker|veth|br-|virbr|tun|wg)/;
+
+/** IP addresses of this host at which it may be reached. */
+function localAddresses(): string[] {
+  try {
+    const all = Object.entries(networkInterfaces()).flatMap(([name, entries]) =>
+      (entries ?? []).map(({ address }) => ({ name, address }))
+    ).filter(({ address }) => ["private", "public"].includes(scopeOf(address)));
+    const alive = all.filter(({ name }) => !DEAD_END_INTERFACES.test(name));
+    return (alive.length > 0 ? alive : all).map(({ address }) => address);
+  } catch {
+    return []; // Deno without --allow-sys=networkInterfaces: then without a path over the LAN
+  }
+}
+
+/** The server's endpoints, at most one in each IP version. */
+async function resolve(server: string, defaultPort: number): Promise<Endpoint[]> {
+  const match = /^(?:\[([^\]]+)\]|([^:]*)|(.*:.*:.*))(?::(\d+))?$/.exec(server);
+  const host = match?.[1] ?? match?.[2] ?? match?.[3], port = Number(match?.[4] ?? defaultPort);
+  if (!host || port < 1 || port > 65535) throw new UsageError(`"${server}" is not a server: SERVER or SERVER:PORT`);
+  const found = await lookup(host, { all: true }).catch(() => []);
+  const first = [4, 6].flatMap((version) => found.find(({ family }) => family === version) ?? []);
+  if (first.length > 0) return first.map(({ address }) => formatEndpoint(address, port));
+  throw new Failure(`Cannot find the server "${host}": check the name, or give its IP address`);
+}
+
+/** The keys in a file, made now if there is no such file. */
+function identity(file: string): KeyPair {
+  const secret = generateKeys().secret;
+  try {
+    writeFileSync(file, hex(secret) + "\n", { mode: 0o600, flag: "wx" });
+    return keysFrom(secret);
+  } catch (error) {
+    const { code, message } = error as { code?: string; message: string };
+    if (code !== "EEXIST") throw new Failure(`Cannot create the identity "${file}": ${message}`);
+  }
+  let digits = "", mode = 0;
+  try {
+    mode = statSync(file).mode;
+    digits = readFileSync(file, "utf8").trim();
+  } catch (error) {
+    throw new Failure(`Cannot read the identity "${file}": ${(error as Error).message}`);
+  }
+  if (process.platform !== "win32" && (mode & 0o077) !== 0) {
+    throw new Failure(`Others can read the identity "${file}": chmod 600 ${file}`);
+  }
+  if (/^[0-9a-f]{64}$/.test(digits)) return keysFrom(Uint8Array.fromHex(digits));
+  throw new Failure(`"${file}" is not an identity: 64 hex digits; name another file, and it will be created`);
+}
+
+/** 20 letters of an alphabet of 32 without look-alikes: 100 bits. */
+function newSecret(): string {
+  const letters = [...randomBytes(20)].map((byte) => "abcdefghijkmnpqrstuvwxyz23456789"[byte % 32]!);
+  return letters.join("").replace(/(.{4})(?!$)/g, "$1-");
+}
+const SHORT_SECRET = 16;
+
 /** A handshake with ourselves: the first one of a run takes 10 ms longer, and the first message should not. */
-function rehearse(): void {
+function warmUp(): void {
   const own = generateKeys(), ephemeral = generateKeys(), secret = new Uint8Array(32);
   const options = { own, peer: own.public, psk: secret, prologue: secret, ephemeral };
   const initiation = initiate(options, secret);
@@ -3032,6 +2940,9 @@ function rehearse(): void {
   const data = sealPeer({ type: "P2PTRASH", probe: 0 }, { index: 0, counter: 0, key: finished.keys.send });
   openPeer(data, answer.keys.receive);
 }
+
+const STUN_PORT = 3478, INTERFACES_CHECK_MS = 5_000;
+const GOODBYE_MS = 50; // long enough for the last datagrams to leave
 
 async function main(): Promise<void> {
   const { parseArgs } = await import("deno-std@1.4.0/cli/parse_args.js");
@@ -3045,7 +2956,7 @@ async function main(): Promise<void> {
   });
   if (args.help) return void process.stdout.write(USAGE);
   if (args["new-secret"]) return console.log(newSecret());
-  const port = Number(args.port === undefined ? 0 : args.port || NaN);
+  const port = Number(args.port === undefined ? 0 : args.port || NaN), { json } = args;
   if (unknown.length > 0) throw new UsageError(`Unknown argument "${unknown[0]}"`);
   if (!Number.isInteger(port) || port < 0 || port > 65535) throw new UsageError(`"${args.port}" is not a port`);
   if (args._.length > 2) throw new UsageError(`Too many arguments: "${args._[2]}"`);
@@ -3068,8 +2979,7 @@ async function main(): Promise<void> {
     return value.trim() || ask(what, given);
   };
   const servers = await resolve(await ask("server", args._[0]), DEFAULT_PORT);
-  const wanted = await ask("name", args._[1]);
-  const name = userName(wanted);
+  const wanted = await ask("name", args._[1]), name = userName(wanted);
   if (name === null) throw new UsageError(`"${wanted}" is not a name: 1 to 32 bytes without blanks`);
   const client = createClient({
     name,
@@ -3085,35 +2995,37 @@ async function main(): Promise<void> {
     patient: isTerminal,
   });
 
-  let failed = false, ended = false, isIn = false, isListed = false;
+  let hasFailed = false, ended = false, isIn = false, isListed = false;
   let onEvent: (event: ClientEvent) => void = () => {};
-  const say = (event: ClientEvent) => {
-    if (args.json) console.log(jsonLine(event));
-    else show(inWords(event));
-    if (isIn && !isListed && (event.event === "users" || (event.event === "error" && event.code === "unreachable"))) {
+  function say(event: ClientEvent): void {
+    const isError = event.event === "error";
+    if (json) console.log(jsonLine(event));
+    else show((WORDS[event.event] as (event: ClientEvent) => string)(event), !STATUS.includes(event.event));
+    if (isIn && !isListed && (event.event === "users" || (isError && event.code === "unreachable"))) {
       isListed = true; // the list at login is nobody's answer
       return;
     }
     isIn ||= event.event === "login";
     onEvent(event);
     // What others do, such as calling with another secret, is no failure of ours.
-    if ((event.event === "sent" && !event.ok) || (event.event === "error" && !event.notice)) failed = true;
-    if (event.event === "error" && event.fatal) end(1);
-  };
-  const show = ({ text, answer }: { text: string; answer: boolean }) => {
-    const colour = isTerminal && !environment("NO_COLOR") && !answer;
+    hasFailed ||= (event.event === "sent" && !event.ok) || (isError && !event.notice);
+    if (isError && event.fatal) end(1);
+  }
+  function show(text: string, isAnswer: boolean): void {
+    const isDim = isTerminal && !environment("NO_COLOR") && !isAnswer;
     if (isTerminal) {
       cursorTo(process.stdout, 0);
       clearLine(process.stdout, 0);
     }
-    (answer ? process.stdout : process.stderr).write((colour ? `\x1b[2m${text}\x1b[0m` : text) + "\n");
+    (isAnswer ? process.stdout : process.stderr).write((isDim ? `\x1b[2m${text}\x1b[0m` : text) + "\n");
     if (!ended) screen?.prompt(true);
-  };
-  rehearse();
+  }
+
+  warmUp();
   const trace = args.trace ? createTrace() : undefined;
   client.interfaces(localAddresses(), clock());
   const run = (host: string) => listen(client, { sockets: [{ host, port }], onEvent: say, onDatagram: trace });
-  const running = await listenOrFail(run, { json: args.json });
+  const running = await listenOrFail(run, { json });
   const perform = (command: Command) => running.perform(client.command(command, clock()));
   setInterval(() => running.perform(client.interfaces(localAddresses(), clock())), INTERFACES_CHECK_MS);
 
@@ -3134,8 +3046,7 @@ async function main(): Promise<void> {
       let left = command.command === "ping" ? command.count : 1;
       onEvent = (event) => {
         if (event.event === wanted) --left;
-        const hasFailed = event.event === "error" && !event.notice && verb !== "send";
-        if (left <= 0 || hasFailed) resolve();
+        if (left <= 0 || (event.event === "error" && !event.notice && verb !== "send")) resolve();
       };
       perform(command);
       if (verb === "path") resolve();
@@ -3150,16 +3061,15 @@ async function main(): Promise<void> {
     const command = parseCommand(line);
     trace?.restart();
     if (command === null) continue;
-    else if (command instanceof Error) {
-      say({ event: "error", code: "usage", message: command.message });
-    } else if (command === "help") show({ text: HELP, answer: !args.json });
+    if (command instanceof Error) say({ event: "error", code: "usage", message: command.message });
+    else if (command === "help") show(HELP, !json);
     else if (command.command === "sleep") await new Promise((done) => setTimeout(done, command.seconds * 1000));
     else if (command.command === "exit") break;
     else if (isTerminal) perform(command);
     else await outcome(command);
     screen?.prompt();
   }
-  end(failed && !isTerminal ? 1 : 0);
+  end(hasFailed && !isTerminal ? 1 : 0);
 }
 
 if (import.meta.main) await main().catch(exitWith);

@@ -56,8 +56,7 @@ export interface Server extends Machine<ServerEvent> {
   stop(): Effect<ServerEvent>[];
 }
 
-/** All that a room has of the outside. What rooms send and tell leaves in the order in which it happens. */
-interface Io {
+interface Io { // All that a room has of the outside. What rooms send and tell leaves in the order in which it happens.
   readonly now: number;
   random(length: number): Uint8Array;
   allows(key: string, what: keyof typeof LIMITS, cost?: number): boolean; // see "limits"; the key is a token or a prefix
@@ -65,8 +64,7 @@ interface Io {
   send(to: Address, data: Uint8Array): void;
 }
 
-/** An endpoint, and which of our sockets reaches it. */
-type Address = { endpoint: Endpoint; socket: number };
+type Address = { endpoint: Endpoint; socket: number }; // An endpoint, and which of our sockets reaches it.
 
 /** The part of an address that one customer of a provider usually has to himself: IPv4 /24, IPv6 /48. */
 function prefixOf(endpoint: Endpoint): string {
