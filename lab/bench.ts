@@ -134,13 +134,10 @@ interface Load {
   label: string;
   pid: number;
   port: number;
-  /** The next datagram to send. */
-  next: () => Uint8Array;
-  /** Made beforehand, so that only sending is measured. */
-  prepare?: (count: number) => void;
+  next: () => Uint8Array; // the next datagram to send
+  prepare?: (count: number) => void; // made beforehand, so that only sending is measured
   rates: number[];
-  /** us of the other process's processor for each answer. */
-  costs: number[];
+  costs: number[]; // us of the other process's processor for each answer
 }
 
 /** Keeps a window of datagrams on their way for a while; how many answers came, and what they cost. */
@@ -182,8 +179,7 @@ const KEEPALIVE: ControlBody = { type: "KEEPALIVE", cookie: NO_ID, rttMs: 20, na
 /** A session of ours with the server, as far as the server can tell. */
 interface Session {
   token: string;
-  /** As others know this login; of the first of us, who is on the first page of users. */
-  nonce: string;
+  nonce: string; // as others know this login; of the first of us, who is on the first page of users
   counter: number;
   toServer: Uint8Array;
 }
@@ -261,11 +257,9 @@ async function overSockets(): Promise<Load[]> {
 
 interface Work {
   label: string;
-  /** Does it once. */
-  once: () => void;
-  /** What it is compared with, and how many of those it contains at least. */
-  bare?: string;
-  parts?: number;
+  once: () => void; // does it once
+  bare?: string; // what it is compared with
+  parts?: number; // how many of those it contains at least
   rates: number[];
 }
 

@@ -107,7 +107,7 @@ test("the nearer peer waits, so that both punches cross in flight: even through 
 
 // ---------------------------------------------------------------------------------------------------- delivery
 
-test("whichever datagram of the first second of a call is lost, the direct path is there within R + D + 1 s", () => {
+test("whichever datagram of the first second of a call is lost, the direct path comes within R + D + 1 s", () => {
   for (const kind of ["EIM+APDF random", "APDM+APDF sequential"]) {
     for (let lost = 0, count = Infinity; lost < count; lost++) {
       const world = createWorld();

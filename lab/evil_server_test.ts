@@ -6,9 +6,9 @@
  */
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { type Control, type ControlBody, controlKeys, type Datagram, decode } from "../protocol.ts";
-import { diffieHellman, type Effect, encode, type Endpoint, type KeyPair, keysFrom } from "../protocol.ts";
-import { publicNonce, type User } from "../protocol.ts";
+import { type Control, type ControlBody, type Datagram, decode, type Effect, encode } from "../protocol.ts";
+import type { Endpoint, User } from "../protocol.ts";
+import { controlKeys, diffieHellman, type KeyPair, keysFrom, publicNonce } from "../protocol.ts";
 import { createServer } from "../server.ts";
 import { dice, like, rogueCrowd, SERVER, takeOver, VICTIM, watchVictim } from "./hostile.ts";
 import { createWorld, DELAY_MS, join, login, type Player, type PlayerOptions, type World } from "./scenario.ts";
@@ -16,14 +16,11 @@ import { LONG, numbered, texts } from "./testing.ts";
 
 /** A server that says something else than what its machine says, sealed with the right keys. */
 interface Evil {
-  /** Instead of this message to that user: others. */
-  onSend: (message: Control, to: string) => ControlBody[];
+  onSend: (message: Control, to: string) => ControlBody[]; // instead of this message to that user: others
   /** Before the machine hears it: another message, or none. */
   onHear: (message: Control, from: string) => ControlBody | null;
-  /** Says something of its own. */
-  tell(name: string, message: ControlBody): void;
-  /** What a user's WELCOME said. */
-  nonceOf(name: string): string;
+  tell(name: string, message: ControlBody): void; // says something of its own
+  nonceOf(name: string): string; // what a user's WELCOME said
 }
 
 function evil(world: World, keys: KeyPair): Evil {
@@ -293,7 +290,7 @@ test("an evil server cannot have a user talk to himself: his own message does no
   }
 });
 
-test("an evil server cannot repeat a first message to a client that was started anew with the same key", () => {
+test("an evil server cannot repeat a first message to a client that was started again with the same key", () => {
   const keys = keysFrom(dice("again").bytes(32)), own = keysFrom(dice("again bob").bytes(32));
   const world = createWorld({ server: { keys } });
   const control = evil(world, keys);
@@ -422,7 +419,7 @@ test(
         world.net.run(10);
       }
       results["one peer, 100 a second"] = { introductions: 1_000, seconds: 10, datagrams: hits.length - before };
-      // 20 at once and 5 a second, of which each begins the schedule anew.
+      // 20 at once and 5 a second, of which each begins the schedule again.
       assert.ok(told <= 20 + 5 * 10 + 30, `${told} datagrams to the server`);
       assert.ok(hits.length - before <= (20 + 5 * 10) * PUNCHES * ENDPOINTS / 2);
     }

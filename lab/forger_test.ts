@@ -6,9 +6,9 @@
  */
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { concat, type ControlBody, controlKeys, decode, diffieHellman, encode } from "../protocol.ts";
-import { encodeHandshake, encodeInner, hex, hostOf, initiate, keysFrom, type Peer } from "../protocol.ts";
-import { sealPeer } from "../protocol.ts";
+import { type ControlBody, decode, encode } from "../protocol.ts";
+import { encodeHandshake, encodeInner, initiate, type Peer, sealPeer } from "../protocol.ts";
+import { concat, controlKeys, diffieHellman, hex, hostOf, keysFrom } from "../protocol.ts";
 import { corpus, dice, like, mayAnswer, NO_ID, part, prologue, rogueCrowd, SERVER, typeOf } from "./hostile.ts";
 import { VICTIM, village, watchVictim } from "./hostile.ts";
 import { createWorld, join, login } from "./scenario.ts";

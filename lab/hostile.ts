@@ -14,19 +14,12 @@ import assert from "node:assert/strict";
 import process from "node:process";
 import v8 from "node:v8";
 import vm from "node:vm";
-import {
-  concat,
-  type Control,
-  type ControlBody,
-  controlKeys,
-  decode,
-  decodeHandshake,
-  diffieHellman,
-} from "../protocol.ts";
-import { type Effect, encode, encodeHandshake, encodeInner, type Endpoint } from "../protocol.ts";
-import { formatEndpoint, hex, hostOf, initiate, type Initiation, type KeyPair, keysFrom } from "../protocol.ts";
-import { loginKey, MAGIC, messageTable, openPeer, type Peer, publicNonce, sealPeer } from "../protocol.ts";
-import type { User } from "../protocol.ts";
+import { type Control, type ControlBody, decode, type Effect, encode, type Endpoint } from "../protocol.ts";
+import { MAGIC, messageTable, type User } from "../protocol.ts";
+import { decodeHandshake, encodeHandshake, encodeInner, initiate, type Initiation } from "../protocol.ts";
+import { openPeer, type Peer, sealPeer } from "../protocol.ts";
+import { controlKeys, diffieHellman, type KeyPair, keysFrom, loginKey, publicNonce } from "../protocol.ts";
+import { concat, formatEndpoint, hex, hostOf } from "../protocol.ts";
 import { createServer, type Server } from "../server.ts";
 import { random, type TraceRecord } from "./network.ts";
 import { createWorld, DELAY_MS, join, login, type Player, R, type World } from "./scenario.ts";
@@ -242,10 +235,8 @@ export interface Hand {
   keys: KeyPair;
   token: string;
   nonce: string;
-  /** The first LOGIN, without a cookie. */
-  hello(): Uint8Array;
-  /** The answer to a COOKIE, or nothing; a WELCOME is taken in. */
-  answer(data: Uint8Array): Uint8Array | null;
+  hello(): Uint8Array; // the first LOGIN, without a cookie
+  answer(data: Uint8Array): Uint8Array | null; // the answer to a COOKIE, or nothing; a WELCOME is taken in
   /** Seals a message for the session, with the next counter or that one. */
   seal(message: ControlBody, counter?: number): Uint8Array;
 }
@@ -307,25 +298,16 @@ export function enter(server: Server, self: Hand, { from, now }: { from: Endpoin
 /** A logged-in client on the network that keeps none of the rules. */
 export interface Rogue extends Hand {
   at: Endpoint;
-  /** Everything that came in. */
-  heard: Seen[];
+  heard: Seen[]; // everything that came in
   users: Map<string, User>;
-  /** To the server. */
-  say(message: ControlBody): void;
-  /** To anybody. */
-  write(to: Endpoint, data: Uint8Array): void;
-  /** Opens a session with a user of that name by a first message that carries this. */
-  open(to: string, frame: Peer): void;
-  /** Once that session is there. */
-  isOpen(): boolean;
-  /** Seals a message of that session. */
-  sealed(frame: Peer, counter?: number): Uint8Array;
-  /** Opens what the victim sent in that session. */
-  frameOf(data: Uint8Array): Peer | null;
-  /** Sends such bytes over the server. */
-  relay(body: Uint8Array): void;
-  /** Called with each message that the victim sent. */
-  onFrame: (frame: Peer, from: Endpoint) => Uint8Array | null;
+  say(message: ControlBody): void; // to the server
+  write(to: Endpoint, data: Uint8Array): void; // to anybody
+  open(to: string, frame: Peer): void; // opens a session with a user of that name by a first message that carries this
+  isOpen(): boolean; // once that session is there
+  sealed(frame: Peer, counter?: number): Uint8Array; // seals a message of that session
+  frameOf(data: Uint8Array): Peer | null; // opens what the victim sent in that session
+  relay(body: Uint8Array): void; // sends such bytes over the server
+  onFrame: (frame: Peer, from: Endpoint) => Uint8Array | null; // called with each message that the victim sent
   stream: string;
 }
 

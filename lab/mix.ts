@@ -161,8 +161,7 @@ export interface Pair {
   isolated: boolean; // by that carrier
   isCapable: boolean; // both have UDP
   isPossible: boolean; // theory knows a way
-  /** Round trips in ms: from each to the server, and from one to the other. */
-  r: [number, number];
+  r: [number, number]; // round trips in ms: from each to the server, and from one to the other
   d: number;
   forgets: boolean;
   isLong: boolean;
@@ -237,7 +236,7 @@ export function drawPair(seed: number | string, index: number): Pair {
 
 /** What a system made of a pair; times in ms since the call, Infinity for never. */
 export interface Outcome {
-  messageMs: number; // the first message is there
+  messageMs: number; // until the first message has arrived
   directMs: number; // both sides have a direct path
   datagrams: number; // that the two have sent until then, or until JUDGED_MS
 }

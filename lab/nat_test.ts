@@ -205,7 +205,7 @@ test("a permission expires by itself, while another keeps the mapping alive", ()
   assert.equal(comesIn(first, 1), true);
 });
 
-test("a permission that expired begins anew as an unreplied one", () => {
+test("a permission that expired begins again as an unreplied one", () => {
   const { net, client, servers, seenBy, comesIn } = scene({ ...NATS["EIM+APDF random"]!, unrepliedMs: 30_000 });
   const first = seenBy(A);
   for (let i = 0; i < 5; i++) net.run(25_000), seenBy(B);

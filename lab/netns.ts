@@ -76,8 +76,7 @@ function assertInTime(afterMs: number, limitMs: number, story: string): void {
 // ------------------------------------------------------------------------------------------------------ NATs
 
 interface Rules {
-  /** What becomes of a packet to the router itself that belongs to no flow. */
-  input?: "drop" | "accept" | "reject";
+  input?: "drop" | "accept" | "reject"; // what becomes of a packet to the router itself that belongs to no flow
   source?: string;
   destination?: string;
   outgoing?: string;
@@ -172,8 +171,7 @@ function coreRules(lossPercent: number): string {
 interface Site {
   nats: Nat[];
   users: string[];
-  /** They reach the router, but not each other, as in many a wireless network for guests. */
-  isolated?: boolean;
+  isolated?: boolean; // they reach the router, but not each other, as in many a wireless network for guests
 }
 
 interface Weather {
@@ -184,10 +182,8 @@ interface Weather {
 }
 
 interface Internet {
-  /** The namespace of a user or of the `server`. */
-  namespace(name: string): string;
-  /** Every router forgets every mapping. */
-  forget(): Promise<void>;
+  namespace(name: string): string; // the namespace of a user or of the `server`
+  forget(): Promise<void>; // every router forgets every mapping
   close(): Promise<void>;
 }
 
@@ -356,13 +352,11 @@ type Want = Record<string, string | number | boolean | RegExp>;
 
 interface Program {
   events: Event[];
-  /** Types a line; returns the time. */
-  type(line: string): number;
+  type(line: string): number; // types a line; returns the time
   /** The first event, past or future but later than `after`, all of whose wanted fields are as wanted. */
   until(want: Want, options?: { after?: number }): Promise<Event>;
   kill(): Promise<void>;
-  /** What to show when the case fails. */
-  evidence(): string;
+  evidence(): string; // what to show when the case fails
 }
 
 const RUNTIMES = ["deno", "bun"] as const;
@@ -441,14 +435,11 @@ interface Case extends Weather {
   name: string;
   /** With so many of the four pairs of runtimes; if two, then each of the users with each of the runtimes. */
   mixes?: 1 | 2 | 4;
-  /** The server has a second address, and so can tell all kinds of NAT. */
-  altHost?: boolean;
+  altHost?: boolean; // the server has a second address, and so can tell all kinds of NAT
   /** Another STUN server, Debian's coturn, at another address: the clients ask it as well, and can tell most kinds. */
   observer?: boolean;
-  /** How the clients are told where the server is, if not by its IPv4 address. */
-  server?: string;
-  /** Throws where the product falls short; returns what is worth telling. */
-  play(world: World): Promise<string>;
+  server?: string; // how the clients are told where the server is, if not by its IPv4 address
+  play(world: World): Promise<string>; // throws where the product falls short; returns what is worth telling
 }
 
 /** Alice says hello; both report the wanted path in time; the next message of each takes it. */

@@ -79,7 +79,7 @@ test("wake() is called at wakeAt(), which is read again after every call", () =>
   const set = (to: number) => process.call(() => (at = start + to, []));
   set(500); // nearer
   net.run(600);
-  set(2000); // anew
+  set(2000); // again
   set(3000); // farther: the wake at 2000 is stale
   net.run(2100);
   assert.deepEqual(woken, [500]);

@@ -74,7 +74,7 @@ test("an observer repeats every datagram: nothing twice, nobody out, nothing mov
   still("later");
   talk();
   check();
-  // After the victim has logged in anew.
+  // After the victim has logged in again.
   const alice = join(world, "bert", { nat: "EIM+APDF random" });
   login(world, alice);
   alice.process.stop();

@@ -461,7 +461,7 @@ export function picture(results: readonly Result[]): string {
   }
   const end = bars + 24 * rows.length,
     notes = [
-      `Dashed: the first message is there. ${results.length.toLocaleString("en")} pairs drawn from published shares`,
+      `Dashed: the first message has arrived. ${results.length.toLocaleString("en")} pairs drawn from published shares`,
       "of NATs, 1 % loss. punch is measured, the real client and server in a simulated internet;",
       "the others are models of their constants.",
     ];

@@ -54,19 +54,14 @@ export interface Program {
   events: Event[];
   stdout(): string;
   stderr(): string;
-  /** Types a line. */
-  type(line: string): void;
-  /** Ends its input, with some last lines. */
-  pipe(...lines: string[]): void;
+  type(line: string): void; // types a line
+  pipe(...lines: string[]): void; // ends its input, with some last lines
   /** The first event, past or future, from number `from` on, with all wanted fields. Fails if the program ends first. */
   until(want: Want, options?: { from?: number }): Promise<Event>;
-  /** Waits for such words on stdout or stderr, as `until` waits for an event. */
-  says(words: RegExp): Promise<void>;
+  says(words: RegExp): Promise<void>; // waits for such words on stdout or stderr, as `until` waits for an event
   signal(name: "SIGINT" | "SIGTERM" | "SIGKILL" | "SIGSTOP" | "SIGCONT"): void;
-  /** Its exit code; the name of the signal if that ended it. */
-  ended: Promise<number | string>;
-  /** What to show when something went wrong. */
-  evidence(): string;
+  ended: Promise<number | string>; // its exit code; the name of the signal if that ended it
+  evidence(): string; // what to show when something went wrong
 }
 
 /** Everything that was started and has not ended. */
@@ -116,7 +111,7 @@ export function start(
     return how;
   });
 
-  /** Looks for something each time that the program has said something, until it is there. */
+  /** Looks for something each time that the program has said something, until it has come. */
   function when<T>(what: string, find: () => T | undefined): Promise<T> {
     return new Promise((resolve, reject) => {
       const look = () => {

@@ -16,8 +16,7 @@ export interface Model {
   /** Of one attempt between two UDP-capable classes, without loss and INPUT accept: as the published sums were made. */
   odds(one: Kind, other: Kind): number;
   simulate(pair: Pair, next: Chance): Outcome;
-  /** Does a message arrive without a direct path: a relay, over TCP where UDP is blocked. */
-  hasRelay: boolean;
+  hasRelay: boolean; // does a message arrive without a direct path: a relay, over TCP where UDP is blocked
 }
 
 /** One way; what is lost is sent again by a timer. */

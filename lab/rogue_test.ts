@@ -5,9 +5,9 @@
  */
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { concat, type Control, decode, decodeHandshake, type Effect, encodeHandshake } from "../protocol.ts";
-import { type Endpoint, formatEndpoint, type Handshake, hex, hostOf, keysFrom, MAGIC } from "../protocol.ts";
-import { MAX_DATAGRAM_BYTES, type Peer } from "../protocol.ts";
+import { type Control, decode, type Effect, type Endpoint, MAGIC, MAX_DATAGRAM_BYTES } from "../protocol.ts";
+import { decodeHandshake, encodeHandshake, type Handshake, keysFrom, type Peer } from "../protocol.ts";
+import { concat, formatEndpoint, hex, hostOf } from "../protocol.ts";
 import { createServer } from "../server.ts";
 import { dice, enter, hand, like, memory, MIB, NO_BYTES, NO_ID, observe, part, type Rogue } from "./hostile.ts";
 import { rogueCrowd, sends, SERVER, typeOf, village } from "./hostile.ts";

@@ -87,12 +87,10 @@ async function bare(onData?: (data: Uint8Array, port: number) => void | Promise<
 // ---------------------------------------------------------------------------------------------------- other processes
 
 interface Orders {
-  /** The server's port. */
-  port: number;
-  /** Datagrams a second; 0: as many as come back, WINDOW on the way. */
-  rate: number;
+  port: number; // the server's port
+  rate: number; // datagrams a second; 0: as many as come back, WINDOW on the way
   ms: number;
-  /** In hex; none: random bytes. Letters in `fresh` positions are drawn anew for each. */
+  /** In hex; none: random bytes. Letters in `fresh` positions are new in each. */
   samples: string[];
   fresh: [number, number];
 }
@@ -193,8 +191,7 @@ interface Friend {
   to: string;
   perform: (text: string) => void;
   running: Running<ClientEvent>;
-  /** When what was sent by the other: by text. */
-  received: Map<string, number>;
+  received: Map<string, number>; // when what was sent by the other: by text
   doubled: number;
   outcomes: { ok: boolean }[];
   sentAt: Map<string, number>;

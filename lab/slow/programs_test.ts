@@ -105,8 +105,7 @@ interface Stage {
     lines: string[],
     options?: { code?: number; args?: string[]; env?: Record<string, string> },
   ): Promise<Program>;
-  /** Writes a file; the name of it. */
-  file(name: string, text: string, mode?: number): string;
+  file(name: string, text: string, mode?: number): string; // writes a file; the name of it
   directory: string;
 }
 
