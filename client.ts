@@ -849,7 +849,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     // After the server's restart "unknown" only means that the peer is not back yet.
     const isFinal = reason === "offline" || !c.peer() ||
       (!channel.wasOpen() && !delivery.hasHeard() && io.now - link.forgottenAt() > ALL_BACK_MS);
-    lastError = reason === "unknown" && c.peer() ? "offline" : reason;
+    lastError = "offline"; // should we wait in vain
     calls.onAnswer();
     if (isFinal && !c.best()) failAll(reason);
   }
@@ -2160,11 +2160,11 @@ export function createDelivery(
       const { id, startedAt } = last.message;
       io.emit({ event: "sent", to: name, id, ok: true, ms: tenths(io.now - startedAt), path: last.arrival });
     }
-    // The first part has arrived, and yet is not counted: what came before was given up, or the peer has forgotten it,
-    // and then all that it does not name any more.
-    const [head] = parts;
-    if (!head?.arrival || head.seq < ack.next) return;
-    const gone = parts.filter((part) => part === head || arrivalOf(ack, part) === null);
+    // The part that the peer waits for has arrived, and yet is not counted: what came before was given up, or the peer has
+    // forgotten it, and then all that it does not name any more.
+    const awaited = parts.find(({ seq }) => seq >= ack.next);
+    if (!awaited?.arrival) return;
+    const gone = parts.filter((part) => part === awaited || (part.seq > ack.next && arrivalOf(ack, part) === null));
     unacknowledge(gone, io.now + timeout(way().rtt, 1));
   }
 

@@ -8,6 +8,7 @@ import { test } from "node:test";
 import { type Control, decode, type Effect, type Endpoint, MAGIC, MAX_DATAGRAM_BYTES } from "../protocol.ts";
 import { decodeHandshake, encodeHandshake, type Handshake, keysFrom, type Peer } from "../protocol.ts";
 import { concat, formatEndpoint, hex, hostOf } from "../protocol.ts";
+import type { ClientEvent } from "../client.ts";
 import { createServer } from "../server.ts";
 import { dice, enter, hand, like, memory, MIB, NO_BYTES, NO_ID, observe, part, type Rogue } from "./hostile.ts";
 import { rogueCrowd, sends, SERVER, typeOf, village } from "./hostile.ts";
@@ -110,6 +111,22 @@ test("a peer's counters: none counts twice, none from behind the window, and one
   assert.deepEqual([2 ** 48 - 1, 2 ** 48 - 1, 6_000, 2 ** 48 - 2].map(echoes), [1, 0, 0, 1]);
   talk();
   check();
+});
+
+test("an echo proves a path only if it comes from where its punch went", () => {
+  const { world, alice, mallory } = infiltrated(14);
+  const [one, two] = [7_001, 7_002].map((port) => formatEndpoint(hostOf(mallory.at), port)) as [Endpoint, Endpoint];
+  const say = (from: Endpoint, frame: Peer) => feed(alice, world, from, mallory.sealed(frame));
+  const punched = (from: Endpoint) =>
+    sends(say(from, { type: "P2PTRASH", probe: 1 })).map(({ data }) => mallory.frameOf(data))
+      .flatMap((frame) => frame?.type === "P2PTRASH" ? [frame.probe] : [])[0]!;
+  const pathsOf = (effects: Effect<unknown>[]) =>
+    effects.flatMap((effect) => effect.kind === "event" ? [effect.event as ClientEvent] : [])
+      .flatMap((event) => event.event === "path" ? [event.address] : []);
+  const probe = punched(one);
+  punched(two);
+  assert.deepEqual(pathsOf(say(two, { type: "P2PECHO", probe })), []);
+  assert.deepEqual(pathsOf(say(one, { type: "P2PECHO", probe })), [one]);
 });
 
 test("a peer comes from thousands of ports of his host: a bounded number of them is remembered", LONG, () => {
