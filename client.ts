@@ -28,10 +28,10 @@
  */
 import { randomBytes } from "node:crypto";
 import { lookup } from "node:dns/promises";
-import { readFileSync, statSync, writeFileSync } from "node:fs";
+import { existsSync, readFileSync, statSync, writeFileSync } from "node:fs";
 import { networkInterfaces } from "node:os";
 import process from "node:process";
-import { clearLine, createInterface, cursorTo } from "node:readline";
+import { createInterface } from "node:readline";
 // Machines and messages; endpoints; limits.
 import type { Control, ControlBody, Datagram, Effect, Handshake, Introduced, Machine, Peer, User } from "./protocol.ts";
 import { controlHeader, decode, decodeHandshake, decodeInner, encode, encodeHandshake } from "./protocol.ts";
@@ -2714,89 +2714,10 @@ export function createClient(options: ClientOptions): Client {
   };
 }
 
-// ---------------------------------------------------------------------------------------------------- words
-//
-// How events are told to people.
-
-type Told = { [E in ClientEvent["event"]]: (event: Extract<ClientEvent, { event: E }>) => string };
-
-/** These are about the state of things, hence for stderr; all others are answers. */
-const STATUS = ["login", "error", "reconnecting", "reconnected", "logout"];
-const WORDS: Told = {
-  login: ({ name, server, public: seen, users }) =>
-    `You are "${name}", seen at ${seen}; ${users} here. A colleague joins with:\n  deno task client ${server} <name>`,
-  users({ users }) {
-    const width = Math.max(0, ...users.map(({ name }) => columns(name)));
-    const lines = users.map((user) => `  ${user.name}${" ".repeat(width - columns(user.name))}  ${user.public}`);
-    return [`${lines.length} user${lines.length === 1 ? "" : "s"}:`, ...lines].join("\n");
-  },
-  message: ({ from, text, path }) => `${from}: ${harmless(text)}  (${path})`,
-  sent: (event) =>
-    event.ok
-      ? `Send OK! (to ${event.to}, ${event.path}, ${event.ms} ms)`
-      : `Send Failure! (to ${event.to}: ${FAILURES[event.reason]})`,
-  path: ({ peer, path, address, rttMs }) =>
-    `The path to ${peer} is ${path === "relay" ? "over the server" : path}, ${address}` +
-    (rttMs === null ? "" : `, round trip ${rttMs} ms`),
-  ping: ({ peer, path, rttMs, lost }) =>
-    rttMs === null ? `No answer from ${peer} (${path}), ${lost} lost` : `${peer} answers in ${rttMs} ms (${path})`,
-  verify: ({ peer, code }) => `Read this to ${peer}, who must see the same: ${code}`,
-  nat: natInWords,
-  error: ({ message }) => message,
-  reconnecting: ({ reason }) => `Connecting again: ${reason}. Direct conversations go on`,
-  reconnected: () => "Connected again",
-  logout: () => "Logged out",
-};
-
-const FAILURES: Record<Reason, string> = {
-  unknown: "there is no such user",
-  offline: "has left",
-  timeout: "no answer in 15 s",
-  empty: "an empty message",
-  "too-long": `over ${MAX_MESSAGE_BYTES} bytes`,
-  untrusted: "the key or the secret is another one; see verify and --secret-file",
-};
-const ALLOCATIONS: Record<NatClass["allocation"], string> = {
-  preserving: "the one inside if it is free",
-  sequential: "one after the other",
-  block: "any of a block",
-  random: "any",
-  unknown: "we do not know which",
-};
-const FILTERS: Record<NatClass["filtering"], string> = {
-  APDF: "Only those you have written to can write to you, port by port (APDF)",
-  ADF: "Whoever you have written to can write to you from any port (ADF)",
-  EIF: "Anybody can write to you (EIF)",
-  unknown: "A port you have not written to can write to you (EIF or ADF)",
-};
-
-/** What one's NAT means for reaching others. */
-function natInWords(nat: NatEvent): string {
-  if (!nat.udp) return "UDP does not reach the server: it is blocked here, or the server is not running";
-  const kind = isSymmetric(nat)
-    ? `symmetric (${nat.mapping}): each destination sees another port, ${ALLOCATIONS[nat.allocation]}`
-    : nat.mapping === "EIM"
-    ? "every destination sees the same port (EIM)"
-    : "as far as one server can tell, every destination sees the same port (EIM, or ADM: --stun gives a second opinion)";
-  const outlook = !isSymmetric(nat)
-    ? "direct to everybody but those behind blocked UDP; to random symmetric NATs within seconds"
-    : nat.allocation === "random" || nat.allocation === "block"
-    ? "direct to everybody whose NAT is not symmetric, within seconds; over the server to the others"
-    : "direct to nearly everybody; over the server to symmetric NATs with random ports";
-  const reach = nat.hairpin ? "reach" : "do not reach";
-  const hairpin = nat.hairpin === null ? [] : [`Two behind it ${reach} each other by its public address`];
-  const lines = [`You are seen at ${nat.public}`, `Your NAT: ${kind}`, FILTERS[nat.filtering], ...hairpin];
-  return [...lines, `So you are ${outlook}`].join("\n  ");
-}
-
-/** Columns that a text takes on a terminal: two for East Asian wide characters and emoji, none for marks. */
-function columns(text: string): number {
-  const wide =
-    /[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6]|\p{Emoji_Presentation}|[\u{20000}-\u{3fffd}]/u;
-  return [...text].reduce((sum, letter) => sum + (/\p{M}/u.test(letter) ? 0 : wide.test(letter) ? 2 : 1), 0);
-}
-
 // ---------------------------------------------------------------------------------------------------- command line
+//
+// From here on it is about people and scripts: a line that they type becomes a command of the client, and its events are
+// told in words or in JSON. This part knows no more of the client than any other program: its commands and its events.
 
 const HELP = `Commands, one a line:
   send NAME MESSAGE   send a message
@@ -2826,39 +2747,183 @@ const USAGE = `Talks to other users of a Punch server, directly wherever a hole 
 
 ${HELP}`;
 
-/** A line as a command; an error says what is wrong with it, null that there is nothing to do. */
-export function parseCommand(line: string): Command | { command: "sleep"; seconds: number } | "help" | Error | null {
-  const split = (text: string) => /^\s*(\S*)\s?(.*)$/s.exec(text)!.slice(1) as [string, string];
-  const [verb, rest] = split(line), [peer, times = 3] = rest.match(/\S+/g) ?? [];
-  const usage = (text: string) => new UsageError(`Usage: ${text}`);
-  switch (verb) {
-    case "":
-      return null;
-    case "send": {
-      const [to, text] = split(rest);
-      return to ? { command: "send", to, text } : usage("send NAME MESSAGE");
-    }
-    case "getu":
-      return { command: "getu", prefix: peer ?? "" };
-    case "path":
-      return { command: "path", peer: peer ?? null };
-    case "ping": {
-      const count = Number(times), isCount = Number.isInteger(count) && count > 0 && count <= 1000;
-      return peer && isCount ? { command: "ping", peer, count } : usage("ping NAME [COUNT], COUNT of 1 to 1000");
-    }
-    case "verify":
-      return peer ? { command: "verify", peer } : usage("verify NAME");
-    case "sleep":
-      return Number(peer) >= 0 ? { command: "sleep", seconds: Number(peer) } : usage("sleep SECONDS");
-    case "nat":
-    case "exit":
-      return { command: verb };
-    case "help":
-      return verb;
-    default:
-      return new UsageError(`Unknown command "${verb}": try help`);
-  }
+/** What a line can say: a command of the client, or to wait. */
+export type Typed = Command | { command: "sleep"; seconds: number };
+
+/** A line as a command. An error says what is wrong with it, as a line of HELP; null: there is nothing to do. */
+export function parseCommand(line: string): Typed | "help" | Error | null {
+  const [verb, peer, times = 3] = line.match(/\S+/g) ?? [], count = Number(times);
+  const isCount = Number.isInteger(count) && count > 0 && count <= 1000;
+  if (verb === undefined) return null;
+  if (verb === "help") return verb;
+  if (verb === "nat" || verb === "exit") return { command: verb };
+  if (verb === "getu") return { command: verb, prefix: peer ?? "" };
+  if (verb === "path") return { command: verb, peer: peer ?? null };
+  if (verb === "send" && peer) return { command: verb, to: peer, text: line.replace(/^\s*\S+\s+\S+\s?/, "") };
+  if (verb === "ping" && peer && isCount) return { command: verb, peer, count };
+  if (verb === "verify" && peer) return { command: verb, peer };
+  if (verb === "sleep" && Number(peer) >= 0) return { command: verb, seconds: Number(peer) };
+  const usage = HELP.split("\n").find((row) => row.startsWith(`  ${verb} `))?.slice(2, 22).trimEnd();
+  if (usage === undefined) return new UsageError(`Unknown command "${verb}": try help`);
+  return new UsageError(`Usage: ${usage}${verb === "ping" ? ", COUNT of 1 to 1000" : ""}`);
 }
+
+// ---------------------------------------------------------------------------------------------------- words
+
+/** How each event is told to people. */
+const WORDS: { [Name in ClientEvent["event"]]: (event: ClientEvent & { event: Name }) => string } = {
+  login: ({ name, server, public: endpoint, users }) =>
+    `You are "${name}", seen at ${endpoint}; ${users} here. A colleague joins with:\n  deno task client ${server} <name>`,
+  users: usersInWords,
+  message: ({ from, text, path }) => `${from}: ${harmless(text)}  (${path})`,
+  sent: (sent) =>
+    sent.ok
+      ? `Send OK! (to ${sent.to}, ${sent.path}, ${sent.ms} ms)`
+      : `Send Failure! (to ${sent.to}: ${FAILURES[sent.reason]})`,
+  path: ({ peer, path, address, rttMs }) =>
+    `The path to ${peer} is ${path === "relay" ? "over the server" : path}, ${address}` +
+    (rttMs === null ? "" : `, round trip ${rttMs} ms`),
+  ping: ({ peer, path, rttMs, lost }) =>
+    rttMs === null ? `No answer from ${peer} (${path}), ${lost} lost` : `${peer} answers in ${rttMs} ms (${path})`,
+  verify: ({ peer, code }) => `Read this to ${peer}, who must see the same: ${code}`,
+  nat: natInWords,
+  error: ({ message }) => message,
+  reconnecting: ({ reason }) => `Connecting again: ${reason}. Direct conversations go on`,
+  reconnected: () => "Connected again",
+  logout: () => "Logged out",
+};
+const inWords = (event: ClientEvent) => (WORDS[event.event] as (event: ClientEvent) => string)(event);
+/** How things stand is told on stderr; messages and what was asked for on stdout. */
+const ON_STDERR = ["login", "error", "reconnecting", "reconnected", "logout"];
+const FAILURES: Record<Reason, string> = {
+  unknown: "there is no such user",
+  offline: "has left",
+  timeout: "no answer in 15 s",
+  empty: "an empty message",
+  "too-long": `over ${MAX_MESSAGE_BYTES} bytes`,
+  untrusted: "the key or the secret is another one; see verify and --secret-file",
+};
+
+function usersInWords({ users }: { users: { name: string; public: Endpoint }[] }): string {
+  const width = Math.max(0, ...users.map(({ name }) => columns(name)));
+  const lines = users.map((user) => `\n  ${user.name}${" ".repeat(width - columns(user.name))}  ${user.public}`);
+  return `${users.length} user${users.length === 1 ? "" : "s"}:${lines.join("")}`;
+}
+
+/** Columns that a text takes on a terminal: two for East Asian wide characters and emoji, none for marks. */
+const columns = (text: string) => [...text.replace(/\p{M}/gu, "").replace(WIDE, "__")].length;
+const WIDE =
+  /[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6]|\p{Emoji_Presentation}|[\u{20000}-\u{3fffd}]/gu;
+
+const FILTERING: Record<NatClass["filtering"], string> = {
+  APDF: "Only those you have written to can write to you, port by port (APDF)",
+  ADF: "Whoever you have written to can write to you from any port (ADF)",
+  EIF: "Anybody can write to you (EIF)",
+  unknown: "A port you have not written to can write to you (EIF or ADF)",
+};
+/** Which port of a symmetric NAT the next destination sees. */
+const NEXT_PORT: Record<NatClass["allocation"], string> = {
+  preserving: "the one inside if it is free",
+  sequential: "one after the other",
+  block: "any of a block",
+  random: "any",
+  unknown: "we do not know which",
+};
+
+/** What one's NAT means for reaching others. */
+function natInWords(nat: NatEvent): string {
+  const { mapping, allocation, hairpin } = nat, sees = "every destination sees the same port";
+  if (!nat.udp) return "UDP does not reach the server: it is blocked here, or the server is not running";
+  let kind = `${sees} (EIM)`;
+  let outlook = "direct to everybody but those behind blocked UDP; to random symmetric NATs within seconds";
+  if (mapping === "unknown") {
+    kind = `as far as one server can tell, ${sees} (EIM, or ADM: --stun gives a second opinion)`;
+  }
+  if (isSymmetric(nat)) {
+    kind = `symmetric (${mapping}): each destination sees another port, ${NEXT_PORT[allocation]}`;
+    outlook = allocation === "random" || allocation === "block"
+      ? "direct to everybody whose NAT is not symmetric, within seconds; over the server to the others"
+      : "direct to nearly everybody; over the server to symmetric NATs with random ports";
+  }
+  const lines = [`You are seen at ${nat.public}`, `Your NAT: ${kind}`, FILTERING[nat.filtering]];
+  const reach = hairpin ? "reach" : "do not reach";
+  if (hairpin !== null) lines.push(`Two behind it ${reach} each other by its public address`);
+  return [...lines, `So you are ${outlook}`].join("\n  ");
+}
+
+// ---------------------------------------------------------------------------------------------------- addresses and files
+
+/** Interfaces of containers, virtual machines and tunnels: nobody at the other end can come in through them. */
+const DEAD_END_INTERFACES = /^(docker|veth|br-|virbr|tun|wg)/;
+
+/** IP addresses of this host at which it may be reached. */
+function localAddresses(): string[] {
+  const alive: string[] = [], deadEnds: string[] = [];
+  try {
+    for (const [name, entries = []] of Object.entries(networkInterfaces())) {
+      const found = entries.map(({ address }) => address).filter((address) => /private|public/.test(scopeOf(address)));
+      (DEAD_END_INTERFACES.test(name) ? deadEnds : alive).push(...found);
+    }
+  } catch { /* Deno without --allow-sys=networkInterfaces: then without a path over the LAN */ }
+  return alive.length > 0 ? alive : deadEnds;
+}
+
+/** The server's endpoints, at most one in each IP version. */
+async function resolve(server: string, defaultPort: number): Promise<Endpoint[]> {
+  const match = /^(?:\[([^\]]+)\]|([^:]*)|(.*:.*:.*))(?::(\d+))?$/.exec(server);
+  const host = match?.[1] ?? match?.[2] ?? match?.[3], port = Number(match?.[4] ?? defaultPort);
+  if (!host || port < 1 || port > 65535) throw new UsageError(`"${server}" is not a server: SERVER or SERVER:PORT`);
+  const found = await lookup(host, { all: true }).catch(() => []);
+  const firsts = [4, 6].flatMap((version) => found.find(({ family }) => family === version) ?? []);
+  if (firsts.length > 0) return firsts.map(({ address }) => formatEndpoint(address, port));
+  throw new Failure(`Cannot find the server "${host}": check the name, or give its IP address`);
+}
+
+/** The keys in a file, made now if there is no such file. */
+function identity(file: string): KeyPair {
+  let mode: number, digits: string, verb = "create";
+  try {
+    if (!existsSync(file)) writeFileSync(file, hex(generateKeys().secret) + "\n", { mode: 0o600, flag: "wx" });
+    verb = "read";
+    mode = statSync(file).mode;
+    digits = readFileSync(file, "utf8").trim();
+  } catch (error) {
+    throw new Failure(`Cannot ${verb} the identity "${file}": ${(error as Error).message}`);
+  }
+  const isPrivate = process.platform === "win32" || (mode & 0o077) === 0;
+  if (!isPrivate) throw new Failure(`Others can read the identity "${file}": chmod 600 ${file}`);
+  if (/^[0-9a-f]{64}$/.test(digits)) return keysFrom(Uint8Array.from(Buffer.from(digits, "hex")));
+  throw new Failure(`"${file}" is not an identity: 64 hex digits; name another file, and it will be created`);
+}
+
+/** 20 letters of an alphabet of 32 without look-alikes: 100 bits. */
+function newSecret(): string {
+  const letters = [...randomBytes(20)].map((byte) => "abcdefghijkmnpqrstuvwxyz23456789"[byte % 32]);
+  return letters.join("").replace(/(.{4})(?!$)/g, "$1-");
+}
+
+// ---------------------------------------------------------------------------------------------------- screen and main
+
+/** A terminal with a prompt, or pipes. */
+function createScreen() {
+  const { stdin, stdout } = process;
+  const terminal = stdin.isTTY ? createInterface({ input: stdin, output: stdout, prompt: "> " }) : null;
+  const lines = terminal?.[Symbol.asyncIterator]() ?? pipedLines();
+  const ask = async (what: string): Promise<string> => {
+    if (!terminal) throw new UsageError(`The ${what} is missing`);
+    stdout.write(`${what}: `);
+    const { value, done } = await lines.next();
+    if (done) process.exit(1);
+    return value.trim() || ask(what);
+  };
+  const show = (text: string, stream: "stdout" | "stderr") => {
+    if (terminal) stdout.write("\x1b[1G\x1b[2K"); // clears the line of the prompt
+    const isDim = terminal && stream === "stderr" && !environment("NO_COLOR");
+    process[stream].write((isDim ? `\x1b[2m${text}\x1b[0m` : text) + "\n");
+  };
+  return { terminal, lines, ask, show };
+}
+type Screen = ReturnType<typeof createScreen>;
 
 /** Lines of a script. readline would also end them at a lone CR or U+2028, and run what comes after as a command. */
 async function* pipedLines(): AsyncGenerator<string, undefined> {
@@ -2871,77 +2936,16 @@ async function* pipedLines(): AsyncGenerator<string, undefined> {
   if (rest !== "") yield rest;
 }
 
-/** Interfaces of containers, virtual machines and tunnels: nobody at the other end can come in through them. */
-const DEAD_END_INTERFACES = /^(docker|veth|br-|virbr|tun|wg)/;
-
-/** IP addresses of this host at which it may be reached. */
-function localAddresses(): string[] {
-  try {
-    const all = Object.entries(networkInterfaces()).flatMap(([name, entries]) =>
-      (entries ?? []).map(({ address }) => ({ name, address }))
-    ).filter(({ address }) => ["private", "public"].includes(scopeOf(address)));
-    const alive = all.filter(({ name }) => !DEAD_END_INTERFACES.test(name));
-    return (alive.length > 0 ? alive : all).map(({ address }) => address);
-  } catch {
-    return []; // Deno without --allow-sys=networkInterfaces: then without a path over the LAN
-  }
-}
-
-/** The server's endpoints, at most one in each IP version. */
-async function resolve(server: string, defaultPort: number): Promise<Endpoint[]> {
-  const match = /^(?:\[([^\]]+)\]|([^:]*)|(.*:.*:.*))(?::(\d+))?$/.exec(server);
-  const host = match?.[1] ?? match?.[2] ?? match?.[3], port = Number(match?.[4] ?? defaultPort);
-  if (!host || port < 1 || port > 65535) throw new UsageError(`"${server}" is not a server: SERVER or SERVER:PORT`);
-  const found = await lookup(host, { all: true }).catch(() => []);
-  const first = [4, 6].flatMap((version) => found.find(({ family }) => family === version) ?? []);
-  if (first.length > 0) return first.map(({ address }) => formatEndpoint(address, port));
-  throw new Failure(`Cannot find the server "${host}": check the name, or give its IP address`);
-}
-
-/** The keys in a file, made now if there is no such file. */
-function identity(file: string): KeyPair {
-  const secret = generateKeys().secret;
-  try {
-    writeFileSync(file, hex(secret) + "\n", { mode: 0o600, flag: "wx" });
-    return keysFrom(secret);
-  } catch (error) {
-    const { code, message } = error as { code?: string; message: string };
-    if (code !== "EEXIST") throw new Failure(`Cannot create the identity "${file}": ${message}`);
-  }
-  let digits = "", mode = 0;
-  try {
-    mode = statSync(file).mode;
-    digits = readFileSync(file, "utf8").trim();
-  } catch (error) {
-    throw new Failure(`Cannot read the identity "${file}": ${(error as Error).message}`);
-  }
-  if (process.platform !== "win32" && (mode & 0o077) !== 0) {
-    throw new Failure(`Others can read the identity "${file}": chmod 600 ${file}`);
-  }
-  if (/^[0-9a-f]{64}$/.test(digits)) return keysFrom(Uint8Array.fromHex(digits));
-  throw new Failure(`"${file}" is not an identity: 64 hex digits; name another file, and it will be created`);
-}
-
-/** 20 letters of an alphabet of 32 without look-alikes: 100 bits. */
-function newSecret(): string {
-  const letters = [...randomBytes(20)].map((byte) => "abcdefghijkmnpqrstuvwxyz23456789"[byte % 32]!);
-  return letters.join("").replace(/(.{4})(?!$)/g, "$1-");
-}
-const SHORT_SECRET = 16;
-
 /** A handshake with ourselves: the first one of a run takes 10 ms longer, and the first message should not. */
 function warmUp(): void {
-  const own = generateKeys(), ephemeral = generateKeys(), secret = new Uint8Array(32);
-  const options = { own, peer: own.public, psk: secret, prologue: secret, ephemeral };
-  const initiation = initiate(options, secret);
-  const answer = initiation && respond(options, initiation.message)?.answer(secret);
-  const finished = answer && initiation.finish(answer.message);
-  if (!finished) return;
-  const data = sealPeer({ type: "P2PTRASH", probe: 0 }, { index: 0, counter: 0, key: finished.keys.send });
-  openPeer(data, answer.keys.receive);
+  const own = generateKeys(), ephemeral = generateKeys(), psk = new Uint8Array(32);
+  const options = { own, peer: own.public, psk, prologue: psk, ephemeral };
+  const initiation = initiate(options, psk)!, answer = respond(options, initiation.message)!.answer(psk)!;
+  const { keys } = initiation.finish(answer.message)!;
+  openPeer(sealPeer({ type: "P2PTRASH", probe: 0 }, { index: 0, counter: 0, key: keys.send }), answer.keys.receive);
 }
 
-const STUN_PORT = 3478, INTERFACES_CHECK_MS = 5_000;
+const SHORT_SECRET = 16, STUN_PORT = 3478, INTERFACES_CHECK_MS = 5_000;
 const GOODBYE_MS = 50; // long enough for the last datagrams to leave
 
 async function main(): Promise<void> {
@@ -2956,120 +2960,97 @@ async function main(): Promise<void> {
   });
   if (args.help) return void process.stdout.write(USAGE);
   if (args["new-secret"]) return console.log(newSecret());
-  const port = Number(args.port === undefined ? 0 : args.port || NaN), { json } = args;
+  const port = Number(args.port === undefined ? 0 : args.port || NaN);
   if (unknown.length > 0) throw new UsageError(`Unknown argument "${unknown[0]}"`);
   if (!Number.isInteger(port) || port < 0 || port > 65535) throw new UsageError(`"${args.port}" is not a port`);
   if (args._.length > 2) throw new UsageError(`Too many arguments: "${args._[2]}"`);
 
   const secret = await secretWords({ file: args["secret-file"], variable: "PUNCH_SECRET", label: "secret" });
   if (secret !== undefined && secret.length < SHORT_SECRET) {
-    console.error(`The secret is short, somebody may guess it: better take one from --new-secret`);
+    console.error("The secret is short, somebody may guess it: better take one from --new-secret");
   }
   const password = await secretWords({ file: args["password-file"], variable: "PUNCH_PASSWORD", label: "password" });
-
-  const isTerminal = process.stdin.isTTY === true;
-  const screen = isTerminal ? createInterface({ input: process.stdin, output: process.stdout, prompt: "> " }) : null;
-  const lines = screen?.[Symbol.asyncIterator]() ?? pipedLines();
-  const ask = async (what: string, given: unknown): Promise<string> => {
-    if (given !== undefined) return String(given);
-    if (!isTerminal) throw new UsageError(`The ${what} is missing`);
-    process.stdout.write(`${what}: `);
-    const { value, done } = await lines.next();
-    if (done) process.exit(1);
-    return value.trim() || ask(what, given);
-  };
-  const servers = await resolve(await ask("server", args._[0]), DEFAULT_PORT);
-  const wanted = await ask("name", args._[1]), name = userName(wanted);
+  const screen = createScreen();
+  const servers = await resolve(args._[0] ?? await screen.ask("server"), DEFAULT_PORT);
+  const wanted = args._[1] ?? await screen.ask("name"), name = userName(wanted);
   if (name === null) throw new UsageError(`"${wanted}" is not a name: 1 to 32 bytes without blanks`);
   const client = createClient({
     name,
-    keys: args.identity === undefined ? generateKeys() : identity(args.identity),
     servers,
-    random: (length) => Uint8Array.from(randomBytes(length)),
-    generateKeys,
+    keys: args.identity === undefined ? generateKeys() : identity(args.identity),
+    keepName: args.identity !== undefined,
     psk: keyFromWords(secret, "secret"),
     password: keyFromWords(password, "password"),
     observer: args.stun === undefined ? undefined : (await resolve(args.stun, STUN_PORT)).find((to) => !isIPv6(to)),
-    keepName: args.identity !== undefined,
     direct: args.direct,
-    patient: isTerminal,
+    patient: screen.terminal !== null,
+    random: (length) => Uint8Array.from(randomBytes(length)),
+    generateKeys,
   });
+  warmUp();
+  await converse(client, screen, { ...args, port });
+}
 
-  let hasFailed = false, ended = false, isIn = false, isListed = false;
+/** Carries out line after line. On a terminal the next one need not wait for what comes of the one before. */
+async function converse(client: Client, screen: Screen, args: { port: number; json: boolean; trace: boolean }) {
+  const { terminal, lines, show } = screen, trace = args.trace ? createTrace() : undefined;
+  let isListDue = false, hasFailed = false, isOver = false;
   let onEvent: (event: ClientEvent) => void = () => {};
+  const until = (fits: (event: ClientEvent) => boolean) =>
+    new Promise<void>((resolve) => onEvent = (event) => fits(event) && resolve());
+
   function say(event: ClientEvent): void {
+    if (args.json) console.log(jsonLine(event));
+    else show(inWords(event), ON_STDERR.includes(event.event) ? "stderr" : "stdout");
+    if (!args.json && !isOver) terminal?.prompt(true);
     const isError = event.event === "error";
-    if (json) console.log(jsonLine(event));
-    else show((WORDS[event.event] as (event: ClientEvent) => string)(event), !STATUS.includes(event.event));
-    if (isIn && !isListed && (event.event === "users" || (isError && event.code === "unreachable"))) {
-      isListed = true; // the list at login is nobody's answer
-      return;
-    }
-    isIn ||= event.event === "login";
+    const isList = isListDue && (event.event === "users" || (isError && event.code === "unreachable"));
+    isListDue = event.event === "login" || (isListDue && !isList);
+    if (isList) return; // the list at login is nobody's answer
     onEvent(event);
     // What others do, such as calling with another secret, is no failure of ours.
-    hasFailed ||= (event.event === "sent" && !event.ok) || (isError && !event.notice);
+    hasFailed ||= (isError && !event.notice) || (event.event === "sent" && !event.ok);
     if (isError && event.fatal) end(1);
   }
-  function show(text: string, isAnswer: boolean): void {
-    const isDim = isTerminal && !environment("NO_COLOR") && !isAnswer;
-    if (isTerminal) {
-      cursorTo(process.stdout, 0);
-      clearLine(process.stdout, 0);
-    }
-    (isAnswer ? process.stdout : process.stderr).write((isDim ? `\x1b[2m${text}\x1b[0m` : text) + "\n");
-    if (!ended) screen?.prompt(true);
-  }
-
-  warmUp();
-  const trace = args.trace ? createTrace() : undefined;
-  client.interfaces(localAddresses(), clock());
-  const run = (host: string) => listen(client, { sockets: [{ host, port }], onEvent: say, onDatagram: trace });
-  const running = await listenOrFail(run, { json });
-  const perform = (command: Command) => running.perform(client.command(command, clock()));
-  setInterval(() => running.perform(client.interfaces(localAddresses(), clock())), INTERFACES_CHECK_MS);
-
   function end(code: number): void {
-    if (ended) return;
-    ended = true;
+    if (isOver) return;
+    isOver = true;
     perform({ command: "exit" });
     setTimeout(() => process.exit(code), GOODBYE_MS);
   }
-  for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, () => end(130));
-  screen?.on("SIGINT", () => end(130));
-
-  /** Does it, and waits for what comes of it. */
-  const outcome = (command: Command) =>
-    new Promise<void>((resolve) => {
-      const { command: verb } = command;
-      const wanted = verb === "send" ? "sent" : verb === "getu" ? "users" : verb; // the others are called alike
-      let left = command.command === "ping" ? command.count : 1;
-      onEvent = (event) => {
-        if (event.event === wanted) --left;
-        if (left <= 0 || (event.event === "error" && !event.notice && verb !== "send")) resolve();
-      };
-      perform(command);
-      if (verb === "path") resolve();
+  function carryOut(command: Command): Promise<void> {
+    const verb = command.command, answer = { send: "sent", getu: "users" }[verb as string] ?? verb;
+    let left = command.command === "ping" ? command.count : 1;
+    const outcome = until((event) => {
+      if (event.event === answer) left--;
+      return left <= 0 || (event.event === "error" && !event.notice && verb !== "send");
     });
-
-  await new Promise<void>((resolve) => {
-    onEvent = (event) => event.event === "login" && resolve();
-  });
-  perform({ command: "getu", prefix: "" });
-  screen?.prompt();
-  for await (const line of { [Symbol.asyncIterator]: () => lines }) {
-    const command = parseCommand(line);
-    trace?.restart();
-    if (command === null) continue;
-    if (command instanceof Error) say({ event: "error", code: "usage", message: command.message });
-    else if (command === "help") show(HELP, !json);
-    else if (command.command === "sleep") await new Promise((done) => setTimeout(done, command.seconds * 1000));
-    else if (command.command === "exit") break;
-    else if (isTerminal) perform(command);
-    else await outcome(command);
-    screen?.prompt();
+    perform(command);
+    return verb === "path" ? Promise.resolve() : outcome; // the paths are told at once, if there are any
   }
-  end(hasFailed && !isTerminal ? 1 : 0);
+
+  client.interfaces(localAddresses(), clock());
+  const sockets = (host: string) => ({ sockets: [{ host, port: args.port }], onEvent: say, onDatagram: trace });
+  const running = await listenOrFail((host) => listen(client, sockets(host)), { json: args.json });
+  const perform = (command: Command) => running.perform(client.command(command, clock()));
+  setInterval(() => running.perform(client.interfaces(localAddresses(), clock())), INTERFACES_CHECK_MS);
+  for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, () => end(130));
+  terminal?.on("SIGINT", () => end(130));
+
+  await until(({ event }) => event === "login");
+  perform({ command: "getu", prefix: "" });
+  terminal?.prompt();
+  for await (const line of lines) {
+    const typed = parseCommand(line);
+    trace?.restart();
+    if (typed instanceof Error) say({ event: "error", code: "usage", message: typed.message });
+    else if (typed === "help") show(HELP, args.json ? "stderr" : "stdout");
+    else if (typed?.command === "sleep") await new Promise((done) => setTimeout(done, typed.seconds * 1000));
+    else if (typed?.command === "exit") break;
+    else if (typed) await (terminal ? perform(typed) : carryOut(typed));
+    terminal?.prompt();
+  }
+  end(hasFailed && !terminal ? 1 : 0);
 }
 
 if (import.meta.main) await main().catch(exitWith);
