@@ -612,7 +612,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     peer: () => identity.peer(),
     isTrusted: (key) => shared.isTrusted(name, key),
     talkedAt: () => talkedAt,
-    isWarm: () => io.now - talkedAt < WARM_MS,
+    isWarm: () => clientIo.now - talkedAt < WARM_MS, // a question, which sets no deadline
     best: () => paths.best(),
     way: () => paths.best() ?? c.relay,
     hasSession: () => channel.current() !== null,
@@ -637,14 +637,6 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     return true;
   }
 
-  /** Sends a part; `isLate`: the path may have lost it. Returns the way; null: there is no session yet. */
-  function carryPart(part: Peer, isLate: boolean): Way | null {
-    const path = c.best();
-    if (!carry(part, isLate && path ? [path, c.relay] : waysInUse(), { mayCall: true })) return null;
-    paths.expectAnswer();
-    return path ?? c.relay;
-  }
-
   function onFrame(frame: Peer, origin: Origin, stream: string): void {
     const path = paths.over(origin), kind = origin ? kindOf(origin.from) : "relay";
     if (frame.type === "P2PMESSAGE") {
@@ -660,7 +652,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
 
   // -- what happens
 
-  function startPunching(): void { // Both sides have been introduced in the same tick, so both punch now.
+  function startPunching(): void { // both sides have been introduced in the same tick, so both punch now
     if (!c.canBeDirect || !channel.canPunch()) return;
     calls.onPunching();
     paths.startPunching(c.peer()!.punchAfterMs);
@@ -713,42 +705,38 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     firstMessage: () => channel.firstMessage(),
     isPunching: () => paths.isPunching(),
   });
-  const paths = createPaths(
-    io,
-    c,
-    { holds: (socket) => traversal.holds(socket), made: (path) => traversal.made(path) },
-    {
-      // This is the whole upgrade from relay to path, and the way back. An echo over a path proves that it works in both
-      // directions, and only then does it carry messages alone: until then, and again from the first doubt on, the relay
-      // carries them. What may have been lost on the old way goes at once by the new one.
-      best() {
-        traversal.onBest();
-        calls.onPath();
-        resendLate();
-        tellPath();
-      },
-      suspect() {
-        link.check();
-        delivery.resendInFlight(); // by both ways, see `waysInUse`
-      },
-      doubt: () => calls.ask(), // two probes without an echo: perhaps the peer is at another endpoint by now
-      lost() {
-        tellPath();
-        calls.again();
-        resendAll();
-      },
-      ageing: () => traversal.begin(RENEWAL),
-      punched: () => void (link.session() && link.toServer({ type: "PUNCHED", peer: name })),
-      stuck: () => traversal.isOn() || traversal.begin(1),
-      punchedOut: () => c.best() || calls.retryLater(),
-      pong: (probe, way, rttMs) => ping.onEcho(probe, way, rttMs),
-      echo(probe, way) {
-        const isSent = carry({ type: "P2PECHO", probe }, [way]);
-        if (!isSent) channel.open(); // one of us has logged in again
-        return isSent;
-      },
+  const attempt = { holds: (socket: number) => traversal.holds(socket), made: (path: Path) => traversal.made(path) };
+  const paths = createPaths(io, c, attempt, {
+    // This is the whole upgrade from relay to path, and the way back. An echo over a path proves that it works in both
+    // directions, and only then does it carry messages alone: until then, and again from the first doubt on, the relay
+    // carries them. What may have been lost on the old way goes at once by the new one.
+    best() {
+      traversal.onBest();
+      calls.onPath();
+      resendLate();
+      tellPath();
     },
-  );
+    suspect() {
+      link.check();
+      delivery.resendInFlight(); // by both ways, see `waysInUse`
+    },
+    doubt: () => calls.ask(), // two probes without an echo: perhaps the peer is at another endpoint by now
+    lost() {
+      tellPath();
+      calls.again();
+      resendAll();
+    },
+    ageing: () => traversal.begin(RENEWAL),
+    punched: () => void (link.session() && link.toServer({ type: "PUNCHED", peer: name })),
+    stuck: () => traversal.isOn() || traversal.begin(1),
+    punchedOut: () => c.best() || calls.retryLater(),
+    pong: (probe, way, rttMs) => ping.onEcho(probe, way, rttMs),
+    echo(probe, way) {
+      const isSent = carry({ type: "P2PECHO", probe }, [way]);
+      if (!isSent) channel.open(); // one of us has logged in again
+      return isSent;
+    },
+  });
   const traversal = createTraversal(io, c, { ...shared, ownKey: options.keys.public }, {
     newProbe: () => paths.newProbe(c.relay, true),
     isRetry: () => calls.isRetry(),
@@ -774,49 +762,25 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     punch: (probe, origin) => paths.onPunch(probe, origin),
   });
   const delivery = createDelivery(io, c, channel.stream, {
-    carry: carryPart,
+    carry(part, isLate) {
+      const path = c.best();
+      if (!carry(part, isLate && path ? [path, c.relay] : waysInUse(), { mayCall: true })) return null;
+      paths.expectAnswer();
+      return path ?? c.relay;
+    },
     needSession: () => channel.open(),
     talk: onTalk,
     progress: () => void (lastError = null),
   });
   const ping = createPing(io, c, {
     needSession: () => channel.open(),
+    newProbe: (way) => paths.newProbe(way),
+    send: (probe, way) => carry({ type: "P2PTRASH", probe }, [way]),
     timeout: () => failAll("timeout"),
-    probe(way) {
-      const probe = paths.newProbe(way);
-      carry({ type: "P2PTRASH", probe }, [way]);
-      return probe;
-    },
   });
   const rooms = [channel, paths, traversal, calls, delivery, ping];
 
-  // -- what the client hears of the peer, and what the user wants
-
-  function send(text: Uint8Array): void {
-    if (!c.best() && !paths.isPunching() && !(calls.isWaiting() && c.hasSession())) calls.begin();
-    delivery.push(text);
-  }
-
-  function startPing(count: number): void {
-    ping.begin(count);
-    onTalk();
-    ping.wake();
-  }
-
-  /** The list of users may say that the peer has logged in again: then what waits needs another session. */
-  function onUser(user: User): void {
-    const before = c.peer()?.nonce;
-    identity.onUser(user);
-    if (c.peer()?.nonce !== before) delivery.wake();
-  }
-
-  function onLogin(isAgain: boolean): void {
-    channel.dropHandshake(); // it was begun under the nonce of the login before
-    if (isAgain && c.isWarm()) calls.again();
-    delivery.wake();
-  }
-
-  /** The server's word on who the peer is, for us to punch, or because the peer calls; false if it cannot be. */
+  /** The server's word on who the peer is; false if it cannot be. */
   function onPeer(peer: Introduced): boolean {
     if (!identity.renew(peer)) return false;
     lastError = null;
@@ -824,56 +788,66 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     return true;
   }
 
-  function onIntroduction(peer: Introduced): void {
-    const isCurrent = c.peer()?.nonce === peer.nonce;
-    if (!mayBeIntroduced(io.now) || !onPeer(peer)) return;
-    // What we sent was for another login, or empty: the peer could do nothing with it, so it does not punch yet.
-    if (isCurrent && channel.canPunch()) startPunching();
-    else resendAll();
-    resendLate();
-  }
-
-  /** The peer has asked for an introduction; `unwrap` takes what it sends us with that. */
-  function onCall(peer: Introduced, unwrap: (() => void) | null): void {
-    if (!c.best() && !paths.isPunching()) calls.onCalled();
-    if (!onPeer(peer)) return;
-    unwrap?.();
-    // Sealed for a session that we have not, or no longer; or a call for punches, which we cannot seal any more.
-    if ((unwrap || channel.wasOpen()) && !c.hasSession() && !identity.isUntrusted()) channel.open();
-    if (!mayBeIntroduced(io.now)) return;
-    startPunching();
-    resendLate();
-  }
-
-  function onError(reason: "unknown" | "offline"): void { // The server cannot pass something on.
-    // After the server's restart "unknown" only means that the peer is not back yet.
-    const isFinal = reason === "offline" || !c.peer() ||
-      (!channel.wasOpen() && !delivery.hasHeard() && io.now - link.forgottenAt() > ALL_BACK_MS);
-    lastError = "offline"; // should we wait in vain
-    calls.onAnswer();
-    if (isFinal && !c.best()) failAll(reason);
-  }
-
-  function close(): void {
-    traversal.end();
-    paths.close();
-    channel.close();
-  }
-
-  function wake(): void {
-    delivery.giveUp(() => identity.isUntrusted() ? "untrusted" : lastError ?? "timeout");
-    for (const room of rooms) room.wake();
-  }
+  // -- what the client hears of the peer, and what the user wants
 
   return {
-    ...{ ...c, ...identity, onUser, tellPath, send, startPing, onLogin, onIntroduction, onCall, onError, close, wake },
-    onFirst: channel.onFirst,
+    ...{ ...c, ...identity, tellPath, onFirst: channel.onFirst, onJump: delivery.onJump },
+    ...{ call: calls.ask, callAgain: calls.again },
+    send(text: Uint8Array): void {
+      if (!c.best() && !paths.isPunching() && !(calls.isWaiting() && c.hasSession())) calls.begin();
+      delivery.push(text);
+    },
+    startPing(count: number): void {
+      ping.begin(count);
+      onTalk();
+      ping.wake();
+    },
+    onLogin(isAgain: boolean): void {
+      channel.dropHandshake(); // it was begun under the nonce of the login before
+      if (isAgain && c.isWarm()) calls.again();
+      delivery.wake();
+    },
+    /** The list of users may say that the peer has logged in again: then what waits needs another session. */
+    onUser(user: User): void {
+      const before = c.peer()?.nonce;
+      identity.onUser(user);
+      if (c.peer()?.nonce !== before) delivery.wake();
+    },
+    onIntroduction(peer: Introduced): void {
+      const isCurrent = c.peer()?.nonce === peer.nonce;
+      if (!mayBeIntroduced(io.now) || !onPeer(peer)) return;
+      // What we sent was for another login, or empty: the peer could do nothing with it, so it does not punch yet.
+      if (isCurrent && channel.canPunch()) startPunching();
+      else resendAll();
+      resendLate();
+    },
+    /** The peer has asked for an introduction; `unwrap` takes what it sends us with that. */
+    onCall(peer: Introduced, unwrap: (() => void) | null): void {
+      if (!c.best() && !paths.isPunching()) calls.onCalled();
+      if (!onPeer(peer)) return;
+      unwrap?.();
+      // Sealed for a session that we have not, or no longer; or a call for punches, which we cannot seal any more.
+      if ((unwrap || channel.wasOpen()) && !c.hasSession() && !identity.isUntrusted()) channel.open();
+      if (!mayBeIntroduced(io.now)) return;
+      startPunching();
+      resendLate();
+    },
     onPunched: paths.punchAgain, // the word of the six-step flow: the peer's hole is open, so our next punch will pass
-    onJump: delivery.onJump,
-    call: calls.ask,
-    callAgain: calls.again,
+    /** The server cannot pass something on. */
+    onError(reason: "unknown" | "offline"): void {
+      // After the server's restart "unknown" only means that the peer is not back yet.
+      const isNew = !channel.wasOpen() && !delivery.hasHeard() && io.now - link.forgottenAt() > ALL_BACK_MS;
+      lastError = "offline"; // should we wait in vain
+      calls.onAnswer();
+      if ((reason === "offline" || !c.peer() || isNew) && !c.best()) failAll(reason);
+    },
     /** How dear it is to us, in order of weight; null: something waits to be sent. */
     rank: () => delivery.isIdle() ? [Number(delivery.hasSent()), Number(c.best() !== null), talkedAt] : null,
+    close: () => [traversal, paths, channel].forEach((room) => room.close()),
+    wake(): void {
+      delivery.giveUp(() => identity.isUntrusted() ? "untrusted" : lastError ?? "timeout");
+      for (const room of rooms) room.wake();
+    },
     wakeAt: () => dueAt ??= rooms.reduce((at, room) => Math.min(at, room.wakeAt()), Infinity),
   };
 }
@@ -1427,10 +1401,19 @@ const newAttempt = (number: number, theirs: Plan | null, cell: Cell, now: number
 });
 type Attempt = ReturnType<typeof newAttempt>;
 
-interface SprayTurn { // Who sprays: one conversation at a time.
-  take(): boolean;
-  giveBack(): void;
+/** Who sprays: one conversation of this host at a time. */
+function createSprayTurn(io: Io) {
+  let takenAt = -Infinity;
+  return {
+    take(): boolean {
+      const isFree = io.now - takenAt >= SPRAY_INTERVAL_MS;
+      if (isFree) takenAt = io.now;
+      return isFree;
+    },
+    giveBack: () => void (takenAt = -Infinity),
+  };
 }
+type SprayTurn = ReturnType<typeof createSprayTurn>;
 
 /**
  * Whom an attempt takes for symmetric: those who are and, once plain punches and fresh sockets have failed, one whose
@@ -1639,7 +1622,7 @@ function createTraversal(
   }
 
   return {
-    ...{ begin, end, onIntroduction, onPlan, isOn: () => attempt !== null },
+    ...{ begin, close: end, onIntroduction, onPlan, isOn: () => attempt !== null },
     /** Whether the attempt is there to replace a path, and has made this one. */
     made: ({ bornAt }: Path) => isRenewing() && bornAt >= attempt!.startedAt,
     holds: (socket: number) => attempt?.sockets.some((one) => one.socket === socket) ?? false,
@@ -1726,7 +1709,7 @@ function createIdentity(
 //     <----------- P2PSECOND   with something sealed behind it; until this has arrived, copies of the first are our punches
 //     sealed  <----------->    from here on everything has an index, a counter and a tag
 //
-// Sessions with the peer: keys that only the two of us know, made anew with each login. Knows no sequence numbers, no
+// Sessions with the peer: keys that only the two of us know, made again with each login. Knows no sequence numbers, no
 // paths and no server.
 
 const REKEY_AFTER = 2 ** 30; // AES-GCM keys are changed long before 2^32 messages.
@@ -2281,7 +2264,7 @@ const PING_INTERVAL_MS = 500, PING_LOST_MS = 2_000;
 function createPing(
   io: Io,
   { name, way, hasSession }: Context,
-  on: { needSession(): void; probe(way: Way): number; timeout(): void },
+  on: { needSession(): void; newProbe(way: Way): number; send(probe: number, way: Way): void; timeout(): void },
 ) {
   let ping: { since: number; left: number; lost: number; nextAt: number; waiting: number | null } | null = null;
 
@@ -2310,7 +2293,8 @@ function createPing(
       wake();
     } else {
       ping.nextAt = io.now + PING_LOST_MS;
-      ping.waiting = on.probe(way());
+      ping.waiting = on.newProbe(way());
+      on.send(ping.waiting, way());
     }
   }
 
@@ -2506,7 +2490,7 @@ export function createClient(options: ClientOptions): Client {
   const { name, servers, random } = options, conversations = new Map<string, Conversation>();
   const known = new Map<string, User>(); // from the list of users
   const verified = new Map<string, Uint8Array>(); // keys that the user has seen: no other one counts for that name
-  let addresses: string[] = [], port = 0, sprayedAt = -Infinity;
+  let addresses: string[] = [], port = 0;
   let isClosed = false; // Logged out, refused, or no server found: nothing happens any more.
   const close = () => void (isClosed = true);
   let effects: Effect<ClientEvent>[] = []; // What the event that is being handled has led to so far.
@@ -2524,14 +2508,9 @@ export function createClient(options: ClientOptions): Client {
   const mayPunch = createLimit(PUNCHES), mayWarn = createLimit(WARNINGS);
 
   const warm = () => [...conversations.values()].filter((c) => c.isWarm());
-  const local = () =>
-    addresses.filter((address) => scopeOf(address) === "private").slice(0, MAX_CANDIDATES)
-      .map((address) => formatEndpoint(address, port));
-
-  function pace(): "relay" | "warm" | "idle" {
-    const talking = warm();
-    return talking.some((c) => !c.best()) ? "relay" : talking.length > 0 ? "warm" : "idle";
-  }
+  const pace = () => warm().some((c) => !c.best()) ? "relay" : warm().length > 0 ? "warm" : "idle";
+  const lan = () => addresses.filter((address) => scopeOf(address) === "private").slice(0, MAX_CANDIDATES);
+  const local = () => lan().map((address) => formatEndpoint(address, port));
 
   function learn(users: User[]): void {
     for (const user of users) {
@@ -2583,14 +2562,7 @@ export function createClient(options: ClientOptions): Client {
     mayWarn: () => mayWarn(io.now),
     hostMayPunch: () => mayPunch(io.now),
     hasSockets: sockets.hasRoom,
-    sprayTurn: {
-      take() {
-        const isFree = io.now - sprayedAt >= SPRAY_INTERVAL_MS;
-        if (isFree) sprayedAt = io.now;
-        return isFree;
-      },
-      giveBack: () => void (sprayedAt = -Infinity),
-    },
+    sprayTurn: createSprayTurn(io),
   };
   const { byIndex, byEphemeral } = shared.switchboard;
 
