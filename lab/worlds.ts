@@ -1,10 +1,10 @@
 /**
- * The worlds of the oracle: about 200 small histories, named and seeded, which together have server.ts and client.ts
+ * The worlds of the oracle: about 300 small histories, named and seeded, which together have server.ts and client.ts
  * do all that they can do. What they find is not judged here: `oracle.ts` takes the hash of every effect.
  *
  * @module
  */
-import { decode, type Endpoint, keyFromWords } from "../protocol.ts";
+import { decode, type Endpoint, keyFromWords, type Machine } from "../protocol.ts";
 import { type Nat, NATS, type NetworkOptions, random } from "./network.ts";
 import type { Player, PlayerOptions, Watch, World } from "./scenario.ts";
 import { createWorld, DELAY_MS, join, KINDS, login, site, startServer } from "./scenario.ts";
@@ -121,6 +121,9 @@ world("weather: lan", { loss: 0.1 }, (world) => {
 });
 
 // ---------------------------------------------------------------------------------------------------- a path's life
+
+/** A program that holds a socket, and does nothing. */
+const IDLE: Machine<never> = { opened: () => [], receive: () => [], wake: () => [], wakeAt: () => Infinity };
 
 export const SERVER = "192.0.2.1:2280";
 export const isServers = (endpoint: Endpoint) => endpoint.startsWith("192.0.2.1");
@@ -323,6 +326,22 @@ for (const rate of [0.2, 1, 10]) {
       },
     );
   }
+}
+for (const other of ["EIM+APDF random", "APDM+APDF sequential"]) {
+  world(`harder: a neighbour's flow takes a port between the samples of a sequence, x ${other}`, {}, (world) => {
+    const { nat } = site(world, "APDM+APDF sequential"), ports = new Set<Endpoint>();
+    const place = { name: "neighbour", addresses: ["192.168.77.11"], behind: nat! };
+    const neighbour = world.net.host(place).run(IDLE);
+    world.net.trace = ({ fate, host, from, to }) => {
+      if (fate !== "sent" || host !== "alice" || to !== SERVER || ports.has(from)) return;
+      ports.add(from);
+      if (ports.size !== 4) return; // the third sample: socket 0 came first
+      neighbour.perform([{ kind: "send", socket: 0, to: "198.18.5.5:5", data: new Uint8Array(1) }]);
+    };
+    const [alice, bob] = pair(world, { nat }, { nat: other });
+    talk(world, alice, bob, { count: 20, everyMs: 300 });
+    alice.command({ command: "nat" });
+  });
 }
 world("harder: a sequence in steps of -2 x preserving", {}, (world) => {
   const nat = world.net.nat({ ...NATS["APDM+APDF sequential"]!, step: -2, ...place("n", "203.0.114.1") });
@@ -601,9 +620,7 @@ world("server: seemed to be gone", {}, (world) => {
 });
 world("server: its third port is somebody else's", {}, (world) => {
   world.server.stop();
-  world.serverHost.run({ opened: () => [], receive: () => [], wake: () => [], wakeAt: () => Infinity }, {
-    ports: [2282],
-  });
+  world.serverHost.run(IDLE, { ports: [2282] });
   world.restartServer();
   const [alice, bob] = pair(world, EIM, { nat: "EIM+EIF random" });
   talk(world, alice, bob);

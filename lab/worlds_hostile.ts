@@ -391,6 +391,19 @@ for (const [what, frame] of Object.entries(STREAMS)) {
     world.net.run(20_000);
   });
 }
+world("rogue: a peer sends messages of 64 KiB, of one byte more, and of one part more", {}, (world) => {
+  const [alice, bob] = pair(world, {});
+  const { seal, write } = befriend(world, rogue(world, "mallory", "198.18.9.9:9"), "alice", message(0, 5));
+  let seq = 1;
+  for (const [full, rest] of [[81, 736], [81, 737], [82, 1], [83, 800], [0, 9]] as const) {
+    for (let left = full; left >= 0; left--) {
+      write(seal(message(seq++, left > 0 ? 800 : rest, { base: 0, left })));
+      world.net.run(2);
+    }
+    world.net.run(100);
+  }
+  talk(world, alice, bob);
+});
 world("rogue: a peer comes from hundreds of ports of his host", {}, (world) => {
   const [alice, bob] = pair(world, {});
   const { host, seal, write } = befriend(world, rogue(world, "mallory", "198.18.9.9:9"), "alice", message(0, 5));
