@@ -950,15 +950,13 @@ export function spend(bucket: Bucket, rate: Rate, { cost = 1, now }: { cost?: nu
 
 // ---------------------------------------------------------------------------------------------------- keys
 // X25519 (RFC 7748) lets two ends agree on a secret of which both public keys show nothing; HKDF makes keys of it.
+// What node:crypto returns is copied, since it is a Buffer, whose `slice` makes a view where that of an array copies.
 
 /** An X25519 key pair, 32 bytes each. */
 export interface KeyPair {
   /** Never leaves this program. */ secret: Uint8Array;
   /** Everybody may know it. */ public: Uint8Array;
 }
-
-/** The same bytes as a plain array: node:crypto returns Buffers, and their `slice` makes a view where ours copies. */
-const plain = ({ buffer, byteOffset, length }: Uint8Array) => new Uint8Array(buffer, byteOffset, length);
 
 // The fixed beginnings of PKCS #8 and SubjectPublicKeyInfo for X25519 (RFC 8410); the 32 bytes of the key follow.
 const PKCS8 = Uint8Array.fromHex("302e020100300506032b656e04220420");
@@ -978,19 +976,19 @@ function privateKey(secret: Uint8Array): KeyObject {
 /** The key pair of a 32-byte secret. */
 export function keysFrom(secret: Uint8Array): KeyPair {
   const spki = createPublicKey(privateKey(secret)).export({ format: "der", type: "spki" });
-  return { secret, public: plain(spki).slice(-32) };
+  return { secret, public: new Uint8Array(spki.subarray(-32)) };
 }
 
 /** A fresh key pair from the operating system's randomness: any 32 bytes are a secret (RFC 7748, section 5). */
 export function generateKeys(): KeyPair {
-  return keysFrom(plain(randomBytes(32)));
+  return keysFrom(new Uint8Array(randomBytes(32)));
 }
 
 /** The secret of two key pairs; null for a key of low order and for everything else that node:crypto would throw at. */
 export function diffieHellman(secret: Uint8Array, theirs: Uint8Array): Uint8Array | null {
   try {
     const publicKey = createPublicKey(pem("PUBLIC KEY", SPKI, theirs));
-    const shared = plain(x25519({ privateKey: privateKey(secret), publicKey }));
+    const shared = new Uint8Array(x25519({ privateKey: privateKey(secret), publicKey }));
     return shared.some((byte) => byte !== 0) ? shared : null;
   } catch {
     return null;
@@ -1002,7 +1000,7 @@ export function deriveKey(secret: Uint8Array, options: { salt: Uint8Array; info:
   return new Uint8Array(hkdfSync("sha256", secret, options.salt, options.info, options.length));
 }
 
-const sha256 = (data: Uint8Array) => plain(createHash("sha256").update(data).digest());
+const sha256 = (data: Uint8Array) => new Uint8Array(createHash("sha256").update(data).digest());
 
 /** The MAC keys of a session, 16 bytes a direction, from the X25519 secret of its two ends and the server's token. */
 export function controlKeys(shared: Uint8Array, token: string): { toServer: Uint8Array; toClient: Uint8Array } {
@@ -1061,7 +1059,7 @@ function decrypt(key: Uint8Array, { counter, ad, text }: Sealed): Uint8Array | n
     decipher.setAAD(ad).setAuthTag(text.subarray(-TAG_BYTES));
     const opened = decipher.update(text.subarray(0, -TAG_BYTES)); // all of it: GCM has no blocks to fill
     decipher.final(); // throws if the tag is wrong
-    return plain(opened);
+    return new Uint8Array(opened);
   } catch {
     return null;
   }
@@ -1535,7 +1533,7 @@ async function typedUnseen(prompt: string): Promise<string> {
 /** The 32-byte key of such words, by scrypt (RFC 7914): each guess costs a tenth of a second. */
 export function keyFromWords(words: string | undefined, label: "secret" | "password"): Uint8Array | undefined {
   if (words === undefined) return undefined;
-  return plain(scryptSync(words.normalize("NFC"), `punch ${label}`, 32, { N: 2 ** 15, maxmem: 2 ** 26 }));
+  return new Uint8Array(scryptSync(words.normalize("NFC"), `punch ${label}`, 32, { N: 2 ** 15, maxmem: 2 ** 26 }));
 }
 
 // ---------------------------------------------------------------------------------------------------- traces

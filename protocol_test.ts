@@ -169,6 +169,24 @@ Deno.test("openPeer() returns null for another key and for a flipped bit in head
   }
 });
 
+Deno.test("decode() and openPeer() return keys and parts that outlive the datagram, whose buffer is used again", () => {
+  const isKept = (name: string) => name === "key" || name === "part";
+  const kept = (value: unknown): unknown[] =>
+    typeof value !== "object" || value === null
+      ? []
+      : Object.entries(value).flatMap(([name, field]) =>
+        isKept(name) ? [hex(field)] : field instanceof Uint8Array ? [] : kept(field)
+      );
+  let count = 0;
+  for (const { message, data } of [...CONTROLS, ...PEERS]) {
+    const buffer = Uint8Array.from(data), decoded = read(buffer);
+    buffer.fill(0xdd);
+    assertEquals(kept(decoded), kept(message), message.type);
+    count += kept(message).length;
+  }
+  assertEquals(count, 7); // of LOGIN, COOKIE, WELCOME, USERS, INTRODUCTION, P2PMESSAGE and P2PSOMEONEWANTTOCALLYOU
+});
+
 Deno.test("sealPeer() is AES-256-GCM with the counter in Noise's nonce and the header as additional data", () => {
   const data = goldenOf("P2PTRASH"), nonce = bytes("00000000 0000000000000102");
   const sealed = aesGcm(PEER_SEAL.key, { nonce, ad: data.subarray(0, 12), text: bytes("00000001") });
@@ -229,6 +247,7 @@ Deno.test("decode() returns null for fields that are not what they should be", (
     ["length", "50 0c", "03 626f62", "04 626f62", "02 626f62", "ff 626f62", ""],
     ["body", "50 0b", `00 ${NONCE} 0001 aa`, `00 ${NONCE} 0002 aa`, `00 ${NONCE} 0000 aa`, `00 ${NONCE} ffff aa`],
     ["family", "50 08", `${ASKED} ${V4_HEX}`, ...["00 0001", "03 cb0071 a028", "06 cb0071070000 a028"].map(asked)],
+    ["IPv4-mapped", "50 08", `${ASKED} ${V6_HEX}`, asked(`10 ${pad(10)}ffff cb007107 a028`)],
     ["port", "50 08", `${ASKED} 04 cb007107 0001`, `${ASKED} 04 cb007107 0000`],
     ["own candidates", "50 07", `${NONCE} 0000 00 08 ${V4_HEX.repeat(8)}`, `${NONCE} 0000 00 09 ${V4_HEX.repeat(9)}`],
     ["NAT", "50 07", `${NONCE} 0000 4f 00`, `${NONCE} 0000 50 00`, `${NONCE} 0000 ff 00`],
@@ -352,8 +371,16 @@ Deno.test("encode() and encodeHandshake() fill 1,200 bytes, and throw a RangeErr
     assert(read(full) && !read(Uint8Array.of(...full, 0)));
     assertThrows(() => encoded(new Uint8Array(fits + 1)), RangeError);
   }
-  const local = Array<string>(255).fill(V4);
-  assertThrows(() => encode({ type: "KEEPALIVE", cookie: NONCE, rttMs: 0, nat: NAT, local }, SEAL), RangeError);
+  const withLocal = (count: number) =>
+    encode({ type: "KEEPALIVE", cookie: NONCE, rttMs: 0, nat: NAT, local: Array<string>(count).fill(V4) }, SEAL);
+  assert(withLocal(8));
+  for (const count of [9, 255]) assertThrows(() => withLocal(count), RangeError);
+  const toName = (to: string, length = 0) =>
+    decode(encode({ type: "P2PTRANS", to, nonce: NONCE, call: 0, body: new Uint8Array(length) }, SEAL));
+  for (const name of ["a".repeat(255), "é".repeat(127), ""]) assert(toName(name));
+  for (const name of ["a".repeat(256), "é".repeat(128)]) assertThrows(() => toName(name), RangeError);
+  assert(toName("a".repeat(255), 909));
+  assertThrows(() => toName("a".repeat(255), 910), RangeError);
 });
 
 Deno.test("decode() takes no name from a server that could not be one, since it is shown as it is", () => {
@@ -533,8 +560,8 @@ Deno.test("createLimit() agrees with an exact token bucket, today and in 200 yea
       const limit = createLimit({ perSecond, burst });
       let now = began, thousandths = 1_000 * burst, allowed = 0; // of a token: integers, hence exact
       for (let round = 0; round < 5_000; round++) {
-        const waited = below((below(500) === 0 ? 1_000 * burst : 1_000) / perSecond),
-          cost = below(4) === 0 ? below(5) : 1;
+        const waited = below((below(500) === 0 ? 1_000 * burst : 1_000) / perSecond);
+        const cost = below(4) === 0 ? below(5) : 1;
         now += waited;
         thousandths = Math.min(1_000 * burst, thousandths + perSecond * waited);
         const isEnough = thousandths >= 1_000 * cost;
@@ -542,6 +569,16 @@ Deno.test("createLimit() agrees with an exact token bucket, today and in 200 yea
         if (isEnough) thousandths -= 1_000 * cost, allowed++;
       }
       assert(allowed > 1_000 && allowed < 5_000, `${allowed} of 5,000 were allowed`);
+    }
+  }
+});
+
+Deno.test("createLimit() allows the whole burst at once and no more, however its times are rounded", () => {
+  for (const [perSecond, burst] of [[0.3, 6], [3, 20], [7, 20], [30, 300], [49, 2_000], [2_000, 5_000]] as const) {
+    for (const now of [0, 1.7e12 + 0.1, 1.7e12 + 0.7]) {
+      const limit = createLimit({ perSecond, burst });
+      const allowed = Array.from({ length: 2 * burst }, () => limit(now)).filter(Boolean).length;
+      assertEquals(allowed, burst, `${perSecond} a second, ${burst} at once, at ${now}`);
     }
   }
 });
@@ -612,7 +649,8 @@ Deno.test("initiate() and respond() match the published vector, and so do the ke
   assertEquals([hex(ALICE.public), hex(BOB.public)], [ALICE_PUBLIC, BOB_PUBLIC]);
   const initiation = initiate(BY_ALICE, PAYLOAD)!;
   assertEquals(hex(initiation.message), hex(FIRST));
-  const response = respond(BY_BOB, FIRST)!;
+  const first = Uint8Array.from(FIRST), response = respond(BY_BOB, first)!;
+  first.fill(0xdd); // as a buffer that is used again
   assertEquals(response.payload, PAYLOAD);
   const { message, keys: bob } = response.answer(ANSWER);
   assertEquals(hex(message), hex(SECOND));
