@@ -780,8 +780,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
   });
   const rooms = [channel, paths, traversal, calls, delivery, ping];
 
-  /** The server's word on who the peer is; false if it cannot be. */
-  function onPeer(peer: Introduced): boolean {
+  function onPeer(peer: Introduced): boolean { // The server's word on who the peer is; false if it cannot be.
     if (!identity.renew(peer)) return false;
     lastError = null;
     calls.onAnswer();
@@ -833,8 +832,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
       resendLate();
     },
     onPunched: paths.punchAgain, // the word of the six-step flow: the peer's hole is open, so our next punch will pass
-    /** The server cannot pass something on. */
-    onError(reason: "unknown" | "offline"): void {
+    onError(reason: "unknown" | "offline"): void { // The server cannot pass something on.
       // After the server's restart "unknown" only means that the peer is not back yet.
       const isNew = !channel.wasOpen() && !delivery.hasHeard() && io.now - link.forgottenAt() > ALL_BACK_MS;
       lastError = "offline"; // should we wait in vain
@@ -1401,8 +1399,7 @@ const newAttempt = (number: number, theirs: Plan | null, cell: Cell, now: number
 });
 type Attempt = ReturnType<typeof newAttempt>;
 
-/** Who sprays: one conversation of this host at a time. */
-function createSprayTurn(io: Io) {
+function createSprayTurn(io: Io) { // Who sprays: one conversation of this host at a time.
   let takenAt = -Infinity;
   return {
     take(): boolean {
@@ -2688,19 +2685,8 @@ export function createClient(options: ClientOptions): Client {
 
 // ---------------------------------------------------------------------------------------------------- command line
 //
-// From here on it is about people and scripts: a line that they type becomes a command of the client, and its events are
-// told in words or in JSON. This part knows no more of the client than any other program: its commands and its events.
-
-const HELP = `Commands, one a line:
-  send NAME MESSAGE   send a message
-  getu [PREFIX]       list the users, with their public endpoints
-  path [NAME]         which way messages take
-  ping NAME [COUNT]   measure the round trip
-  nat                 what your NAT is like, and what that means
-  verify NAME         a code to compare with the other side, aloud
-  sleep SECONDS       wait (in scripts)
-  help, exit
-`;
+// The rest is for people and scripts: a line that they type becomes a command of the client, and its events are told in
+// words or in JSON. This part knows no more of the client than any other program does: its commands and its events.
 
 const USAGE = `Talks to other users of a Punch server, directly wherever a hole can be punched.
 
@@ -2717,13 +2703,20 @@ const USAGE = `Talks to other users of a Punch server, directly wherever a hole 
   --json              one JSON object a line on stdout
   --trace             every datagram on stderr
 
-${HELP}`;
+Commands, one a line:
+  send NAME MESSAGE   send a message
+  getu [PREFIX]       list the users, with their public endpoints
+  path [NAME]         which way messages take
+  ping NAME [COUNT]   measure the round trip
+  nat                 what your NAT is like, and what that means
+  verify NAME         a code to compare with the other side, aloud
+  sleep SECONDS       wait (in scripts)
+  help, exit
+`;
+const HELP = USAGE.slice(USAGE.indexOf("Commands, one a line"));
 
-/** What a line can say: a command of the client, or to wait. */
-export type Typed = Command | { command: "sleep"; seconds: number };
-
-/** A line as a command. An error says what is wrong with it, as a line of HELP; null: there is nothing to do. */
-export function parseCommand(line: string): Typed | "help" | Error | null {
+/** A line as a command. An error says what is wrong with it; null: there is nothing to do. */
+export function parseCommand(line: string): Command | { command: "sleep"; seconds: number } | "help" | Error | null {
   const [verb, peer, times = 3] = line.match(/\S+/g) ?? [], count = Number(times);
   const isCount = Number.isInteger(count) && count > 0 && count <= 1000;
   if (verb === undefined) return null;
@@ -2745,8 +2738,13 @@ export function parseCommand(line: string): Typed | "help" | Error | null {
 /** How each event is told to people. */
 const WORDS: { [Name in ClientEvent["event"]]: (event: ClientEvent & { event: Name }) => string } = {
   login: ({ name, server, public: endpoint, users }) =>
-    `You are "${name}", seen at ${endpoint}; ${users} here. A colleague joins with:\n  deno task client ${server} <name>`,
-  users: usersInWords,
+    `You are "${name}", seen at ${endpoint}; ${users} here. A colleague joins with:\n` +
+    `  deno task client ${server} <name>`,
+  users: ({ users }) => {
+    const width = Math.max(0, ...users.map(({ name }) => columns(name)));
+    const lines = users.map((user) => `\n  ${user.name}${" ".repeat(width - columns(user.name))}  ${user.public}`);
+    return `${users.length} user${users.length === 1 ? "" : "s"}:${lines.join("")}`;
+  },
   message: ({ from, text, path }) => `${from}: ${harmless(text)}  (${path})`,
   sent: (sent) =>
     sent.ok
@@ -2764,8 +2762,9 @@ const WORDS: { [Name in ClientEvent["event"]]: (event: ClientEvent & { event: Na
   reconnected: () => "Connected again",
   logout: () => "Logged out",
 };
+
 const inWords = (event: ClientEvent) => (WORDS[event.event] as (event: ClientEvent) => string)(event);
-/** How things stand is told on stderr; messages and what was asked for on stdout. */
+/** These tell how things stand, on stderr; messages and answers go to stdout. */
 const ON_STDERR = ["login", "error", "reconnecting", "reconnected", "logout"];
 const FAILURES: Record<Reason, string> = {
   unknown: "there is no such user",
@@ -2775,12 +2774,6 @@ const FAILURES: Record<Reason, string> = {
   "too-long": `over ${MAX_MESSAGE_BYTES} bytes`,
   untrusted: "the key or the secret is another one; see verify and --secret-file",
 };
-
-function usersInWords({ users }: { users: { name: string; public: Endpoint }[] }): string {
-  const width = Math.max(0, ...users.map(({ name }) => columns(name)));
-  const lines = users.map((user) => `\n  ${user.name}${" ".repeat(width - columns(user.name))}  ${user.public}`);
-  return `${users.length} user${users.length === 1 ? "" : "s"}:${lines.join("")}`;
-}
 
 /** Columns that a text takes on a terminal: two for East Asian wide characters and emoji, none for marks. */
 const columns = (text: string) => [...text.replace(/\p{M}/gu, "").replace(WIDE, "__")].length;
@@ -2793,8 +2786,7 @@ const FILTERING: Record<NatClass["filtering"], string> = {
   EIF: "Anybody can write to you (EIF)",
   unknown: "A port you have not written to can write to you (EIF or ADF)",
 };
-/** Which port of a symmetric NAT the next destination sees. */
-const NEXT_PORT: Record<NatClass["allocation"], string> = {
+const NEXT_PORT: Record<NatClass["allocation"], string> = { // Which port of a symmetric NAT the next destination sees.
   preserving: "the one inside if it is free",
   sequential: "one after the other",
   block: "any of a block",
@@ -2802,15 +2794,14 @@ const NEXT_PORT: Record<NatClass["allocation"], string> = {
   unknown: "we do not know which",
 };
 
-/** What one's NAT means for reaching others. */
-function natInWords(nat: NatEvent): string {
-  const { mapping, allocation, hairpin } = nat, sees = "every destination sees the same port";
+function natInWords(nat: NatEvent): string { // What one's NAT means for reaching others.
+  const { mapping, allocation, hairpin } = nat;
   if (!nat.udp) return "UDP does not reach the server: it is blocked here, or the server is not running";
-  let kind = `${sees} (EIM)`;
+  const samePort = "every destination sees the same port";
+  let kind = mapping === "EIM"
+    ? `${samePort} (EIM)`
+    : `as far as one server can tell, ${samePort} (EIM, or ADM: --stun gives a second opinion)`;
   let outlook = "direct to everybody but those behind blocked UDP; to random symmetric NATs within seconds";
-  if (mapping === "unknown") {
-    kind = `as far as one server can tell, ${sees} (EIM, or ADM: --stun gives a second opinion)`;
-  }
   if (isSymmetric(nat)) {
     kind = `symmetric (${mapping}): each destination sees another port, ${NEXT_PORT[allocation]}`;
     outlook = allocation === "random" || allocation === "block"
@@ -2823,13 +2814,12 @@ function natInWords(nat: NatEvent): string {
   return [...lines, `So you are ${outlook}`].join("\n  ");
 }
 
-// ---------------------------------------------------------------------------------------------------- addresses and files
+// ---------------------------------------------------------------------------------------------------- addresses, files
 
 /** Interfaces of containers, virtual machines and tunnels: nobody at the other end can come in through them. */
 const DEAD_END_INTERFACES = /^(docker|veth|br-|virbr|tun|wg)/;
 
-/** IP addresses of this host at which it may be reached. */
-function localAddresses(): string[] {
+function localAddresses(): string[] { // IP addresses of this host at which it may be reached.
   const alive: string[] = [], deadEnds: string[] = [];
   try {
     for (const [name, entries = []] of Object.entries(networkInterfaces())) {
@@ -2851,8 +2841,7 @@ async function resolve(server: string, defaultPort: number): Promise<Endpoint[]>
   throw new Failure(`Cannot find the server "${host}": check the name, or give its IP address`);
 }
 
-/** The keys in a file, made now if there is no such file. */
-function identity(file: string): KeyPair {
+function identity(file: string): KeyPair { // The keys in a file, made now if there is no such file.
   let mode: number, digits: string, verb = "create";
   try {
     if (!existsSync(file)) writeFileSync(file, hex(generateKeys().secret) + "\n", { mode: 0o600, flag: "wx" });
@@ -2868,19 +2857,20 @@ function identity(file: string): KeyPair {
   throw new Failure(`"${file}" is not an identity: 64 hex digits; name another file, and it will be created`);
 }
 
-/** 20 letters of an alphabet of 32 without look-alikes: 100 bits. */
-function newSecret(): string {
+function newSecret(): string { // 20 letters of an alphabet of 32 without look-alikes: 100 bits.
   const letters = [...randomBytes(20)].map((byte) => "abcdefghijkmnpqrstuvwxyz23456789"[byte % 32]);
   return letters.join("").replace(/(.{4})(?!$)/g, "$1-");
 }
 
 // ---------------------------------------------------------------------------------------------------- screen and main
 
-/** A terminal with a prompt, or pipes. */
-function createScreen() {
+function createScreen() { // Where lines are typed and events are shown: a terminal with a prompt, or else pipes.
   const { stdin, stdout } = process;
   const terminal = stdin.isTTY ? createInterface({ input: stdin, output: stdout, prompt: "> " }) : null;
   const lines = terminal?.[Symbol.asyncIterator]() ?? pipedLines();
+  let isOpen = terminal !== null;
+  terminal?.on("close", () => isOpen = false); // as by Ctrl-D: from then on a prompt would throw
+  const prompt = (keepsCursor = false) => isOpen && terminal?.prompt(keepsCursor);
   const ask = async (what: string): Promise<string> => {
     if (!terminal) throw new UsageError(`The ${what} is missing`);
     stdout.write(`${what}: `);
@@ -2889,11 +2879,12 @@ function createScreen() {
     return value.trim() || ask(what);
   };
   const show = (text: string, stream: "stdout" | "stderr") => {
-    if (terminal) stdout.write("\x1b[1G\x1b[2K"); // clears the line of the prompt
+    if (terminal) stdout.write("\x1b[1G\x1b[2K"); // goes to the first column and clears the line of the prompt
     const isDim = terminal && stream === "stderr" && !environment("NO_COLOR");
     process[stream].write((isDim ? `\x1b[2m${text}\x1b[0m` : text) + "\n");
+    prompt(true);
   };
-  return { terminal, lines, ask, show };
+  return { terminal, lines, ask, show, prompt };
 }
 type Screen = ReturnType<typeof createScreen>;
 
@@ -2965,7 +2956,7 @@ async function main(): Promise<void> {
 
 /** Carries out line after line. On a terminal the next one need not wait for what comes of the one before. */
 async function converse(client: Client, screen: Screen, args: { port: number; json: boolean; trace: boolean }) {
-  const { terminal, lines, show } = screen, trace = args.trace ? createTrace() : undefined;
+  const { terminal, lines, show, prompt } = screen, trace = args.trace ? createTrace() : undefined;
   let isListDue = false, hasFailed = false, isOver = false;
   let onEvent: (event: ClientEvent) => void = () => {};
   const until = (fits: (event: ClientEvent) => boolean) =>
@@ -2974,7 +2965,6 @@ async function converse(client: Client, screen: Screen, args: { port: number; js
   function say(event: ClientEvent): void {
     if (args.json) console.log(jsonLine(event));
     else show(inWords(event), ON_STDERR.includes(event.event) ? "stderr" : "stdout");
-    if (!args.json && !isOver) terminal?.prompt(true);
     const isError = event.event === "error";
     const isList = isListDue && (event.event === "users" || (isError && event.code === "unreachable"));
     isListDue = event.event === "login" || (isListDue && !isList);
@@ -2987,11 +2977,12 @@ async function converse(client: Client, screen: Screen, args: { port: number; js
   function end(code: number): void {
     if (isOver) return;
     isOver = true;
+    terminal?.close();
     perform({ command: "exit" });
     setTimeout(() => process.exit(code), GOODBYE_MS);
   }
   function carryOut(command: Command): Promise<void> {
-    const verb = command.command, answer = { send: "sent", getu: "users" }[verb as string] ?? verb;
+    const verb = command.command, answer = verb === "send" ? "sent" : verb === "getu" ? "users" : verb;
     let left = command.command === "ping" ? command.count : 1;
     const outcome = until((event) => {
       if (event.event === answer) left--;
@@ -3011,7 +3002,7 @@ async function converse(client: Client, screen: Screen, args: { port: number; js
 
   await until(({ event }) => event === "login");
   perform({ command: "getu", prefix: "" });
-  terminal?.prompt();
+  prompt();
   for await (const line of lines) {
     const typed = parseCommand(line);
     trace?.restart();
@@ -3020,7 +3011,7 @@ async function converse(client: Client, screen: Screen, args: { port: number; js
     else if (typed?.command === "sleep") await new Promise((done) => setTimeout(done, typed.seconds * 1000));
     else if (typed?.command === "exit") break;
     else if (typed) await (terminal ? perform(typed) : carryOut(typed));
-    terminal?.prompt();
+    prompt();
   }
   end(hasFailed && !terminal ? 1 : 0);
 }

@@ -929,25 +929,6 @@ export function createLimit(rate: Rate): Limit {
   };
 }
 
-/** A token bucket: so much at once, so much a second from then on. */
-export interface Bucket {
-  /** What is left. */ tokens: number;
-  /** When that was so, in ms. */ at: number;
-}
-
-/** A full bucket. */
-export function fullBucket(rate: Rate, now: number): Bucket {
-  return { tokens: rate.burst, at: now };
-}
-
-/** Takes `cost` tokens if they are there; `now` in ms. */
-export function spend(bucket: Bucket, rate: Rate, { cost = 1, now }: { cost?: number; now: number }): boolean {
-  const tokens = Math.min(rate.burst, bucket.tokens + Math.max(0, now - bucket.at) / 1000 * rate.perSecond);
-  bucket.tokens = tokens >= cost ? tokens - cost : tokens;
-  bucket.at = now;
-  return tokens >= cost;
-}
-
 // ---------------------------------------------------------------------------------------------------- keys
 // X25519 (RFC 7748) lets two ends agree on a secret of which both public keys show nothing; HKDF makes keys of it.
 // What node:crypto returns is copied, since it is a Buffer, whose `slice` makes a view where that of an array copies.

@@ -23,14 +23,21 @@ import { randomBytes, timingSafeEqual } from "node:crypto";
 import process from "node:process";
 import { addressBytes, type Endpoint, formatEndpoint, hostOf, isIPv6, parseEndpoint, scopeOf } from "./protocol.ts";
 import { CONTROL, type Control, type ControlBody, controlHeader, decode, encode, isFromClient } from "./protocol.ts";
-import { hex, type Introduced, MAX_RELAYED_BYTES, MIN_CLIENT_BYTES, type NatClass, type User } from "./protocol.ts";
+import {
+  hex,
+  type Introduced,
+  MAX_NAME_BYTES,
+  MAX_RELAYED_BYTES,
+  MIN_CLIENT_BYTES,
+  type NatClass,
+} from "./protocol.ts";
 import { accept, isSeen, type ReplayWindow, replayWindow, sipHash, verifies } from "./protocol.ts";
 import { controlKeys, diffieHellman, type KeyPair, loginKey, passwordProof, publicNonce } from "./protocol.ts";
 import { conform, createLimit, type Rate } from "./protocol.ts";
 import { decodeStun, encodeStunResponse, STUN_CHANGE_REQUEST, STUN_RESPONSE_PORT } from "./protocol.ts";
 import { type Datagram, type Effect, listen, listenOrFail, type Machine } from "./protocol.ts";
-import { clock, createTrace, DEFAULT_PORT, exitWith, jsonLine, secretWords, UsageError, userName } from "./protocol.ts";
-import { generateKeys, keyFromWords } from "./protocol.ts";
+import { clock, createTrace, DEFAULT_PORT, exitWith, jsonLine, secretWords, UsageError } from "./protocol.ts";
+import { generateKeys, keyFromWords, type User, userName } from "./protocol.ts";
 
 // ---------------------------------------------------------------------------------------------------- options, events
 
@@ -50,21 +57,23 @@ export interface ServerOptions {
   /** The address of sockets 0 to 2 and that of 3 and 4, if there are two. */ hosts?: [string, string] | undefined;
 }
 
-/** A server without sockets. It wants 0: main port, 1: second port, 2: any port; and 3, 4: as 0, 1 at another address. */
+/** A server without sockets. It wants 0: main port, 1: second port, 2: any port; 3, 4: as 0, 1 at a second address. */
 export interface Server extends Machine<ServerEvent> {
   /** Tells all clients that the server is going. */
   stop(): Effect<ServerEvent>[];
 }
 
-interface Io { // All that a room has of the outside. What rooms send and tell leaves in the order in which it happens.
+/** Everything that a room gets from outside. Whatever rooms send and emit leaves in the order in which it happens. */
+interface Io {
   readonly now: number;
   random(length: number): Uint8Array;
-  allows(key: string, what: keyof typeof LIMITS, cost?: number): boolean; // see "limits"; the key is a token or a prefix
+  allows(key: string, what: keyof typeof LIMITS, cost?: number): boolean; // the key: a token or a prefix
   emit(event: ServerEvent): void;
   send(to: Address, data: Uint8Array): void;
 }
 
-type Address = { endpoint: Endpoint; socket: number }; // An endpoint, and which of our sockets reaches it.
+/** An endpoint, and which of our sockets reaches it. */
+type Address = { endpoint: Endpoint; socket: number };
 
 /** The part of an address that one customer of a provider usually has to himself: IPv4 /24, IPv6 /48. */
 function prefixOf(endpoint: Endpoint): string {
@@ -76,8 +85,8 @@ const utf8 = new TextEncoder();
 
 // ---------------------------------------------------------------------------------------------------- the login ladder
 //
-// A client that wants to log in climbs it. Each rung shows more about the client and costs us more than the one below, so
-// that nobody has us work hard who has not worked himself. The ladder does not know who is logged in.
+// Whoever wants to log in climbs this ladder. Each rung tells us more about the client and costs us more than the one
+// before, so that nobody makes us work hard without working himself. The ladder does not know who is logged in.
 //
 //     rung                                         now we know that the client ...           it has cost us
 //     65 bytes, and there is room for a stranger   (nothing: see "limits")                   a look at them
@@ -85,13 +94,13 @@ const utf8 = new TextEncoder();
 //     there is room for a login of its prefix      is not one of thousands                   a number
 //     MAC under the key that both agree on         owns the public key in its LOGIN          an X25519
 //     proof of the password, if there is one       has been told the password                an HKDF
-//     the name is free, see `claim`                may have the name                         a session
+//     nobody else has the name, see `claim`        may have it                               a session
 
 /** A cookie is valid in its epoch and in the next one. For so long others can repeat a LOGIN that they have seen. */
 const COOKIE_EPOCH_MS = 30_000, COOKIE_LIFE_MS = 2 * COOKIE_EPOCH_MS;
 
 type Login = Control & { type: "LOGIN" };
-type Refusal = { reason: string; seconds: number }; // it makes sense to ask again after so many, if we know
+type Refusal = { reason: string; seconds: number }; // after which to ask again makes sense; 0: nobody knows
 type Admit = (login: Login, at: Address, shared: Uint8Array) => Refusal | undefined;
 
 function createLadder(io: Io, { keys, password }: ServerOptions, admit: Admit) {
@@ -139,7 +148,7 @@ function createLadder(io: Io, { keys, password }: ServerOptions, admit: Admit) {
 //                       +---+ KEEPALIVE with a cookie: it has moved       +--claim--> session
 
 const SILENCE_MS = 60_000; // after so long a client has vanished: three of its keepalives are lost
-const NAME_HELD_MS = 300_000; // for so much longer the key of a vanished client holds its name, if it has asked for that
+const NAME_HELD_MS = 300_000; // for so much longer the key of a vanished client that asked for it holds the name
 const REMEMBERED_MS = 3_600_000; // for so long a name that was here is called "offline" rather than "unknown"
 const MAX_USERS = 100_000, MAX_PER_ADDRESS = 2_000, MAX_PREFIXES = 50_000, MAX_REMEMBERED = 10_000;
 
@@ -160,7 +169,7 @@ interface Session {
   rttMs: number; // its round trip to us, as it has measured it
   heardAt: number;
 }
-type FormerUser = Pick<Session, "key" | "clock"> & { leftAt: number; heldMs: number };
+type FormerUser = Pick<Session, "key" | "clock"> & { leftAt: number; heldMs: number }; // so long the key holds the name
 type Claim = "new" | "again" | "replaces" | { refusedFor: number }; // seconds
 
 const UNKNOWN_NAT: NatClass = { mapping: "unknown", filtering: "unknown", allocation: "unknown" };
@@ -178,20 +187,18 @@ function createSessions(io: Io, options: ServerOptions, directory: Directory, gr
   const usedLoginIds = new Map<string, number>(); // until when the cookie of that login is valid
   const usersAt = new Map<string, number>(); // how many a prefix has
 
-  /**
-   * Who may have a name: the first row that is true. An observer may repeat a LOGIN that he has seen. The key in it is the
-   * right one, but its clock is no later than the last one that we know.
-   *
-   *     the name is ...   and is asked for by ...                    claim
-   *     a session's       the very login that made the session       again: our WELCOME was lost
-   *     a session's       anybody but its key with a later clock     refused until it has been silent for 60 s
-   *     a former user's   another key                                refused while it is held for the former one
-   *     a former user's   its key, with no later clock               refused while it may be a repetition
-   *     anything else     anybody                                    new, or replaces the session
-   */
+  // Who may have a name: the first row that is true. An observer may repeat a LOGIN that he has seen: the key in it is
+  // the right one, but its clock is no later than the last one that we know.
+  //
+  //     the name is ...   and is asked for by ...                    claim
+  //     a session's       the very login that made the session       again: our WELCOME was lost
+  //     a session's       anybody but its key with a later clock     refused until it has been silent for 60 s
+  //     a former user's   another key                                refused while it is held for the former one
+  //     a former user's   its key, with no later clock               refused while it may be a repetition
+  //     anything else     anybody                                    new, or replaces the session
   function claim(login: Login, nonce: string): Claim {
-    const holder = directory.find(login.name), former = formerUsers.get(login.name), last = holder ?? former; // never both
-    const isSameKey = last !== undefined && sameKey(last.key, login.key);
+    const holder = directory.find(login.name), former = formerUsers.get(login.name); // never both
+    const last = holder ?? former, isSameKey = last !== undefined && sameKey(last.key, login.key);
     const isLater = isSameKey && login.counter > last.clock;
     const refusedUntil = (at: number) => ({ refusedFor: Math.max(0, Math.ceil((at - io.now) / 1000)) });
 
@@ -208,7 +215,7 @@ function createSessions(io: Io, options: ServerOptions, directory: Directory, gr
     const nonce = publicNonce(login.id), claimed = claim(login, nonce), holder = directory.find(login.name);
     if (typeof claimed === "object") return { reason: "name-taken", seconds: claimed.refusedFor };
     if (holder && claimed === "again") {
-      const hadNoWelcome = holder.window.highest < 0; // who has had it would not ask from elsewhere
+      const hadNoWelcome = holder.window.highest < 0; // a client that has had it does not ask from elsewhere
       if (at.endpoint !== holder.home.endpoint && hadNoWelcome) move(holder, at);
       return void greet(holder, login, at, false);
     }
@@ -257,8 +264,8 @@ function createSessions(io: Io, options: ServerOptions, directory: Directory, gr
   }
 
   function hasRoom({ endpoint }: Address): boolean {
-    const users = usersAt.get(prefixOf(endpoint));
-    return users === undefined ? usersAt.size < MAX_PREFIXES : users < maxPerAddress;
+    const users = usersAt.get(prefixOf(endpoint)) ?? 0;
+    return users < maxPerAddress && (users > 0 || usersAt.size < MAX_PREFIXES);
   }
 
   function countUser({ endpoint }: Address, change: 1 | -1): void {
@@ -294,7 +301,7 @@ function createSessions(io: Io, options: ServerOptions, directory: Directory, gr
   function sweep(): void {
     for (const [name, { leftAt }] of formerUsers) if (leftAt + REMEMBERED_MS <= io.now) formerUsers.delete(name);
     for (const [id, staleAt] of usedLoginIds) if (staleAt <= io.now) usedLoginIds.delete(id);
-    for (const session of byToken.values()) if (session.heardAt + SILENCE_MS <= io.now) remove(session, "vanished");
+    for (const session of byToken.values()) if (io.now - session.heardAt >= SILENCE_MS) remove(session, "vanished");
   }
 
   const find = (token: string) => byToken.get(token), all = () => byToken.values();
@@ -303,36 +310,29 @@ function createSessions(io: Io, options: ServerOptions, directory: Directory, gr
   return { find, all, wasHere, admit, hear, keepAlive, remove, toClient, refuse, sweep, isEmpty };
 }
 
-// ---------------------------------------------------------------------------------------------------- introduction, relay
+// ---------------------------------------------------------------------------------------------------- introductions
 //
-// A NAT lets a datagram in only where one went out before. So both must send at about the same time, each to where the
-// other one will be: this is what an introduction tells them. Until one of those datagrams has come through, everything
-// passes here, and the first message travels together with the call. This room cannot read what it passes on.
+// A NAT lets a datagram in only where one has gone out before. So both must send at about the same time, each to where
+// the other one is seen: this is what an introduction tells them. Until one of those datagrams has come through, all
+// messages pass here, and the first one travels together with the call. This room cannot read what it passes on.
 
-const MAX_PUNCH_DELAY_MS = 150; // most that the nearer of two peers waits, since both round trips are only their word
+const MAX_PUNCH_DELAY_MS = 150; // most that the nearer of two peers waits, since each round trip is a client's word
 
 /** Where a session's client has shown that it receives: IPv4, IPv6 or both. */
 const endpointsOf = ({ home, other }: Session) => other ? [home.endpoint, other.endpoint] : [home.endpoint];
 
-/** Whether two sessions come from behind the same NAT: the same IPv4 address, or the same /64. */
-function sameSite(one: Session, other: Session): boolean {
-  const siteOf = (endpoint: Endpoint) => hex(addressBytes(hostOf(endpoint))!.subarray(0, 8));
-  const sites = endpointsOf(other).map(siteOf);
-  return endpointsOf(one).some((endpoint) => sites.includes(siteOf(endpoint)));
-}
-
-/** Where `viewer` may try to reach `subject`: where we see it and, on the same site, the private addresses it named. */
+/** Where `viewer` may try to reach `subject`: where we see it and, behind the same NAT, its private addresses. */
 function candidatesFor(subject: Session, viewer: Session): Endpoint[] {
+  const siteOf = (endpoint: Endpoint) => hex(addressBytes(hostOf(endpoint))!.subarray(0, 8)); // IPv4 address, IPv6 /64
+  const sites = endpointsOf(viewer).map(siteOf);
+  const isSameSite = endpointsOf(subject).some((endpoint) => sites.includes(siteOf(endpoint)));
   const isThisHost = scopeOf(hostOf(subject.home.endpoint)) === "loopback"; // then nothing is nearer than that
-  const isLocal = (endpoint: Endpoint) => scopeOf(hostOf(endpoint)) === "private";
-  const local = sameSite(subject, viewer) && !isThisHost ? subject.local.filter(isLocal) : [];
-  return [...new Set([...local, ...endpointsOf(subject)])];
+  const isPrivate = (endpoint: Endpoint) => scopeOf(hostOf(endpoint)) === "private";
+  return [...new Set([...isSameSite && !isThisHost ? subject.local.filter(isPrivate) : [], ...endpointsOf(subject)])];
 }
 
-/**
- * Both introductions leave in the same tick. The nearer peer has its own earlier, by half the difference of the round
- * trips, and waits for so long: a Linux router may give a flow another port if the other side's datagram came first.
- */
+// Both introductions leave in the same tick. The nearer peer has its own earlier, by half the difference of the round
+// trips, and waits for so long: a Linux router may give a flow another port if the other side's datagram came first.
 function introduction(subject: Session, viewer: Session): Introduced {
   const punchAfterMs = Math.min(MAX_PUNCH_DELAY_MS, Math.max(0, (subject.rttMs - viewer.rttMs) >> 1));
   const { name, nonce, key, nat } = subject;
@@ -362,18 +362,19 @@ function createRelay(io: Io, { find }: Directory, { toClient, refuse, wasHere }:
   };
 }
 
-// ---------------------------------------------------------------------------------------------------- the list of users
+// ---------------------------------------------------------------------------------------------------- list of users
 //
-// In order of name, in pages of one datagram each; whoever wants more asks for what comes after the last name he has.
+// In order of name, in pages of one datagram each. Whoever wants more asks for what comes after the last name he has.
 
 const PAGE_BYTES = 1_040; // the last user begins at 1,039 at most: 1,039 + 92 for the longest + 60 around them = 1,191
 const PAGES_PER_ANSWER = 16; // more would overflow the asker's socket buffer (92 full datagrams on Linux)
 const ANNOUNCE_UP_TO = 16; // while so few are logged in, all hear of a newcomer: nobody has to ask before he writes
 
+const scratch = new Uint8Array(MAX_NAME_BYTES);
 const asUser = ({ name, nonce, key, home }: Session): User => ({ name, nonce, key, public: home.endpoint });
-/** Length and name, nonce, key, length and address, port: see `user` in protocol.ts. */
+/** Length and name, nonce, key, length and address, port; see `user` in protocol.ts. */
 const userBytes = ({ name, home }: Session) =>
-  1 + utf8.encode(name).length + 8 + 32 + 1 + (isIPv6(home.endpoint) ? 16 : 4) + 2;
+  1 + utf8.encodeInto(name, scratch).written + 8 + 32 + 1 + (isIPv6(home.endpoint) ? 16 : 4) + 2;
 
 function createList(io: Io, directory: Directory, { toClient, refuse }: Sessions) {
   function nextPage(entries: Iterator<Session>): User[] {
@@ -417,24 +418,24 @@ function createList(io: Io, directory: Directory, { toClient, refuse }: Sessions
 // one for each session or prefix. This room does not know what it limits.
 
 interface Rule extends Rate {
-  maxKeys?: number; // what is not among them when the table is full ...
-  whenFull?: Rate; // ... has this limit together with all others, or is refused
+  maxKeys?: number; // most keys at a time
+  whenFull?: Rate; // what all other keys together may do then; without it they are refused
 }
 const LIMITS = {
-  // For a session
+  // Of a session
   datagrams: { perSecond: 2_000, burst: 5_000 }, // of all kinds; 2,000 of 131 bytes are the 256 KiB below
   calls: { perSecond: 20, burst: 100 },
-  punches: { perSecond: 100, burst: 200 }, // others' calls have a client report them: no reason to have no calls left
+  punches: { perSecond: 100, burst: 200 }, // of reports that one has punched: others' calls must not use up one's own
   moves: { perSecond: 1, burst: 10 },
   pages: { perSecond: 200, burst: 2_000 },
   relayedBytes: { perSecond: 256 * 1024, burst: 512 * 1024 },
   errors: { perSecond: 10, burst: 20 },
-  // For a prefix. STUN cannot ask for a cookie, and only its answers are larger than the questions: 1.6 times, 2.2 with
+  // Of a prefix. STUN cannot ask for a cookie, and only its answers are larger than the questions: 1.6 times, 2.2 with
   // IPv6, 2.8 and 4.6 with a second address. Whoever forges a victim's address has no more than this sent to it.
   logins: { perSecond: 50, burst: 2_000, maxKeys: MAX_PREFIXES },
   stun: { perSecond: 50, burst: 400, maxKeys: 10_000, whenFull: { perSecond: 200, burst: 200 } },
 } satisfies Record<string, Rule>;
-// For all together. Of strangers there are those who seem to have a cookie, and the others.
+// Of all together. Those who seem to have a cookie and the other strangers each have their own limit.
 const STUN_ALTOGETHER: Rate = { perSecond: 2_000, burst: 2_000 }, STRANGERS: Rate = { perSecond: 5_000, burst: 5_000 };
 
 /** A limit for each key, by the same rule. What a key has used is forgotten when its limit is whole again. */
@@ -465,7 +466,7 @@ function createLimits() {
   const allows: Io["allows"] = (key, what, cost) => limiters[what].allows(key, time, cost);
   return {
     allows,
-    /** Limits count time from 0, so that sums are exact, and forwards, so that a clock which is set back refuses nobody. */
+    /** The limits' own time begins at 0, so that sums are exact; it never goes back, so that no limit stays used up. */
     setTime(now: number): void {
       time += Math.max(0, now - (last ?? now));
       last = now;
@@ -522,16 +523,16 @@ function createDirectory<T extends { name: string }>() {
 
 // ---------------------------------------------------------------------------------------------------- STUN
 //
-// How somebody's endpoint looks from here; answered from another port or address if he wants to know what his NAT lets in
-// (RFC 5780). It knows nobody, and keeps nothing. Its sockets:     main port   second port   any port
-//                                                  our address     0           1             2
-//                                                  a second one    3           4
+// How somebody's endpoint looks from here, told from another port or address if he wants to know what his NAT lets in
+// (RFC 5780). This room knows nobody and remembers nothing.
+//
+//     sockets           main port   second port   any port
+//     at our address    0           1             2
+//     at a second one   3           4
 
 const SECOND_PORT = 1, THIRD_PORT = 2, SECOND_ADDRESS = 3;
-/**
- * Which socket answers a STUN request that came in at socket 0, 1, ... (RFC 5780, section 6.1). Another port is the
- * third one, so that nobody who asks what his NAT lets in has ever written to where the answer comes from.
- */
+// Which socket answers a request that came in at socket 0, 1, ... (RFC 5780, section 6.1). Another port is the third
+// one, so that nobody who asks what his NAT lets in has ever written to where the answer comes from.
 const STUN_FROM = { same: [0, 1, 2, 3, 4], port: [2, 2, 0, 4, 3], address: [3, 4, 3, 0, 1], both: [4, 3, 4, 1, 0] };
 
 function createStun(io: Io, { hosts }: ServerOptions) {
@@ -553,8 +554,8 @@ function createStun(io: Io, { hosts }: ServerOptions) {
         const answer = { mapped: from, origin: own(answerer), other: own(STUN_FROM.both[socket]!) };
         return io.send({ socket: answerer, endpoint }, encodeStunResponse(asked, answer));
       }
-      // Without that socket it is an error: silence would look like a NAT that filters (RFC 5780, section 6.1). A classic
-      // client takes whatever comes in for the answer that it hopes for: there silence errs to the safe side.
+      // Without that socket it is an error: silence would look like a NAT that filters (RFC 5780, section 6.1). But a
+      // classic client takes whatever comes in for the answer that it hopes for: there silence errs to the safe side.
       if (asked.classic && asked.unknown.length === 0) return;
       io.send({ socket, endpoint: from }, encodeStunResponse({ ...asked, unknown }, { mapped: from }));
     },
@@ -565,7 +566,7 @@ function createStun(io: Io, { hosts }: ServerOptions) {
 
 const SWEEP_INTERVAL_MS = 1_000;
 
-/** Makes a server: the rooms, and all that goes from one to another. */
+/** Makes a server: all the rooms, and what goes from one to another. */
 export function createServer(options: ServerOptions): Server {
   let effects: Effect<ServerEvent>[] = [], sweepAt = Infinity;
   const limits = createLimits(), directory = createDirectory<Session>();
@@ -591,7 +592,7 @@ export function createServer(options: ServerOptions): Server {
     if (isNew) list.announce(session, sessions.all());
   }
 
-  /** In order of cost: whatever can be thrown away is, before it costs more. */
+  /** In order of cost: what can be thrown away is thrown away before it costs more. */
   function receive(datagram: Datagram): void {
     const { data, socket, from } = datagram, at = { socket, endpoint: from };
     if (data[0]! < 4) return limits.mayAskStun(from) ? stun.answer(datagram) : undefined;
@@ -661,6 +662,8 @@ const USAGE = `The rendezvous server of Punch.
   --trace              every datagram on stderr
   --quiet              only errors
 `;
+const OPEN_TO_ALL =
+  "Anybody may log in: no --password-file, and no PUNCH_PASSWORD (which Deno shows with --allow-env only)";
 const LOG_LINES: Rate = { perSecond: 20, burst: 200 };
 const GOODBYE_MS = 50; // long enough for the last datagrams to leave
 
@@ -714,11 +717,7 @@ async function main(): Promise<void> {
     return listen(server, { sockets, onEvent: say, onDatagram });
   };
   const running = await listenOrFail(run, { host: args.host, json: args.json });
-  if (!password && !args.json && !args.quiet) {
-    console.error(
-      "Anybody may log in: no --password-file, and no PUNCH_PASSWORD (which Deno shows with --allow-env only)",
-    );
-  }
+  if (!password && !args.json && !args.quiet) console.error(OPEN_TO_ALL);
   say({ event: "listening", address, port: running.ports[0]!, altPort: running.ports[1]! });
   const stop = () => {
     running.perform(server.stop());
