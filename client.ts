@@ -1377,12 +1377,8 @@ const ATTEMPTS_PER_PEER: Rate = { perSecond: 0.2, burst: 6 };
 
 type Plan = Peer & { type: "P2PPLAN" };
 
-interface Cell { // What it takes for symmetric, and whether our ports cannot be predicted then.
-  symmetric: boolean; // us,
-  peerSymmetric: boolean; // and the peer
-  random: boolean;
-  peerRandom: boolean;
-}
+/** Whom an attempt takes for symmetric, and whose ports nobody can predict then. */
+type Cell = { symmetric: boolean; peerSymmetric: boolean; random: boolean; peerRandom: boolean };
 
 const newAttempt = (number: number, theirs: Plan | null, cell: Cell, now: number) => ({
   number,
@@ -1726,11 +1722,8 @@ interface PeerSession {
   second: Uint8Array | null; // we answered, and the peer has not shown yet that it knows: all that we send carries this
 }
 
-interface Opening { // We are opening a session: first by asking the server who that is, then with a handshake.
-  tries: number;
-  dueAt: number;
-  handshake: { index: number; initiation: Initiation } | null;
-}
+/** We are opening a session: first by asking the server who that is, then with a handshake. */
+type Opening = { tries: number; dueAt: number; handshake: { index: number; initiation: Initiation } | null };
 
 type Party = Pick<User, "name" | "nonce">; // One side of a handshake.
 type First = Handshake & { type: "P2PFIRST" };
@@ -1749,24 +1742,8 @@ interface Line { // Whom a peer's datagram is for, and in which session; null: t
 }
 
 /** Finds the line of a datagram: by the index that we chose, or for the first one by its ephemeral key. */
-interface Switchboard {
-  newIndex(): number;
-  byIndex: Map<number, Line>;
-  byEphemeral: Map<string, Line>;
-}
-
-function createSwitchboard(io: Io): Switchboard {
-  const byIndex = new Map<number, Line>();
-  return {
-    byIndex,
-    byEphemeral: new Map(),
-    newIndex() {
-      let index = randomNumber(io, 32);
-      while (byIndex.has(index)) index = randomNumber(io, 32);
-      return index;
-    },
-  };
-}
+const createSwitchboard = () => ({ byIndex: new Map<number, Line>(), byEphemeral: new Map<string, Line>() });
+type Switchboard = ReturnType<typeof createSwitchboard>;
 
 /** What a handshake is about: who with whom, in which login of each. Names have no blanks. */
 const prologue = (initiator: Party, responder: Party) =>
@@ -1778,7 +1755,7 @@ function createChannel(
   io: Io,
   { relay, server, peer, isTrusted }: Context,
   options: ClientOptions,
-  { byIndex, byEphemeral, newIndex }: Switchboard,
+  { byIndex, byEphemeral }: Switchboard,
   on: Record<ChannelEvent, () => void> & {
     payload(): Peer; // what travels inside the first message
     isNeeded(tries: number): boolean; // whether anything still waits for a session
@@ -1802,6 +1779,11 @@ function createChannel(
   }
 
   // -- opening
+
+  function newIndex(): number {
+    const index = randomNumber(io, 32);
+    return byIndex.has(index) ? newIndex() : index;
+  }
 
   function dropHandshake(): void {
     if (!opening?.handshake) return;
@@ -1974,16 +1956,11 @@ const WINDOW_FIRST = 16, WINDOW_MIN = 4, WINDOW_MAX = 64;
 /** What two bits of an acknowledgement say of a part: it is missing, or how its first copy has arrived. */
 const ARRIVALS: (PathKind | null)[] = [null, "relay", "direct", "lan"];
 
-interface Message {
-  id: string;
-  startedAt: number;
-}
-
 interface Part { // A piece of a message, which fits into a datagram.
   seq: number;
   left: number; // so many more follow
   bytes: Uint8Array;
-  message: Message;
+  message: { id: string; startedAt: number };
   tries: number;
   sentAt: number;
   dueAt: number; // when to send it again; Infinity: it has arrived, or travels in a handshake, which sees to it
@@ -1991,13 +1968,14 @@ interface Part { // A piece of a message, which fits into a datagram.
   arrival: PathKind | null; // the peer has it; how its first copy came
 }
 
-interface Incoming {
-  stream: string; // of the peer's program: a new run numbers its parts from 0 again
-  next: number; // all before this has been delivered or given up
-  parts: Map<number, { left: number; part: Uint8Array }>;
-  arrivals: Map<number, PathKind>; // how the first copy of each recent part came
-  message: Uint8Array[]; // the parts so far of the message that comes next
-}
+const newIncoming = (stream: string) => ({
+  stream, // of the peer's program: a new run numbers its parts from 0 again
+  next: 0, // all before this has been delivered or given up
+  parts: new Map<number, { left: number; part: Uint8Array }>(),
+  arrivals: new Map<number, PathKind>(), // how the first copy of each recent part came
+  message: [] as Uint8Array[], // the parts so far of the message that comes next
+});
+type Incoming = ReturnType<typeof newIncoming>;
 
 type MessageFrame = Peer & { type: "P2PMESSAGE" };
 type AckFrame = Peer & { type: "P2PMESSAGEACK" };
@@ -2059,7 +2037,7 @@ export function createDelivery(
     if (parts.length === 0) progressAt = io.now;
     on.talk();
     const count = Math.ceil(text.length / MAX_PART_BYTES);
-    const message: Message = { id: `${stream.slice(0, 8)}-${nextSeq + count - 1}`, startedAt: io.now };
+    const message: Part["message"] = { id: `${stream.slice(0, 8)}-${nextSeq + count - 1}`, startedAt: io.now };
     for (let left = count - 1, at = 0; left >= 0; left--, at += MAX_PART_BYTES) {
       const bytes = text.subarray(at, at + MAX_PART_BYTES);
       parts.push({ seq: nextSeq++, left, bytes, message, tries: 0, sentAt: 0, dueAt: 0, over: null, arrival: null });
@@ -2148,7 +2126,7 @@ export function createDelivery(
     unacknowledge(gone, io.now + timeout(way().rtt, 1));
   }
 
-  function fail(message: Message, reason: Reason): void {
+  function fail(message: Part["message"], reason: Reason): void {
     parts = parts.filter((part) => part.message !== message);
     if (parts[0]?.arrival) progressAt = io.now;
     unacknowledge(parts.slice(0, 1));
@@ -2161,8 +2139,7 @@ export function createDelivery(
   // -- inwards
 
   function openStream(stream: string): void {
-    if (incoming?.stream === stream) return;
-    incoming = { stream, next: 0, parts: new Map(), arrivals: new Map(), message: [] };
+    if (incoming?.stream !== stream) incoming = newIncoming(stream);
   }
 
   function onPart(
@@ -2317,19 +2294,19 @@ function createPing(
 const LIST_RETRY_MS = 500, LIST_TRIES = 8;
 const MAX_LISTED = 1_000_000;
 
-interface Listing {
-  prefix: string;
-  after: string; // those up to here have come
-  users: User[];
-  pages: Map<number, User[]>; // of the last question
-  asked: number;
-  tries: number;
-  dueAt: number;
-  done(users: User[]): void;
-}
+const newListing = (prefix: string, done: (users: User[]) => void, now: number) => ({
+  prefix,
+  after: "", // those up to here have come
+  users: [] as User[],
+  pages: new Map<number, User[]>(), // of the last question
+  asked: 0,
+  tries: 0,
+  dueAt: now,
+  done,
+});
 
 function createList(io: Io, link: Link) {
-  const listings: Listing[] = [];
+  const listings: ReturnType<typeof newListing>[] = [];
 
   function wake(): void {
     const [listing] = listings;
@@ -2348,7 +2325,7 @@ function createList(io: Io, link: Link) {
     wake,
     wakeAt: () => link.session() ? listings[0]?.dueAt ?? Infinity : Infinity,
     ask(prefix: string, done: (users: User[]) => void): void {
-      listings.push({ prefix, after: "", users: [], pages: new Map(), asked: 0, tries: 0, dueAt: io.now, done });
+      listings.push(newListing(prefix, done, io.now));
       wake();
     },
     askAgain(): void { // We are in again: what was asked before is lost.
@@ -2553,7 +2530,7 @@ export function createClient(options: ClientOptions): Client {
     options,
     link,
     discovery,
-    switchboard: createSwitchboard(io),
+    switchboard: createSwitchboard(),
     user: (name) => known.get(name),
     isTrusted: (name, key) => !verified.has(name) || sameKey(verified.get(name)!, key),
     mayWarn: () => mayWarn(io.now),
