@@ -19,63 +19,16 @@
  */
 import { randomBytes, timingSafeEqual } from "node:crypto";
 import process from "node:process";
-import {
-  accept,
-  addressBytes,
-  type Bucket,
-  clock,
-  CONTROL,
-  type Control,
-  type ControlBody,
-  controlHeader,
-  controlKeys,
-  createTrace,
-  type Datagram,
-  decode,
-  decodeStun,
-  DEFAULT_PORT,
-  diffieHellman,
-  type Effect,
-  encode,
-  encodeStunResponse,
-  type Endpoint,
-  exitWith,
-  formatEndpoint,
-  fullBucket,
-  generateKeys,
-  hex,
-  hostOf,
-  type Introduced,
-  isFromClient,
-  isIPv6,
-  isSeen,
-  jsonLine,
-  keyFromWords,
-  type KeyPair,
-  listen,
-  listenOrFail,
-  loginKey,
-  type Machine,
-  MAX_RELAYED_BYTES,
-  MIN_CLIENT_BYTES,
-  type NatClass,
-  parseEndpoint,
-  passwordProof,
-  publicNonce,
-  type Rate,
-  type ReplayWindow,
-  replayWindow,
-  scopeOf,
-  secretWords,
-  sipHash,
-  spend,
-  STUN_CHANGE_REQUEST,
-  STUN_RESPONSE_PORT,
-  UsageError,
-  type User,
-  userName,
-  verifies,
-} from "./protocol.ts";
+import { addressBytes, type Endpoint, formatEndpoint, hostOf, isIPv6, parseEndpoint, scopeOf } from "./protocol.ts";
+import { hex, type Introduced, MAX_RELAYED_BYTES, MIN_CLIENT_BYTES, type NatClass, type User } from "./protocol.ts";
+import { CONTROL, type Control, type ControlBody, controlHeader, decode, encode, isFromClient } from "./protocol.ts";
+import { accept, isSeen, type ReplayWindow, replayWindow, sipHash, verifies } from "./protocol.ts";
+import { controlKeys, diffieHellman, type KeyPair, loginKey, passwordProof, publicNonce } from "./protocol.ts";
+import { type Bucket, fullBucket, type Rate, spend } from "./protocol.ts";
+import { decodeStun, encodeStunResponse, STUN_CHANGE_REQUEST, STUN_RESPONSE_PORT } from "./protocol.ts";
+import { type Datagram, type Effect, listen, listenOrFail, type Machine } from "./protocol.ts";
+import { clock, createTrace, DEFAULT_PORT, exitWith, jsonLine, secretWords, UsageError, userName } from "./protocol.ts";
+import { generateKeys, keyFromWords } from "./protocol.ts";
 
 // ---------------------------------------------------------------------------------------------------- constants
 
@@ -88,7 +41,7 @@ const REMEMBERED_MS = 3_600_000;
 /** A cookie is valid in its epoch and the next one. */
 const COOKIE_EPOCH_MS = 30_000;
 const SWEEP_INTERVAL_MS = 1_000;
-/** Most that the nearer of two peers waits with its punch (DESIGN 4). */
+/** Most that the nearer of two peers waits with its punch: a client may have measured a round trip that is wrong. */
 const MAX_PUNCH_DELAY_MS = 150;
 /** A page of users ends after so many bytes: one more user (92 bytes at most) and the fields of WELCOME still fit. */
 const PAGE_BYTES = 1040;
@@ -138,18 +91,14 @@ export type ServerEvent =
 
 /** What the server is made of; everything random comes in here. */
 export interface ServerOptions {
-  /** The server's own keys. */
-  keys: KeyPair;
-  /** So many unpredictable bytes. */
-  random: (length: number) => Uint8Array;
-  /** scrypt of the password, if one is asked for. */
-  password?: Uint8Array | undefined;
-  /** Most users at a time. */
-  maxUsers?: number | undefined;
-  /** Most users at a time from one address. */
-  maxPerAddress?: number | undefined;
-  /** The address of sockets 0 to 2 and that of 3 and 4, if there is a second one. */
-  hosts?: [string, string] | undefined;
+  /** The server's own keys. */ keys: KeyPair;
+  /** So many unpredictable bytes. */ random: (length: number) => Uint8Array;
+  /** scrypt of the password, if one is asked for. */ password?: Uint8Array | undefined;
+  /** Most users at a time. */ maxUsers?: number | undefined;
+  /** Most users at a time from one /24 or IPv6 /48. */ maxPerAddress?: number | undefined;
+  /** The address of sockets 0 to 2 and that of 3 and 4, if there is a second one. */ hosts?:
+    | [string, string]
+    | undefined;
 }
 
 /** A server without sockets. It wants 0: main port, 1: second port, 2: any port, and 3, 4: as 0, 1 at another address. */
@@ -165,26 +114,20 @@ interface Address {
 }
 
 interface Session {
-  /** Index of the session, known to its client alone. */
-  token: string;
-  /** The login's clock: an older LOGIN is a replay. */
-  clock: number;
+  token: string; // index of the session, known to its client alone
+  clock: number; // counter of its LOGIN: a LOGIN with an older one is a replay
   name: string;
-  /** Of the login, as other users know it. */
-  nonce: string;
-  key: Uint8Array;
-  keys: { toServer: Uint8Array; toClient: Uint8Array };
-  window: ReplayWindow;
-  sent: number;
-  /** Where the client logged in from; has returned a cookie. */
-  home: Address;
-  /** The same client in the other IP version; has returned a cookie too. */
-  other: Address | null;
-  /** Its own idea of its addresses. */
-  local: Endpoint[];
-  keepName: boolean;
-  nat: NatClass;
-  rttMs: number;
+  nonce: string; // by which other users know this login
+  key: Uint8Array; // the client's X25519 public key
+  keys: { toServer: Uint8Array; toClient: Uint8Array }; // of the MACs
+  window: ReplayWindow; // which counters it has used
+  sent: number; // the last counter that we have used
+  home: Address; // where it has returned a cookie from: first with LOGIN, later with KEEPALIVE
+  other: Address | null; // the same client in the other IP version; has returned a cookie too
+  local: Endpoint[]; // what it takes its own addresses to be
+  keepName: boolean; // whether its key holds the name for a while after it has vanished
+  nat: NatClass; // what it takes its NAT to be
+  rttMs: number; // its round trip to us, as it has measured it
   heardAt: number;
   buckets: Record<keyof typeof PER_SESSION, Bucket>;
 }
@@ -265,6 +208,8 @@ const asUser = ({ name, nonce, key, home }: Session): User => ({ name, nonce, ke
 /** Its size in a datagram: see `user` in protocol.ts. */
 const userBytes = (session: Session) => 44 + Buffer.byteLength(session.name) + (isIPv6(session.home.endpoint) ? 16 : 4);
 
+const sameKey = (one: Uint8Array, other: Uint8Array) => one.every((byte, i) => byte === other[i]);
+
 // ---------------------------------------------------------------------------------------------------- machine
 
 /** Makes a server. */
@@ -274,20 +219,20 @@ export function createServer(options: ServerOptions): Server {
   const sessions = new Map<string, Session>();
   const directory = createDirectory<Session>();
   /** Names that were here; `key` still holds its name until `heldUntil`, and a LOGIN of old may come again. */
-  const past = new Map<
+  const formerUsers = new Map<
     string,
     Record<"clock" | "heldUntil" | "replayUntil" | "forgetAt", number> & Pick<User, "key">
   >();
   /** Logins whose cookie is still good: when it will not be. */
-  const accepted = new Map<string, number>();
+  const usedLoginIds = new Map<string, number>();
   /** Of each address that has returned a cookie: how many users, and its bucket of logins. */
   const addresses = new Map<string, { users: number; logins: Bucket }>();
   /** Of each address that has lately sent STUN requests, or whose name somebody has put on his. */
-  const stunned = new Map<string, Bucket>();
+  const stunBuckets = new Map<string, Bucket>();
   const stunWhenFull = fullBucket(STUN_WHEN_FULL, 0), stunAltogether = fullBucket(STUN_ALTOGETHER, 0);
   /** Of our sockets; 0: not open. */
   const ports = [0, 0, 0, 0, 0];
-  const strangers = fullBucket(STRANGERS, 0), claimants = fullBucket(STRANGERS, 0);
+  const strangers = fullBucket(STRANGERS, 0), withCookie = fullBucket(STRANGERS, 0);
   let sweepAt = Infinity;
 
   // -- STUN: how a stranger's endpoint looks from here
@@ -295,8 +240,10 @@ export function createServer(options: ServerOptions): Server {
   /** A refusal is silence, as a lost datagram would be. */
   function mayAskStun(from: Endpoint, now: number): boolean {
     const prefix = prefixOf(from);
-    let bucket = stunned.get(prefix);
-    if (!bucket && stunned.size < MAX_STUN_ADDRESSES) stunned.set(prefix, bucket = fullBucket(STUN_PER_ADDRESS, now));
+    let bucket = stunBuckets.get(prefix);
+    if (!bucket && stunBuckets.size < MAX_STUN_ADDRESSES) {
+      stunBuckets.set(prefix, bucket = fullBucket(STUN_PER_ADDRESS, now));
+    }
     if (sweepAt === Infinity) sweepAt = now + SWEEP_INTERVAL_MS;
     const own = bucket ? spend(bucket, STUN_PER_ADDRESS, { now }) : spend(stunWhenFull, STUN_WHEN_FULL, { now });
     return own && spend(stunAltogether, STUN_ALTOGETHER, { now });
@@ -327,11 +274,11 @@ export function createServer(options: ServerOptions): Server {
   }
 
   /** Strangers have a share of the server's time, and those who seem to bring a cookie back have one of their own. */
-  function mayBeRead({ data }: Datagram, now: number): boolean {
+  function isWorthDecoding({ data }: Datagram, now: number): boolean {
     if (data.length < MIN_CLIENT_BYTES) return false; // not even a cookie in answer: that could be larger
     // The cookie is the first field of LOGIN, behind the header of 16 bytes.
     const hasCookie = data[1] === CONTROL.LOGIN.code && data.subarray(16, 24).some((byte) => byte !== 0);
-    return spend(hasCookie ? claimants : strangers, STRANGERS, { now });
+    return spend(hasCookie ? withCookie : strangers, STRANGERS, { now });
   }
 
   // -- cookies: what shows that somebody receives at an address, without our keeping anything
@@ -354,14 +301,14 @@ export function createServer(options: ServerOptions): Server {
 
   // -- sessions
 
-  function tell(session: Session, message: ControlBody, to: Address = session.home): Effect<ServerEvent> {
+  function toClient(session: Session, message: ControlBody, to: Address = session.home): Effect<ServerEvent> {
     const data = encode(message, { id: session.token, counter: ++session.sent, key: session.keys.toClient });
     return { kind: "send", socket: to.socket, to: to.endpoint, data };
   }
 
   function refuse(session: Session, reason: string, about: string, now: number): Effect<ServerEvent>[] {
     if (!allows(session, "errors", { now })) return [];
-    return [tell(session, { type: "ERROR", reason, about, seconds: 0 })];
+    return [toClient(session, { type: "ERROR", reason, about, seconds: 0 })];
   }
 
   function remove(session: Session, reason: "left" | "vanished" | "replaced", now: number): Effect<ServerEvent>[] {
@@ -370,11 +317,11 @@ export function createServer(options: ServerOptions): Server {
     addresses.get(prefixOf(session.home.endpoint))!.users--;
     if (reason !== "replaced") {
       const held = reason === "vanished" && session.keepName;
-      if (past.size >= MAX_REMEMBERED) {
-        const free = past.entries().find(([, { heldUntil }]) => heldUntil <= now); // the oldest; held only if all are
-        past.delete(free ? free[0] : past.keys().next().value!);
+      if (formerUsers.size >= MAX_REMEMBERED) {
+        const free = formerUsers.entries().find(([, { heldUntil }]) => heldUntil <= now); // the oldest; held only if all are
+        formerUsers.delete(free ? free[0] : formerUsers.keys().next().value!);
       }
-      past.set(session.name, {
+      formerUsers.set(session.name, {
         key: session.key,
         clock: session.clock,
         heldUntil: held ? now + NAME_HELD_MS : now,
@@ -432,18 +379,18 @@ export function createServer(options: ServerOptions): Server {
       const proof = Buffer.from(passwordProof(shared, { password, id: message.id }));
       if (!timingSafeEqual(proof, Buffer.from(message.proof))) return deny("bad-password");
     }
-    const holder = directory.find(message.name), former = past.get(message.name); // never both
-    const last = holder ?? former, isHers = last !== undefined && hex(last.key) === hex(message.key);
+    const holder = directory.find(message.name), former = formerUsers.get(message.name); // never both
+    const last = holder ?? former, isSame = last !== undefined && sameKey(last.key, message.key);
     const nonce = publicNonce(message.id), at = { endpoint: from, socket };
-    if (holder && isHers && holder.nonce === nonce) { // our WELCOME was lost; who has had it would not ask from elsewhere
+    if (holder && isSame && holder.nonce === nonce) { // our WELCOME was lost; who has had it would not ask from elsewhere
       const isElsewhere = from !== holder.home.endpoint && holder.window.highest < 0;
       return [...isElsewhere ? move(holder, at, now) : [], welcome(holder, message, at)];
     }
-    const freeAt = holder ? holder.heardAt + SILENCE_MS : former?.[isHers ? "replayUntil" : "heldUntil"] ?? 0;
-    const isNewer = isHers && message.counter > last.clock; // else it may be a replay
-    const seconds = Math.max(0, Math.ceil((freeAt - now) / 1000));
-    if (!isNewer && (holder || freeAt > now)) return deny("name-taken", seconds);
-    if (accepted.has(message.id)) return deny("name-taken"); // a replay, after others have had the name
+    const nameFreeAt = holder ? holder.heardAt + SILENCE_MS : former?.[isSame ? "replayUntil" : "heldUntil"] ?? 0;
+    const isNewer = isSame && message.counter > last.clock; // else it may be a replay
+    const seconds = Math.max(0, Math.ceil((nameFreeAt - now) / 1000));
+    if (!isNewer && (holder || nameFreeAt > now)) return deny("name-taken", seconds);
+    if (usedLoginIds.has(message.id)) return deny("name-taken"); // a replay, after others have had the name
     const stays = holder && prefixOf(holder.home.endpoint) === prefixOf(from);
     if ((!holder && directory.size() >= maxUsers) || (!stays && !hasRoom(from))) return deny("full");
 
@@ -477,9 +424,9 @@ export function createServer(options: ServerOptions): Server {
     };
     sessions.set(token, session);
     directory.put(session);
-    past.delete(session.name);
-    if (accepted.size >= MAX_USERS) accepted.delete(accepted.keys().next().value!);
-    accepted.set(message.id, now + 2 * COOKIE_EPOCH_MS);
+    formerUsers.delete(session.name);
+    if (usedLoginIds.size >= MAX_USERS) usedLoginIds.delete(usedLoginIds.keys().next().value!);
+    usedLoginIds.set(message.id, now + 2 * COOKIE_EPOCH_MS);
     address.users++;
     if (sweepAt === Infinity) sweepAt = now + SWEEP_INTERVAL_MS;
     return [
@@ -509,7 +456,7 @@ export function createServer(options: ServerOptions): Server {
     if (total > ANNOUNCE_UP_TO) return [];
     const users = [asUser(session)];
     return [...directory.all()].filter((other) => other !== session).map((other) =>
-      tell(other, { type: "USERS", asked: 0, page: 0, last: 0, more: 0, total, users })
+      toClient(other, { type: "USERS", asked: 0, page: 0, last: 0, more: 0, total, users })
     );
   }
 
@@ -536,7 +483,7 @@ export function createServer(options: ServerOptions): Server {
     if (!allows(session, "pages", { cost: pages.length, now })) return refuse(session, "busy", "", now);
     const total = directory.size(), last = pages.length - 1;
     return pages.map((users, page) =>
-      tell(session, { type: "USERS", asked: asked.counter, page, last, more, total, users })
+      toClient(session, { type: "USERS", asked: asked.counter, page, last, more, total, users })
     );
   }
 
@@ -551,19 +498,19 @@ export function createServer(options: ServerOptions): Server {
 
   function relay(session: Session, message: Control & { type: "P2PTRANS" }, now: number): Effect<ServerEvent>[] {
     const target = directory.find(message.to);
-    if (!target) return refuse(session, past.has(message.to) ? "offline" : "unknown", message.to, now);
+    if (!target) return refuse(session, formerUsers.has(message.to) ? "offline" : "unknown", message.to, now);
     const cost = message.body.length;
     if (cost > MAX_RELAYED_BYTES) return refuse(session, "too-long", message.to, now);
     if (!allows(session, "relayedBytes", { cost, now })) return refuse(session, "busy", message.to, now);
     const isCurrent = message.nonce === target.nonce; // else it is sealed for a login of old: nobody could open it
     if (isCurrent && !message.call) {
-      return [tell(target, { type: "RELAYED", from: session.name, nonce: session.nonce, body: message.body })];
+      return [toClient(target, { type: "RELAYED", from: session.name, nonce: session.nonce, body: message.body })];
     }
     if (!allows(session, "calls", { now })) return refuse(session, "busy", message.to, now);
     const body = isCurrent ? message.body : new Uint8Array(0);
     return [
-      tell(target, { type: "P2PSOMEONEWANTTOCALLYOU", peer: introduction(session, target), body }),
-      tell(session, { type: "INTRODUCTION", peer: introduction(target, session) }),
+      toClient(target, { type: "P2PSOMEONEWANTTOCALLYOU", peer: introduction(session, target), body }),
+      toClient(session, { type: "INTRODUCTION", peer: introduction(target, session) }),
     ];
   }
 
@@ -580,7 +527,7 @@ export function createServer(options: ServerOptions): Server {
       case "PUNCHED": {
         const target = directory.find(message.peer);
         if (!target || !allows(session, "punches", { now })) return [];
-        return [tell(target, { type: "PUNCHED", peer: session.name })];
+        return [toClient(target, { type: "PUNCHED", peer: session.name })];
       }
       case "KEEPALIVE": {
         const at: Address = { endpoint: datagram.from, socket: datagram.socket };
@@ -591,7 +538,7 @@ export function createServer(options: ServerOptions): Server {
         session.local = message.local;
         const events = moved ? move(session, at, now) : [];
         if (!endpointsOf(session).includes(at.endpoint)) return events;
-        return [...events, tell(session, { type: "ALIVE", asked: message.counter, public: at.endpoint }, at)];
+        return [...events, toClient(session, { type: "ALIVE", asked: message.counter, public: at.endpoint }, at)];
       }
       default:
         return [];
@@ -607,7 +554,7 @@ export function createServer(options: ServerOptions): Server {
       if (datagram.data[0]! < 4) return answerStun(datagram, now);
       const header = controlHeader(datagram.data), isLogin = datagram.data[1] === CONTROL.LOGIN.code;
       const session = header && !isLogin ? sessions.get(header.id) : undefined;
-      if (!header || (session ? isSeen(session.window, header.counter) : !mayBeRead(datagram, now))) return [];
+      if (!header || (session ? isSeen(session.window, header.counter) : !isWorthDecoding(datagram, now))) return [];
       const message = decode(datagram.data); // this, and the MAC, cost more than all that came before
       if (!message || !isFromClient(message.type)) return []; // no answer to an answer: that would never end
       if (message.type === "LOGIN") return login(message, datagram, now);
@@ -623,20 +570,20 @@ export function createServer(options: ServerOptions): Server {
     wake(now) {
       if (now < sweepAt) return [];
       sweepAt = now + SWEEP_INTERVAL_MS;
-      for (const [name, { forgetAt }] of past) if (forgetAt <= now) past.delete(name);
+      for (const [name, { forgetAt }] of formerUsers) if (forgetAt <= now) formerUsers.delete(name);
       for (const [prefix, { users, logins }] of addresses) {
         if (users === 0 && isIdle(logins, LOGINS_PER_ADDRESS, now)) addresses.delete(prefix);
       }
-      for (const [id, forgetAt] of accepted) if (forgetAt <= now) accepted.delete(id);
-      for (const [prefix, bucket] of stunned) if (isIdle(bucket, STUN_PER_ADDRESS, now)) stunned.delete(prefix);
+      for (const [id, forgetAt] of usedLoginIds) if (forgetAt <= now) usedLoginIds.delete(id);
+      for (const [prefix, bucket] of stunBuckets) if (isIdle(bucket, STUN_PER_ADDRESS, now)) stunBuckets.delete(prefix);
       const vanished = [...directory.all()].filter(({ heardAt }) => now - heardAt >= SILENCE_MS);
       const effects = vanished.flatMap((session) => remove(session, "vanished", now));
-      const isEmpty = [sessions, past, accepted, addresses, stunned].every(({ size }) => size === 0);
+      const isEmpty = [sessions, formerUsers, usedLoginIds, addresses, stunBuckets].every(({ size }) => size === 0);
       if (isEmpty) sweepAt = Infinity;
       return effects;
     },
     wakeAt: () => sweepAt,
-    stop: () => [...directory.all()].map((session) => tell(session, { type: "LOGOUT" })),
+    stop: () => [...directory.all()].map((session) => toClient(session, { type: "LOGOUT" })),
   };
 }
 
