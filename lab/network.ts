@@ -245,26 +245,45 @@ export function random(seed: number | string): () => number {
   return next;
 }
 
+/**
+ * A number from the exponential distribution of mean 1, by von Neumann's comparisons. It needs no logarithm, whose last
+ * bit differs between the JavaScript engines: so a world is the same on each of them.
+ */
+function exponential(next: () => number): number {
+  for (let whole = 0;; whole++) {
+    // How long the numbers fall is odd with the probability e^-first: then `first` is the fraction; else one more whole.
+    const first = next();
+    let length = 1;
+    for (let last = first, one; (one = next()) < last; last = one) length++;
+    if (length % 2 === 1) return whole + first;
+  }
+}
+
 const integer = (next: () => number, low: number, high: number) => low + Math.floor(next() * (high - low + 1));
 const isV6 = (host: string) => host.includes(":");
 const isLoopback = (host: string) => host === "::1" || host.startsWith("127.");
 const text = (address: Address): Endpoint => formatEndpoint(address.host, address.port);
 const list = (address: string | string[] = []) => typeof address === "string" ? [address] : address;
 
-/** The virtual clock: a binary heap of what is to happen, ties in the order in which they were scheduled. */
+/**
+ * The virtual clock: a binary heap of what is to happen, ties in the order in which they were scheduled. Machines wake
+ * after all else that happens at the same instant, in the order in which they were started (their `rank`): so a machine
+ * that wakes in vain, and is scheduled again for the same instant as before, changes nothing for the others.
+ */
 function createClock() {
   interface Due {
     readonly at: number;
+    readonly rank: number;
     readonly order: number;
     readonly action: () => void;
   }
   const heap: Due[] = [];
   let now = START_MS, order = 0;
-  const before = (a: Due, b: Due) => a.at < b.at || (a.at === b.at && a.order < b.order);
+  const before = (a: Due, b: Due) => (a.at - b.at || a.rank - b.rank || a.order - b.order) < 0;
 
-  function schedule(at: number, action: () => void) {
+  function schedule(at: number, action: () => void, rank = 0) {
     if (Number.isNaN(at)) throw new Error("Cannot schedule an event at NaN");
-    const due = { at: Math.max(at, now), order: order++, action };
+    const due = { at: Math.max(at, now), rank, order: order++, action };
     let i = heap.length;
     for (let above; i > 0 && before(due, above = heap[(i - 1) >> 1]!); i = (i - 1) >> 1) heap[i] = above;
     heap[i] = due;
@@ -397,7 +416,7 @@ function createTable(
       return { host, port: inner.port };
     }
     if (kind === "sequential") {
-      for (; foreignRate > 0 && pool.foreignAt <= now(); pool.foreignAt -= Math.log(1 - next()) * 1000 / foreignRate) {
+      for (; foreignRate > 0 && pool.foreignAt <= now(); pool.foreignAt += exponential(next) * 1000 / foreignRate) {
         pool.next = wrap(pool.next + step);
       }
     }
@@ -501,7 +520,7 @@ export function createNetwork(options: NetworkOptions = {}): Network {
   const blocks = new Set<(packet: TraceRecord) => boolean>();
   const taps = new Set<(packet: TraceRecord) => "drop" | void>();
   let conditions = withDefaults(initial);
-  let packets = 0;
+  let packets = 0, machines = 0;
 
   const after = (ms: number, action: () => void) => schedule(now() + ms, action);
 
@@ -679,6 +698,7 @@ export function createNetwork(options: NetworkOptions = {}): Network {
     function run<Event>(machine: Machine<Event>, { ports = [0], onEvent }: RunOptions<Event> = {}): Process<Event> {
       if (!isOn) throw new Error(`Host "${name}" is off`);
       const open = new Map<number, Socket>();
+      const rank = ++machines;
       let armed = Infinity, ticket = 0, spins = 0, spunAt = 0;
 
       function openSocket(number: number, port: number, address?: string) {
@@ -729,7 +749,7 @@ export function createNetwork(options: NetworkOptions = {}): Network {
           spunAt = now();
           if (spins >= SPIN_LIMIT) throw new Error(`Machine spins: "${name}" is due again after each wake`);
           perform(effects);
-        });
+        }, rank);
       }
 
       const process = {

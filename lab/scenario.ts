@@ -8,6 +8,7 @@ import {
   type Datagram,
   decode,
   diffieHellman,
+  type Effect,
   encode,
   formatEndpoint,
   hex,
@@ -27,14 +28,49 @@ import {
   random,
 } from "./network.ts";
 
+/** Kinds of site, see `site`: the NATs of the 91 pairs. */
+export const KINDS = [
+  "public",
+  "EIM+EIF random",
+  "EIM+ADF random",
+  "EIM+APDF random",
+  "EIM+APDF preserving",
+  "EIM+APDF sequential",
+  "linux drop",
+  "linux accept",
+  "carrier",
+  "APDM+APDF preserving",
+  "APDM+APDF sequential",
+  "APDM+APDF random",
+  "linux random",
+] as const;
+
+/** So many wakes of one machine at one instant may leave it due at that instant; to become 0. */
+const DUE_AGAIN_AT_MOST = 1;
+
 /** One way from each client, and from the server, to the core: R = D = 80 ms unless told otherwise. */
 export const DELAY_MS = 20;
 export const R = 4 * DELAY_MS, D = 4 * DELAY_MS;
 
-export interface World {
-  net: Network;
+/** Is told every effect of every machine, in order; `now` is the machine's. */
+export type Watch = (machine: string, now: number, effect: Effect<ClientEvent | ServerEvent>) => void;
+
+/** A stream of random bytes, and of keys made of them. */
+interface Stream {
   bytes: (length: number) => Uint8Array;
   keys: () => KeyPair;
+}
+
+export interface World {
+  net: Network;
+  /** For the tests themselves: each machine has a stream of its own, so that no machine shifts another one's. */
+  bytes: (length: number) => Uint8Array;
+  keys: () => KeyPair;
+  /** The stream of the next machine of this name. */
+  stream(name: string): Stream;
+  /** A number for the next site: addresses are made of it. */
+  nextSite(): number;
+  watch: Watch | undefined;
   serverHost: Host;
   server: Process<ServerEvent>;
   machine: Server;
@@ -68,22 +104,33 @@ export interface Player {
 }
 
 /** A network with a server in it. */
-export function createWorld(options: NetworkOptions & { server?: Partial<ServerOptions>; v6?: boolean } = {}): World {
-  const { server: serverOptions, v6, ...conditions } = options;
-  const net = createNetwork({ seed: 1, ...conditions });
-  const next = random(`world ${options.seed ?? 1}`);
-  const bytes = (length: number) => Uint8Array.from({ length }, () => Math.floor(next() * 256));
-  const keys = () => keysFrom(bytes(32));
+export function createWorld(
+  options: NetworkOptions & { server?: Partial<ServerOptions>; v6?: boolean; watch?: Watch } = {},
+): World {
+  const { server: serverOptions, v6, watch, ...conditions } = options;
+  const seed = options.seed ?? 1;
+  const net = createNetwork({ seed, ...conditions });
+  const runs = new Map<string, number>();
+  let sites = 0;
+  const stream = (name: string) => {
+    const run = (runs.get(name) ?? 0) + 1;
+    runs.set(name, run);
+    return createStream(`${seed} ${name} ${run}`);
+  };
   const addresses = ["192.0.2.1", ...v6 ? ["2001:db8:5::1"] : []];
   const serverHost = net.host({ name: "server", addresses, delayMs: DELAY_MS });
   const start = () => {
-    const machine = createServer({ keys: keys(), random: bytes, ...serverOptions });
+    const { bytes, keys } = stream("server");
+    const server = createServer({ keys: keys(), random: bytes, ...serverOptions });
+    const machine = watched(server, { name: "server", watch, clock: net.now });
     return { machine, server: serverHost.run<ServerEvent>(machine, { ports: [2280, 2281, 2282] }) };
   };
   const world: World = {
     net,
-    bytes,
-    keys,
+    ...createStream(`world ${seed}`),
+    stream,
+    nextSite: () => sites++,
+    watch,
     serverHost,
     ...start(),
     restartServer() {
@@ -94,12 +141,51 @@ export function createWorld(options: NetworkOptions & { server?: Partial<ServerO
   return world;
 }
 
-let sites = 0;
+function createStream(seed: string): Stream {
+  const next = random(seed);
+  const bytes = (length: number) => Uint8Array.from({ length }, () => Math.floor(next() * 256));
+  return { bytes, keys: () => keysFrom(bytes(32)) };
+}
+
+/** The same machine, but `watch` is told its effects, and a wake that leaves it due at once is an error. */
+function watched<M extends Client | Server>(
+  machine: M,
+  { name, watch, clock }: { name: string; watch: Watch | undefined; clock: () => number },
+): M {
+  let wokenAt = -Infinity, dueAgain = 0;
+  const methods = Object.entries(machine).map(([method, work]) => [method, (...args: unknown[]) => {
+    const answer = work(...args);
+    if (method === "wakeAt") return answer;
+    const now = method === "stop" ? clock() : args.at(-1) as number; // the others have the time as the last argument
+    for (const effect of answer) watch?.(name, now, effect);
+    if (method === "wake") {
+      if (now !== wokenAt) dueAgain = 0;
+      wokenAt = now;
+      if (machine.wakeAt() <= now && ++dueAgain > DUE_AGAIN_AT_MOST) {
+        throw new Error(`"${name}" is due at once after a wake: wakeAt() ${machine.wakeAt()}, now ${now}`);
+      }
+    }
+    return answer;
+  }]);
+  return Object.fromEntries(methods);
+}
+
+/** Where a client of this kind stands; the carrier's is a home behind a carrier's NAT. */
+export function site(world: World, kind: string): { nat: Nat | null } {
+  if (kind === "public") return { nat: null };
+  const number = world.nextSite();
+  const address = `203.0.${Math.floor(number / 250)}.${number % 250 + 1}`;
+  const place = { name: `nat ${number}`, delayMs: DELAY_MS, address };
+  if (kind !== "carrier") return { nat: world.net.nat({ ...NATS[kind]!, ...place }) };
+  const carrier = world.net.nat({ ...NATS["cgn"]!, ...place });
+  const home = { ...NATS["linux drop"]!, name: `home ${number}`, address: "100.64.0.9", behind: carrier };
+  return { nat: world.net.nat(home) };
+}
 
 /** A client, behind a NAT of its own if asked for; it begins to log in at once. */
 export function join(world: World, name: string, options: PlayerOptions = {}): Player {
   const { nat: kind = null, v6, delayMs = DELAY_MS, port = 0, address, host: given, ...rest } = options;
-  const site = sites++ % 60_000, low = site % 250 + 1, high = Math.floor(site / 250);
+  const site = world.nextSite() % 60_000, low = site % 250 + 1, high = Math.floor(site / 250);
   const nat = typeof kind === "string"
     ? world.net.nat({ name: `nat of ${name}`, address: `203.${high % 200}.113.${low}`, delayMs, ...NATS[kind]! })
     : kind;
@@ -112,14 +198,9 @@ export function join(world: World, name: string, options: PlayerOptions = {}): P
       delayMs: nat ? 0 : delayMs,
     });
   const servers = [formatEndpoint("192.0.2.1", 2280), ...v6 ? [formatEndpoint("2001:db8:5::1", 2280)] : []];
-  const client = createClient({
-    name,
-    keys: world.keys(),
-    servers,
-    random: world.bytes,
-    generateKeys: world.keys,
-    ...rest,
-  });
+  const { bytes, keys } = world.stream(name);
+  const made = createClient({ name, keys: keys(), servers, random: bytes, generateKeys: keys, ...rest });
+  const client = watched(made, { name, watch: world.watch, clock: world.net.now });
   client.interfaces([inside], world.net.now());
   let ahead = 0;
   const process = host.run<ClientEvent>({

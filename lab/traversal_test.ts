@@ -6,42 +6,14 @@
  */
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { type Nat, NATS } from "./network.ts";
-import { createWorld, D, DELAY_MS, join, login, type Player, R, type World } from "./scenario.ts";
+import { NATS } from "./network.ts";
+import { createWorld, D, DELAY_MS, join, KINDS, login, type Player, R, site, type World } from "./scenario.ts";
 
-const KINDS = [
-  "public",
-  "EIM+EIF random",
-  "EIM+ADF random",
-  "EIM+APDF random",
-  "EIM+APDF preserving",
-  "EIM+APDF sequential",
-  "linux drop",
-  "linux accept",
-  "carrier",
-  "APDM+APDF preserving",
-  "APDM+APDF sequential",
-  "APDM+APDF random",
-  "linux random",
-] as const;
 const isSymmetric = (kind: string) => kind.startsWith("APDM") || kind === "linux random";
 const isRandom = (kind: string) => kind === "APDM+APDF random" || kind === "linux random";
 /** All but those with random ports on one side and a symmetric NAT on the other. */
 const isPossible = (one: string, other: string) =>
   !(isSymmetric(one) && isSymmetric(other) && (isRandom(one) || isRandom(other)));
-
-let networks = 0;
-
-/** A site of this kind; the carrier's is a home behind a carrier's NAT. */
-function site(world: World, kind: string): { nat: Nat | null } {
-  if (kind === "public") return { nat: null };
-  const number = ++networks % 250 + 1;
-  const place = { name: `nat ${networks}`, delayMs: DELAY_MS, address: `203.0.${networks >> 8 & 255}.${number}` };
-  if (kind !== "carrier") return { nat: world.net.nat({ ...NATS[kind]!, ...place }) };
-  const carrier = world.net.nat({ ...NATS["cgn"]!, ...place });
-  const home = { ...NATS["linux drop"]!, name: `home ${networks}`, address: "100.64.0.9", behind: carrier };
-  return { nat: world.net.nat(home) };
-}
 
 interface Weather {
   foreignRate?: number;
