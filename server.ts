@@ -24,7 +24,7 @@ import { hex, type Introduced, MAX_RELAYED_BYTES, MIN_CLIENT_BYTES, type NatClas
 import { CONTROL, type Control, type ControlBody, controlHeader, decode, encode, isFromClient } from "./protocol.ts";
 import { accept, isSeen, type ReplayWindow, replayWindow, sipHash, verifies } from "./protocol.ts";
 import { controlKeys, diffieHellman, type KeyPair, loginKey, passwordProof, publicNonce } from "./protocol.ts";
-import { type Bucket, fullBucket, type Rate, spend } from "./protocol.ts";
+import { conform, createLimit, type Limit, type Rate } from "./protocol.ts";
 import { decodeStun, encodeStunResponse, STUN_CHANGE_REQUEST, STUN_RESPONSE_PORT } from "./protocol.ts";
 import { type Datagram, type Effect, listen, listenOrFail, type Machine } from "./protocol.ts";
 import { clock, createTrace, DEFAULT_PORT, exitWith, jsonLine, secretWords, UsageError, userName } from "./protocol.ts";
@@ -50,28 +50,8 @@ const PAGES_PER_ANSWER = 16;
 /** While so few are logged in, a newcomer is announced to all: then nobody has to ask before the first message. */
 const ANNOUNCE_UP_TO = 16;
 
-// What a stranger or a user can make grow or make us do. One address is a /24 or, of IPv6, a /48.
-const MAX_USERS = 100_000, MAX_PER_ADDRESS = 2_000, MAX_REMEMBERED = 10_000, MAX_ADDRESSES = 50_000;
-const LOGINS_PER_ADDRESS: Rate = { perSecond: 50, burst: 2_000 };
-const PER_SESSION = {
-  /** Of all kinds: as many as its relayed bytes make, were they the smallest; whatever else is limited costs more than one. */
-  datagrams: { perSecond: 2_000, burst: 5_000 },
-  calls: { perSecond: 20, burst: 100 },
-  /** What others' calls make a client say must not cost it its own calls. */
-  punches: { perSecond: 100, burst: 200 },
-  moves: { perSecond: 1, burst: 10 },
-  pages: { perSecond: 200, burst: 2_000 },
-  relayedBytes: { perSecond: 256 * 1024, burst: 512 * 1024 },
-  errors: { perSecond: 10, burst: 20 },
-} satisfies Record<string, Rate>;
-/** Strangers altogether, with a cookie and without: under a flood the rest is dropped unread, so that sessions are served. */
-const STRANGERS: Rate = { perSecond: 5_000, burst: 5_000 };
+const MAX_USERS = 100_000, MAX_PER_ADDRESS = 2_000, MAX_REMEMBERED = 10_000, MAX_PREFIXES = 50_000;
 const LOG_LINES: Rate = { perSecond: 20, burst: 200 };
-// STUN alone is larger than its question (1.6 times; 2.2 with IPv6, 2.8 and 4.6 with a second address), and it cannot
-// ask for a cookie: whoever forges a victim's address gets no more than this to it, and nobody can make us remember
-// more addresses than so many. Those who come once that is full have one bucket together.
-const STUN_PER_ADDRESS: Rate = { perSecond: 50, burst: 400 }, MAX_STUN_ADDRESSES = 10_000;
-const STUN_WHEN_FULL: Rate = { perSecond: 200, burst: 200 }, STUN_ALTOGETHER: Rate = { perSecond: 2_000, burst: 2_000 };
 
 /** Sockets 0, 1: our two ports; 2: a third, to which no client writes; 3, 4: the two ports of a second address. */
 const SECOND_PORT = 1, THIRD_PORT = 2, SECOND_ADDRESS = 3;
@@ -129,7 +109,6 @@ interface Session {
   nat: NatClass; // what it takes its NAT to be
   rttMs: number; // its round trip to us, as it has measured it
   heardAt: number;
-  buckets: Record<keyof typeof PER_SESSION, Bucket>;
 }
 
 // ---------------------------------------------------------------------------------------------------- directory
@@ -167,22 +146,93 @@ function createDirectory<T extends { name: string }>() {
   };
 }
 
+// ---------------------------------------------------------------------------------------------------- limits
+//
+// What strangers and users can have us do, and how much of it. A prefix stands for one customer of a provider: a /24 or,
+// of IPv6, a /48; whose source address is forged may be no part of it.
+
+/** What one session may ask for. */
+const PER_SESSION = {
+  datagrams: { perSecond: 2_000, burst: 5_000 }, // of all kinds; at this rate 131 bytes in each make 256 KiB a second
+  calls: { perSecond: 20, burst: 100 },
+  punches: { perSecond: 100, burst: 200 }, // what others' calls make a client say must not cost it its own calls
+  moves: { perSecond: 1, burst: 10 },
+  pages: { perSecond: 200, burst: 2_000 },
+  relayedBytes: { perSecond: 256 * 1024, burst: 512 * 1024 },
+  errors: { perSecond: 10, burst: 20 },
+} satisfies Record<string, Rate>;
+const LOGINS_PER_PREFIX: Rate = { perSecond: 50, burst: 2_000 };
+/** Strangers altogether, with a cookie and without: what exceeds it in a flood is dropped unread, so that sessions are served. */
+const STRANGERS: Rate = { perSecond: 5_000, burst: 5_000 };
+// Only STUN has answers larger than the questions (1.6 times; 2.2 with IPv6, 2.8 and 4.6 with a second address), and it
+// cannot ask for a cookie. Whoever forges a victim's address gets no more than this to it.
+const STUN_PER_PREFIX: Rate = { perSecond: 50, burst: 400 }, MAX_STUN_PREFIXES = 10_000;
+const STUN_WHEN_FULL: Rate = { perSecond: 200, burst: 200 }, STUN_ALTOGETHER: Rate = { perSecond: 2_000, burst: 2_000 };
+
+/**
+ * A limit for each key: one number, its theoretical arrival time (see `conform`). A time that has passed is as good as
+ * none, so a sweep forgets it. Who comes when the table is full shares `whenFull` with all others who do.
+ */
+function createLimiter(rate: Rate, options: { maxKeys?: number; whenFull?: Limit } = {}) {
+  const { maxKeys = Infinity, whenFull = () => false } = options;
+  const times = new Map<string, number>();
+  return {
+    allows(key: string, now: number, cost = 1): boolean {
+      const time = times.get(key);
+      if (time === undefined && times.size >= maxKeys) return whenFull(now, cost);
+      const next = conform(time ?? 0, rate, now, cost);
+      if (next !== null) times.set(key, next);
+      return next !== null;
+    },
+    sweep(now: number): void {
+      for (const [key, time] of times) if (time <= now) times.delete(key);
+    },
+    size: () => times.size,
+  };
+}
+
+/** All limits on what comes in. */
+function createLimits() {
+  let elapsed = 0, last: number | undefined;
+  /** Counts on from 0 only: so no sum of its times is rounded, and nobody is locked out when the clock is set back. */
+  function timeAt(now: number): number {
+    elapsed += Math.max(0, now - (last ?? now));
+    last = now;
+    return elapsed;
+  }
+  const strangers = createLimit(STRANGERS), withCookie = createLimit(STRANGERS);
+  const logins = createLimiter(LOGINS_PER_PREFIX, { maxKeys: MAX_PREFIXES });
+  const stun = createLimiter(STUN_PER_PREFIX, { maxKeys: MAX_STUN_PREFIXES, whenFull: createLimit(STUN_WHEN_FULL) });
+  const stunAltogether = createLimit(STUN_ALTOGETHER);
+  const perSession = Object.fromEntries(
+    Object.entries(PER_SESSION).map(([what, rate]) => [what, createLimiter(rate)]),
+  ) as Record<keyof typeof PER_SESSION, ReturnType<typeof createLimiter>>;
+  const limiters = [logins, stun, ...Object.values(perSession)];
+  return {
+    allows: ({ token }: Session, what: keyof typeof PER_SESSION, { now, cost }: { now: number; cost?: number }) =>
+      perSession[what].allows(token, timeAt(now), cost),
+    mayLogIn: (from: Endpoint, now: number) => logins.allows(prefixOf(from), timeAt(now)),
+    /** A refusal is silence, as a lost datagram would be. */
+    mayAskStun: (from: Endpoint, now: number) =>
+      stun.allows(prefixOf(from), timeAt(now)) && stunAltogether(timeAt(now)),
+    /** Strangers have a share of the server's time, and those who seem to bring a cookie back have one of their own. */
+    isWorthDecoding(data: Uint8Array, now: number): boolean {
+      if (data.length < MIN_CLIENT_BYTES) return false; // not even a cookie in answer: that could be larger
+      // The cookie is the first field of LOGIN, behind the header of 16 bytes.
+      const hasCookie = data[1] === CONTROL.LOGIN.code && data.subarray(16, 24).some((byte) => byte !== 0);
+      return (hasCookie ? withCookie : strangers)(timeAt(now));
+    },
+    sweep: (now: number) => limiters.forEach((limiter) => limiter.sweep(timeAt(now))),
+    isEmpty: () => limiters.every((limiter) => limiter.size() === 0),
+  };
+}
+
 // ---------------------------------------------------------------------------------------------------- pure functions
 
 /** The part of an address that one customer of a provider usually has to himself: IPv4 /24, IPv6 /48. */
 function prefixOf(endpoint: Endpoint): string {
   const host = hostOf(endpoint);
   return isIPv6(endpoint) ? hex(addressBytes(host)!.subarray(0, 6)) : host.slice(0, host.lastIndexOf("."));
-}
-
-/** Whether a bucket has been left alone for so long that a new one would be the same. */
-function isIdle(bucket: Bucket, { burst, perSecond }: Rate, now: number): boolean {
-  return now - bucket.at > burst / perSecond * 1000;
-}
-
-/** Whether a session may do so once more. */
-function allows({ buckets }: Session, what: keyof typeof PER_SESSION, cost: { cost?: number; now: number }): boolean {
-  return spend(buckets[what], PER_SESSION[what], cost);
 }
 
 /** Where a session's client has shown that it receives: IPv4, IPv6 or both. */
@@ -225,32 +275,17 @@ export function createServer(options: ServerOptions): Server {
   >();
   /** Logins whose cookie is still good: when it will not be. */
   const usedLoginIds = new Map<string, number>();
-  /** Of each address that has returned a cookie: how many users, and its bucket of logins. */
-  const addresses = new Map<string, { users: number; logins: Bucket }>();
-  /** Of each address that has lately sent STUN requests, or whose name somebody has put on his. */
-  const stunBuckets = new Map<string, Bucket>();
-  const stunWhenFull = fullBucket(STUN_WHEN_FULL, 0), stunAltogether = fullBucket(STUN_ALTOGETHER, 0);
+  /** How many users each prefix has. */
+  const usersAt = new Map<string, number>();
   /** Of our sockets; 0: not open. */
   const ports = [0, 0, 0, 0, 0];
-  const strangers = fullBucket(STRANGERS, 0), withCookie = fullBucket(STRANGERS, 0);
+  const limits = createLimits(), { allows } = limits;
   let sweepAt = Infinity;
 
   // -- STUN: how a stranger's endpoint looks from here
 
-  /** A refusal is silence, as a lost datagram would be. */
-  function mayAskStun(from: Endpoint, now: number): boolean {
-    const prefix = prefixOf(from);
-    let bucket = stunBuckets.get(prefix);
-    if (!bucket && stunBuckets.size < MAX_STUN_ADDRESSES) {
-      stunBuckets.set(prefix, bucket = fullBucket(STUN_PER_ADDRESS, now));
-    }
-    if (sweepAt === Infinity) sweepAt = now + SWEEP_INTERVAL_MS;
-    const own = bucket ? spend(bucket, STUN_PER_ADDRESS, { now }) : spend(stunWhenFull, STUN_WHEN_FULL, { now });
-    return own && spend(stunAltogether, STUN_ALTOGETHER, { now });
-  }
-
   function answerStun({ socket, from, data }: Datagram, now: number): Effect<ServerEvent>[] {
-    if (!mayAskStun(from, now)) return []; // before anything that costs more
+    if (!limits.mayAskStun(from, now)) return []; // before anything that costs more
     const asked = decodeStun(data);
     if (asked?.kind !== "request" || !parseEndpoint(from)) return [];
     const endpoint = (socket: number) =>
@@ -271,14 +306,6 @@ export function createServer(options: ServerOptions): Server {
     if (asked.classic && asked.unknown.length === 0) return [];
     const refusal = encodeStunResponse({ ...asked, unknown: missing }, { mapped: from });
     return [{ kind: "send", socket, to: from, data: refusal }];
-  }
-
-  /** Strangers have a share of the server's time, and those who seem to bring a cookie back have one of their own. */
-  function isWorthDecoding({ data }: Datagram, now: number): boolean {
-    if (data.length < MIN_CLIENT_BYTES) return false; // not even a cookie in answer: that could be larger
-    // The cookie is the first field of LOGIN, behind the header of 16 bytes.
-    const hasCookie = data[1] === CONTROL.LOGIN.code && data.subarray(16, 24).some((byte) => byte !== 0);
-    return spend(hasCookie ? withCookie : strangers, STRANGERS, { now });
   }
 
   // -- cookies: what shows that somebody receives at an address, without our keeping anything
@@ -314,7 +341,7 @@ export function createServer(options: ServerOptions): Server {
   function remove(session: Session, reason: "left" | "vanished" | "replaced", now: number): Effect<ServerEvent>[] {
     sessions.delete(session.token);
     directory.remove(session.name);
-    addresses.get(prefixOf(session.home.endpoint))!.users--;
+    countUser(session.home, -1);
     if (reason !== "replaced") {
       const held = reason === "vanished" && session.keepName;
       if (formerUsers.size >= MAX_REMEMBERED) {
@@ -340,22 +367,21 @@ export function createServer(options: ServerOptions): Server {
     }
     const stays = prefixOf(to.endpoint) === prefixOf(session.home.endpoint);
     if (!stays && !(hasRoom(to.endpoint) && allows(session, "moves", { now }))) return [];
-    addresses.get(prefixOf(session.home.endpoint))!.users--;
+    countUser(session.home, -1);
     session.home = to;
-    addressOf(to.endpoint, now).users++;
+    countUser(session.home, 1);
     return [{ kind: "event", event: { event: "moved", name: session.name, public: to.endpoint } }];
   }
 
   function hasRoom(endpoint: Endpoint): boolean {
-    const address = addresses.get(prefixOf(endpoint));
-    return address ? address.users < maxPerAddress : addresses.size < MAX_ADDRESSES;
+    const users = usersAt.get(prefixOf(endpoint));
+    return users === undefined ? usersAt.size < MAX_PREFIXES : users < maxPerAddress;
   }
 
-  function addressOf(endpoint: Endpoint, now: number) {
-    const prefix = prefixOf(endpoint);
-    let address = addresses.get(prefix);
-    if (!address) addresses.set(prefix, address = { users: 0, logins: fullBucket(LOGINS_PER_ADDRESS, now) });
-    return address;
+  function countUser({ endpoint }: Address, change: 1 | -1): void {
+    const prefix = prefixOf(endpoint), users = (usersAt.get(prefix) ?? 0) + change;
+    if (users > 0) usersAt.set(prefix, users);
+    else usersAt.delete(prefix);
   }
 
   // -- login
@@ -363,9 +389,7 @@ export function createServer(options: ServerOptions): Server {
   function login(message: Control & { type: "LOGIN" }, datagram: Datagram, now: number): Effect<ServerEvent>[] {
     const { socket, from, data } = datagram;
     if (!isCookieOf(from, message.cookie, now)) return [challenge(datagram, message, false, now)];
-    if (addresses.size >= MAX_ADDRESSES && !addresses.has(prefixOf(from))) return [];
-    const address = addressOf(from, now);
-    if (!spend(address.logins, LOGINS_PER_ADDRESS, { now })) return [];
+    if (!limits.mayLogIn(from, now)) return [];
     const shared = diffieHellman(keys.secret, message.key);
     if (!shared || !verifies(data, loginKey(shared, message.id))) return [];
 
@@ -412,23 +436,13 @@ export function createServer(options: ServerOptions): Server {
       nat: { mapping: "unknown", filtering: "unknown", allocation: "unknown" },
       rttMs: message.rttMs,
       heardAt: now,
-      buckets: {
-        datagrams: fullBucket(PER_SESSION.datagrams, now),
-        calls: fullBucket(PER_SESSION.calls, now),
-        punches: fullBucket(PER_SESSION.punches, now),
-        moves: fullBucket(PER_SESSION.moves, now),
-        pages: fullBucket(PER_SESSION.pages, now),
-        relayedBytes: fullBucket(PER_SESSION.relayedBytes, now),
-        errors: fullBucket(PER_SESSION.errors, now),
-      },
     };
     sessions.set(token, session);
     directory.put(session);
     formerUsers.delete(session.name);
     if (usedLoginIds.size >= MAX_USERS) usedLoginIds.delete(usedLoginIds.keys().next().value!);
     usedLoginIds.set(message.id, now + 2 * COOKIE_EPOCH_MS);
-    address.users++;
-    if (sweepAt === Infinity) sweepAt = now + SWEEP_INTERVAL_MS;
+    countUser(at, 1);
     return [
       ...replaced,
       { kind: "event", event: { event: "login", name: session.name, public: from } },
@@ -545,41 +559,47 @@ export function createServer(options: ServerOptions): Server {
     }
   }
 
+  function receive(datagram: Datagram, now: number): Effect<ServerEvent>[] {
+    if (datagram.data[0]! < 4) return answerStun(datagram, now);
+    const header = controlHeader(datagram.data), isLogin = datagram.data[1] === CONTROL.LOGIN.code;
+    const session = header && !isLogin ? sessions.get(header.id) : undefined;
+    if (!header || (session ? isSeen(session.window, header.counter) : !limits.isWorthDecoding(datagram.data, now))) {
+      return [];
+    }
+    const message = decode(datagram.data); // this, and the MAC, cost more than all that came before
+    if (!message || !isFromClient(message.type)) return []; // no answer to an answer: that would never end
+    if (message.type === "LOGIN") return login(message, datagram, now);
+    if (!session) return [challenge(datagram, message, false, now)];
+    if (!verifies(datagram.data, session.keys.toServer) || !accept(session.window, message.counter)) return [];
+    session.heardAt = now;
+    if (!allows(session, "datagrams", { now })) return [];
+    const effects = hear(session, message, datagram, now);
+    const isKnown = endpointsOf(session).includes(datagram.from);
+    if (!isKnown && sessions.has(session.token)) effects.push(challenge(datagram, message, true, now));
+    return effects;
+  }
+
+  const isEmpty = () => limits.isEmpty() && [sessions, formerUsers, usedLoginIds].every(({ size }) => size === 0);
+
   return {
     opened(socket, port) {
       ports[socket] = port;
       return [];
     },
     receive(datagram, now) {
-      if (datagram.data[0]! < 4) return answerStun(datagram, now);
-      const header = controlHeader(datagram.data), isLogin = datagram.data[1] === CONTROL.LOGIN.code;
-      const session = header && !isLogin ? sessions.get(header.id) : undefined;
-      if (!header || (session ? isSeen(session.window, header.counter) : !isWorthDecoding(datagram, now))) return [];
-      const message = decode(datagram.data); // this, and the MAC, cost more than all that came before
-      if (!message || !isFromClient(message.type)) return []; // no answer to an answer: that would never end
-      if (message.type === "LOGIN") return login(message, datagram, now);
-      if (!session) return [challenge(datagram, message, false, now)];
-      if (!verifies(datagram.data, session.keys.toServer) || !accept(session.window, message.counter)) return [];
-      session.heardAt = now;
-      if (!allows(session, "datagrams", { now })) return [];
-      const effects = hear(session, message, datagram, now);
-      const isKnown = endpointsOf(session).includes(datagram.from);
-      if (!isKnown && sessions.has(session.token)) effects.push(challenge(datagram, message, true, now));
+      const effects = receive(datagram, now);
+      if (sweepAt === Infinity && !isEmpty()) sweepAt = now + SWEEP_INTERVAL_MS;
       return effects;
     },
     wake(now) {
       if (now < sweepAt) return [];
       sweepAt = now + SWEEP_INTERVAL_MS;
       for (const [name, { forgetAt }] of formerUsers) if (forgetAt <= now) formerUsers.delete(name);
-      for (const [prefix, { users, logins }] of addresses) {
-        if (users === 0 && isIdle(logins, LOGINS_PER_ADDRESS, now)) addresses.delete(prefix);
-      }
       for (const [id, forgetAt] of usedLoginIds) if (forgetAt <= now) usedLoginIds.delete(id);
-      for (const [prefix, bucket] of stunBuckets) if (isIdle(bucket, STUN_PER_ADDRESS, now)) stunBuckets.delete(prefix);
+      limits.sweep(now);
       const vanished = [...directory.all()].filter(({ heardAt }) => now - heardAt >= SILENCE_MS);
       const effects = vanished.flatMap((session) => remove(session, "vanished", now));
-      const isEmpty = [sessions, formerUsers, usedLoginIds, addresses, stunBuckets].every(({ size }) => size === 0);
-      if (isEmpty) sweepAt = Infinity;
+      if (isEmpty()) sweepAt = Infinity;
       return effects;
     },
     wakeAt: () => sweepAt,
@@ -638,9 +658,9 @@ async function main(): Promise<void> {
   }
   const password = await secretWords({ file: args["password-file"], variable: "PUNCH_PASSWORD", label: "password" });
 
-  const lines = fullBucket(LOG_LINES, clock());
+  const mayLog = createLimit(LOG_LINES);
   const say = (event: ServerEvent) => {
-    if (event.event !== "listening" && !spend(lines, LOG_LINES, { now: clock() })) return;
+    if (event.event !== "listening" && !mayLog(clock())) return;
     if (args.json) console.log(jsonLine(event));
     else if (!args.quiet) console.error(inWords(event));
   };
