@@ -20,9 +20,20 @@ import { fileURLToPath } from "node:url";
 import { explain } from "../protocol.ts";
 import type { Watch } from "./scenario.ts";
 import { WORLDS } from "./worlds.ts";
+import "./worlds_hostile.ts";
+import "./worlds_people.ts";
 
 const CONTEXT = 10; // effects shown before the first that differs
+const FAILED = "an error".padEnd(16, "!"); // in place of a hash
 const EXPECTED = fileURLToPath(new URL("oracle.json", import.meta.url).href);
+
+const USAGE = `The oracle: a hash of all that server and clients do, in each of some 300 worlds.
+
+  lab/oracle.ts [NAME...]                        run the worlds whose names contain one of these words, or all
+  lab/oracle.ts --update [NAME...]               write their hashes to lab/oracle.json: what is so now is right
+  lab/oracle.ts --log NAME                       print every effect of that world
+  lab/oracle.ts --against DIR [--all] [NAME...]  compare with another checkout: the first effect that differs, or
+                                                 with --all the names of all worlds that differ`;
 
 /** One effect, as it is hashed: `data` and `event` as text, so that two runs can be compared. */
 export interface Entry {
@@ -66,7 +77,7 @@ export function hashOf(name: string): string {
   return hash.digest("hex").slice(0, 16);
 }
 
-/** All effects of a world. */
+/** All effects of a world; if a machine throws, those before that, and the reason on stderr. */
 export function logOf(name: string): Entry[] {
   const entries: Entry[] = [];
   const watch: Watch = (machine, now, effect) => {
@@ -78,7 +89,11 @@ export function logOf(name: string): Entry[] {
       entries.push({ machine, now, kind, socket, to, ttl, data: Buffer.from(data).toString("hex") });
     }
   };
-  WORLDS.get(name)!(watch);
+  try {
+    WORLDS.get(name)!(watch);
+  } catch (error) {
+    console.error(`${name}: ${error instanceof Error ? error.stack : error}`);
+  }
   return entries;
 }
 
@@ -131,8 +146,8 @@ function hashOrError(name: string): string {
   try {
     return hashOf(name);
   } catch (error) {
-    console.error(`${name}: ${error instanceof Error ? error.stack : error}`);
-    return "an error".padEnd(16, "!");
+    console.error(`${name}: ${error} (for more: --log "${name}")`);
+    return FAILED;
   }
 }
 
@@ -142,22 +157,23 @@ async function showDifference(name: string, dir: string): Promise<void> {
   const theirs: string[] = [];
   for await (const line of lines) theirs.push(line);
   await ended;
-  let ours: string[] = [];
-  try {
-    ours = logOf(name).map((entry) => JSON.stringify(entry));
-  } catch { /* `hashOrError` has shown it */ }
+  const ours = logOf(name).map((entry) => JSON.stringify(entry));
   const first = Array.from({ length: Math.max(ours.length, theirs.length) }).findIndex((_, i) => ours[i] !== theirs[i]);
   if (first < 0) return console.log(`${name}: the ${ours.length} effects are the same when it runs alone`);
   const began = JSON.parse(ours[0] ?? theirs[0]!).now;
-  const shown = (line: string | undefined) => line === undefined ? "(nothing more)" : inWords(JSON.parse(line), began);
+  const shown = (line: string | undefined) => line === undefined ? "nothing more" : inWords(JSON.parse(line), began);
   console.log(`${name}: effect ${first} of ${ours.length} here and ${theirs.length} there differs`);
   for (let i = Math.max(0, first - CONTEXT); i < first; i++) console.log(`      ${shown(ours[i])}`);
   console.log(`here  ${shown(ours[first])}\nthere ${shown(theirs[first])}`);
   const [here, there] = [ours[first], theirs[first]].map((line) => line ? JSON.parse(line) as Entry : null);
+  if (!here || !there) return;
   for (const field of ["machine", "now", "kind", "socket", "to", "ttl", "data", "event"] as const) {
-    if (here && there && here[field] !== there[field]) {
-      console.log(`${field}: ${here[field]}\n${field}: ${there[field]}`);
-    }
+    const [one, other] = [`${here[field]}`, `${there[field]}`];
+    if (one === other) continue;
+    let same = 0;
+    while (one[same] === other[same]) same++;
+    const around = (text: string) => (same > 40 ? "..." : "") + text.slice(Math.max(0, same - 40), same + 80);
+    console.log(`  ${field} here  ${around(one)}\n  ${field} there ${around(other)}`);
   }
 }
 
@@ -169,6 +185,7 @@ async function main(): Promise<number> {
     boolean: ["update", "all", "hashes", "raw", "help"],
     string: ["log", "against"],
   });
+  if (given.help) return console.log(USAGE), 0;
   const names = namesWith(given._.map(String));
   if (names.length === 0) throw new Error(`No world is called "${given._.join('" or "')}"`);
   if (given.log !== undefined) {
@@ -208,6 +225,7 @@ async function main(): Promise<number> {
     console.log(`${hash} ${isRight ? "ok     " : "DIFFERS"} ${ms}  ${name}`);
   }
   console.log(`${names.length} worlds in ${((performance.now() - began) / 1000).toFixed(1)} s, ${differ} differ`);
+  if (given.update && Object.values(found).includes(FAILED)) throw new Error("Nothing is written: a world has failed");
   if (given.update) {
     const all = names.length === WORLDS.size ? found : { ...expected(), ...found };
     writeFileSync(EXPECTED, JSON.stringify(all, null, 2) + "\n");
@@ -215,4 +233,9 @@ async function main(): Promise<number> {
   return differ === 0 ? 0 : 1;
 }
 
-if (import.meta.main) process.exitCode = await main();
+if (import.meta.main) {
+  process.exitCode = await main().catch((error) => {
+    console.error(error instanceof Error ? error.message : error);
+    return 2;
+  });
+}

@@ -45,8 +45,12 @@ export const KINDS = [
   "linux random",
 ] as const;
 
-/** So many wakes of one machine at one instant may leave it due at that instant; to become 0. */
-const DUE_AGAIN_AT_MOST = 1;
+/**
+ * After `wake` the next deadline lies in the future. One exception is left, to be removed: a client that gives its
+ * server up logs in by another wake at the same instant.
+ */
+const isExcused = (effects: Effect<ClientEvent | ServerEvent>[]) =>
+  effects.some((effect) => effect.kind === "event" && effect.event.event === "reconnecting");
 
 /** One way from each client, and from the server, to the core: R = D = 80 ms unless told otherwise. */
 export const DELAY_MS = 20;
@@ -117,28 +121,38 @@ export function createWorld(
     runs.set(name, run);
     return createStream(`${seed} ${name} ${run}`);
   };
-  const addresses = ["192.0.2.1", ...v6 ? ["2001:db8:5::1"] : []];
+  const [home = "192.0.2.1", other] = serverOptions?.hosts ?? [];
+  const addresses = [home, ...other ? [other] : [], ...v6 ? ["2001:db8:5::1"] : []];
   const serverHost = net.host({ name: "server", addresses, delayMs: DELAY_MS });
-  const start = () => {
-    const { bytes, keys } = stream("server");
-    const server = createServer({ keys: keys(), random: bytes, ...serverOptions });
-    const machine = watched(server, { name: "server", watch, clock: net.now });
-    return { machine, server: serverHost.run<ServerEvent>(machine, { ports: [2280, 2281, 2282] }) };
-  };
-  const world: World = {
+  const start = () => startServer(world, serverHost, serverOptions);
+  const world = {
     net,
     ...createStream(`world ${seed}`),
     stream,
     nextSite: () => sites++,
     watch,
     serverHost,
-    ...start(),
     restartServer() {
       world.server.stop();
       Object.assign(world, start());
     },
-  };
-  return world;
+  } as World;
+  return Object.assign(world, start());
+}
+
+/** A server on a host, which other tests may have several of. */
+export function startServer(
+  world: Pick<World, "stream" | "watch" | "net">,
+  host: Host,
+  options: Partial<ServerOptions> = {},
+): { machine: Server; server: Process<ServerEvent> } {
+  const { bytes, keys } = world.stream(host.name);
+  const made = createServer({ keys: keys(), random: bytes, ...options });
+  const machine = watched(made, { name: host.name, watch: world.watch, clock: world.net.now });
+  const [home, other] = options.hosts ?? [];
+  const at = (address: string, ...ports: number[]) => ports.map((port) => ({ port, address }));
+  const ports = home && other ? [...at(home, 2280, 2281, 2282), ...at(other, 2280, 2281)] : [2280, 2281, 2282];
+  return { machine, server: host.run<ServerEvent>(machine, { ports }) };
 }
 
 function createStream(seed: string): Stream {
@@ -152,18 +166,13 @@ function watched<M extends Client | Server>(
   machine: M,
   { name, watch, clock }: { name: string; watch: Watch | undefined; clock: () => number },
 ): M {
-  let wokenAt = -Infinity, dueAgain = 0;
   const methods = Object.entries(machine).map(([method, work]) => [method, (...args: unknown[]) => {
     const answer = work(...args);
     if (method === "wakeAt") return answer;
     const now = method === "stop" ? clock() : args.at(-1) as number; // the others have the time as the last argument
     for (const effect of answer) watch?.(name, now, effect);
-    if (method === "wake") {
-      if (now !== wokenAt) dueAgain = 0;
-      wokenAt = now;
-      if (machine.wakeAt() <= now && ++dueAgain > DUE_AGAIN_AT_MOST) {
-        throw new Error(`"${name}" is due at once after a wake: wakeAt() ${machine.wakeAt()}, now ${now}`);
-      }
+    if (method === "wake" && machine.wakeAt() <= now && !isExcused(answer)) {
+      throw new Error(`"${name}" is due again at once after a wake: wakeAt() ${machine.wakeAt()}, now ${now}`);
     }
     return answer;
   }]);
@@ -238,13 +247,13 @@ export function login(world: World, ...players: Player[]): void {
  * Logs in many users of whom nothing more is wanted, one each millisecond, without a machine each: their datagrams go
  * straight to the server.
  */
-export function crowd(world: World, names: string[]): void {
+export function crowd(world: World, names: string[], { keepName = 0 } = {}): void {
   const own = world.keys();
   let shared: Uint8Array | null = null;
   for (const [i, name] of names.entries()) {
     const from = `198.18.${i >> 8}.${i & 255}:4000`, nonce = hex(world.bytes(8)), now = world.net.now();
     const ask = (cookie: string, key?: Uint8Array) => {
-      const login = { type: "LOGIN", cookie, key: own.public, proof: "0".repeat(16), keepName: 0, rttMs: 0 } as const;
+      const login = { type: "LOGIN", cookie, key: own.public, proof: "0".repeat(16), keepName, rttMs: 0 } as const;
       const data = encode({ ...login, name, local: [] }, { id: nonce, counter: Math.floor(now), key });
       const [effect] = world.machine.receive({ socket: 0, from, data }, now).filter(({ kind }) => kind === "send");
       return effect?.kind === "send" ? decode(effect.data) : null;
