@@ -16,11 +16,13 @@
  * and `createClient` wire them together.
  *
  *     the lesson      link          the session with the server
+ *                     calls         how a user is asked for
  *                     conversation  relay first, then the upgrade to a direct path
  *                     paths         punching, the hole while it holds, and what happens when it does not
  *                     discovery     what our NAT is like
  *                     traversal     what to do when plain punching cannot work
- *     the reference   channel       keys between two clients
+ *     the reference   identity      who the peer is
+ *                     channel       keys between two clients
  *                     delivery      each message once, whole and in order
  *                     ping, list, sockets, commands, createClient, and the terminal
  *
@@ -124,9 +126,9 @@ interface Io { // All that a room can see and do of the world outside. Effects l
 /** A way to the peer: over the server, or a path from one of our sockets to one of the peer's endpoints. */
 type Way = { kind: "relay"; rtt: Estimator } | Path;
 
-type Origin = { socket: number; from: Endpoint } | null; // Where a peer's datagram came from; null: over the relay.
+type Origin = { socket: number; from: Endpoint } | null; // where a peer's datagram came from; null: over the relay
 
-interface Estimator { // Smoothed round-trip time and its variation, in ms (RFC 6298).
+interface Estimator { // smoothed round-trip time and its variation, in ms (RFC 6298)
   srtt: number | null; // null: nothing measured yet
   rttvar: number;
 }
@@ -158,8 +160,8 @@ const spread = (io: Io, ms: number) => ms * (1 - SPREAD + 2 * SPREAD * randomNum
 const randomNumber = (io: Io, bits: number) => io.random(4).reduce((sum, byte) => sum * 256 + byte, 0) % 2 ** bits;
 
 /**
- * Work in steps with pauses: what the generator yields is when (ms) it goes on. The steps that are due are done at once.
- * What is begun replaces what was under way.
+ * Work in steps with pauses: what the generator yields is when (ms) it goes on. The steps that are due are done at
+ * once. What is begun replaces what was under way.
  */
 function createScript(io: Io) {
   let steps: Iterator<number, void> | null = null, at = Infinity;
@@ -205,15 +207,15 @@ const isLower = (one: Uint8Array, other: Uint8Array) => hex(one) < hex(other);
 //
 // The session with the server. Knows nothing of peers, of their keys and of paths to them.
 
-const FIRST_LOGIN_MS = 10_000; // The first login ends in an error after so long, unless the user is patient.
+const FIRST_LOGIN_MS = 10_000; // the first login ends in an error after so long, unless the user is patient
 /** Between two attempts to log in: grows by half each time, up to the second number. */
 const LOGIN_RETRY_MS = 400, LOGIN_RETRY_MAX_MS = 3_000;
 /** After so many attempts without a word from the server we forget what it has said: it may be another one by now. */
 const TRIES_BEFORE_RESTART = 4;
 /**
- * Idle: under the 30 s after which the strictest NATs forget (RFC 4787 REQ-5 asks for 2 minutes; few heed it). Warm, with
- * a direct path: a carrier may end all our mappings at once, and no message may wait 15 s for the next keepalive. With a
- * conversation on the relay: a server that was restarted must be noticed before a message fails.
+ * Idle: under the 30 s after which the strictest NATs forget (RFC 4787 REQ-5 asks for 2 minutes; few heed it). Warm,
+ * with a direct path: a carrier may end all our mappings at once, and no message may wait 15 s for the next keepalive.
+ * With a conversation on the relay: a server that was restarted must be noticed before a message fails.
  */
 const KEEPALIVE_MS = { idle: 20_000, warm: 10_000, relay: 2_000 };
 /** So many keepalives in a row unanswered, and nothing else heard from it: the server is gone. */
@@ -243,7 +245,7 @@ const newServerSession = ({ clock, cookie }: Login, { id, token, public: endpoin
   public: endpoint, // as the server sees us
   secondPort,
   keepaliveAt: Infinity,
-  asked: null as { first: number; counter: number; at: number; tries: number } | null, // keepalives without an answer yet
+  asked: null as { first: number; counter: number; at: number; tries: number } | null, // keepalives without an answer
   challenges: 0, // cookies that we have brought back since the last ALIVE
 });
 
@@ -312,7 +314,7 @@ function createLink(
       if (message.known) { // we have moved
         if (session.challenges++ < MAX_CHALLENGES) keepalive(message.cookie, from);
       } else if (!session.asked) keepalive(); // a hint, but anybody on the way could have replayed it
-      else if (message.counter >= session.asked.first && !login) { // it answers our question: the server does not know us
+      else if (message.counter >= session.asked.first && !login) { // that answers our question: it does not know us
         const shared = diffieHellman(keys.secret, message.key);
         reconnect("the server has forgotten us");
         forgottenAt = io.now;
@@ -441,7 +443,7 @@ function createLink(
       beginLogin();
       wake();
     },
-    report: () => session && !login && keepalive(), // Tells the server what has changed here.
+    report: () => session && !login && keepalive(), // tells the server what has changed here
     /** Speaks to the server, which opens the way from it again, should the NAT have forgotten. */
     check: () => session && !login && !session.asked && keepalive(),
     checkSoon() { // A message is on the relay: soon we want to know whether the server still lives.
@@ -452,12 +454,12 @@ function createLink(
 
 // ---------------------------------------------------------------------------------------------------- calls
 //
-// To call somebody is to ask the server for an introduction. It tells both sides, in the same tick, where the server has
-// seen the other one, because both must punch at once: a NAT lets a packet in only after one has left for where it comes
-// from. The first message travels with the first call. This room knows how often we have asked and when we ask again, but
-// not what becomes of it.
+// To call somebody is to ask the server for an introduction. It tells both sides, in the same tick, where the server
+// has seen the other one, because both must punch at once: a NAT lets a packet in only after one has left for where it
+// comes from. The first message travels with the first call. This room knows how often we have asked and when we ask
+// again, but not what becomes of it.
 
-const MAX_ROUNDS = 5; // Rounds of "ask the server to have the other side punch, then send again", as in 2004.
+const MAX_ROUNDS = 5; // rounds of "ask the server to have the other side punch, then send again", as in 2004
 /** After so many seconds on the relay a direct path is tried again. */
 const RETRY_DIRECT_MS = [2_000, 5_000, 15_000, 60_000, 300_000];
 /** So many tries of the part that all others wait for, over the relay: the peer may have forgotten the session. */
@@ -469,14 +471,14 @@ function createCalls(
   link: Link,
   has: { triesOfOldest(): number; firstMessage(): Uint8Array | null; isPunching(): boolean },
 ) {
-  /** The search for a path: since when, how often we have asked, and when we ask again for an answer that is missing. */
+  /** The search for a path: since when, how often we have asked, and when we ask again for a missing answer. */
   let since = io.now, rounds = 0, askAt = Infinity;
   /** While there is only the relay: how often the search has begun again, and when it does so next. */
   let retries = 0, retryAt = Infinity;
 
   /**
-   * Passes bytes on over the server; `mayCall`: and asks for an introduction, up to five times, or as long as nothing comes
-   * back: the peer may not know any more who we are.
+   * Passes bytes on over the server; `mayCall`: and asks for an introduction, up to five times, or as long as nothing
+   * comes back: the peer may not know any more who we are.
    */
   function viaServer(body: Uint8Array, mayCall: boolean): void {
     if (!link.session()) return;
@@ -508,7 +510,7 @@ function createCalls(
     rounds = retries = 0;
   }
 
-  function again(): void { // Something has changed: we ask as if for the first time.
+  function again(): void { // something has changed: we ask as if for the first time
     begin();
     ask();
   }
@@ -559,7 +561,7 @@ const WARM_MS = 300_000; // A message went either way so recently: the conversat
 const ALL_BACK_MS = 30_000;
 const INTRODUCTIONS_PER_PEER: Rate = { perSecond: 5, burst: 20 };
 
-interface Context { // What the rooms of a conversation may ask.
+interface Context { // what the rooms of a conversation may ask
   name: string; // of the peer
   relay: Way;
   canBeDirect: boolean; // not with ourselves, and not if the user does not want it
@@ -575,7 +577,7 @@ interface Context { // What the rooms of a conversation may ask.
   hostMayPunch(): boolean;
 }
 
-interface Shared { // What all conversations of a client have in common.
+interface Shared { // what all conversations of a client have in common
   options: ClientOptions;
   link: Link;
   discovery: Discovery;
@@ -673,7 +675,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     paths.onTalk();
   }
 
-  function onSessionReady(): void { // What has waited for a session can go.
+  function onSessionReady(): void { // what has waited for a session can go
     if (delivery.isAckDue() && c.hasSession()) delivery.acknowledge(carry);
     traversal.onSessionReady();
     delivery.wake();
@@ -780,7 +782,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
   });
   const rooms = [channel, paths, traversal, calls, delivery, ping];
 
-  function onPeer(peer: Introduced): boolean { // The server's word on who the peer is; false if it cannot be.
+  function onPeer(peer: Introduced): boolean { // the server's word on who the peer is; false if it cannot be
     if (!identity.renew(peer)) return false;
     lastError = null;
     calls.onAnswer();
@@ -832,7 +834,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
       resendLate();
     },
     onPunched: paths.punchAgain, // the word of the six-step flow: the peer's hole is open, so our next punch will pass
-    onError(reason: "unknown" | "offline"): void { // The server cannot pass something on.
+    onError(reason: "unknown" | "offline"): void { // the server cannot pass something on
       // After the server's restart "unknown" only means that the peer is not back yet.
       const isNew = !channel.wasOpen() && !delivery.hasHeard() && io.now - link.forgottenAt() > ALL_BACK_MS;
       lastError = "offline"; // should we wait in vain
@@ -859,13 +861,13 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
 // wanted, and notices when it is gone. Both sides punch at the same instant, because the first packet of each opens its
 // own NAT for the other's: a packet that comes before is dropped, or taken by the NAT for a flow of its own.
 //
-// Where a punch comes from beats what the server has told of the peer's endpoint: a NAT that gives each destination a port
-// of its own (symmetric) shows the server another one than us, and the source is the port that is open to us. Only the host
-// must be one that the server has seen, or an address on our own LAN: so nobody can aim us at a third party.
+// Where a punch comes from beats what the server has told of the peer's endpoint: a NAT that gives each destination a
+// port of its own (symmetric) shows the server another one than us, and the source is the port that is open to us. Only
+// the host must be one that the server has seen, or an address on our own LAN: so nobody can aim us at a third party.
 //
 // The room gets sealed bytes: it knows no messages, no keys and no classes of NATs.
 
-/** When we punch after the introduction: quickly at first, as both sides do now; then until the slowest NAT is ready. */
+/** When we punch after an introduction: quickly at first, as both sides do; then until the slowest NAT is ready. */
 const PUNCH_AT_MS = [0, 20, 40, 80, 160, 320, 820, 1320, 1820, 2320, 2820, 3320, 3820, 4320];
 /** A plain punch has so long; then fresh sockets, with fresh mappings, have their try. */
 const FRESH_SOCKETS_AFTER_MS = 1_500;
@@ -873,13 +875,13 @@ const FRESH_SOCKETS_AFTER_MS = 1_500;
 const ACTIVE_MS = 10_000, ACTIVE_PROBE_MS = 400;
 /** So often while the conversation is warm: under the 30 s after which the strictest NATs forget. */
 const WARM_PROBE_MS = 15_000;
-const SUSPECT_MS = 400; // Something on the path unanswered for max(3 SRTT, this): suspect.
+const SUSPECT_MS = 400; // something on the path unanswered for max(3 SRTT, this): suspect
 /** A suspect path is probed so often; after so many probes without an echo we ask the server again, or give it up. */
 const FAST_PROBE_MS = 150, PROBES_BEFORE_DOUBT = 2, FAST_PROBES = 6;
 const STALE_PATH_MS = 30_000; // A path that nobody has answered on for so long is suspect as soon as it is needed.
 /**
- * Some carriers end a mapping at a certain age, whatever the traffic: two paths in a row that die at about the same age,
- * each after 10 s and under 90 s; then the next one is replaced at 70 % of that age.
+ * Some carriers end a mapping at a certain age, whatever the traffic: two paths in a row that die at about the same
+ * age, each after 10 s and under 90 s; then the next one is replaced at 70 % of that age.
  */
 const ABSOLUTE_LIFETIME_MS = 90_000, RENEWED_MS = 10_000, SAME_LIFETIME = 0.75, RENEW_AT = 0.7;
 /** Of two paths of the same kind the quicker one is taken if it is quicker by this factor and this much. */
@@ -1082,11 +1084,11 @@ function createPaths(
   return {
     ...{ over, newProbe, startPunching, onPunch, onEcho, onAnswer, isPunching: punching.isOn },
     best: () => best,
-    punchAgain(): void { // The peer's hole is open by now.
+    punchAgain(): void { // the peer's hole is open by now
       if (!punching.isOn() || best) return;
       for (const path of paths) if (path.state === "trying") punch(path);
     },
-    expectAnswer(): void { // Something has been sent that the peer answers.
+    expectAnswer(): void { // something has been sent that the peer answers
       if (best) best.waitingSince = Math.min(best.waitingSince, io.now);
     },
     onTalk(): void { // A message goes either way: the path is checked all the time from here on.
@@ -1094,7 +1096,7 @@ function createPaths(
       if (io.now - best.answeredAt > STALE_PATH_MS && best.state === "good") suspect(best);
       best.probeAt = Math.min(best.probeAt, io.now + ACTIVE_PROBE_MS);
     },
-    prune(): void { // Closes the sockets that nothing came through.
+    prune(): void { // closes the sockets that nothing came through
       for (const { socket } of paths) if (socket !== best?.socket) io.close(socket);
       paths = paths.filter(({ socket }) => socket === 0 || socket === best?.socket);
     },
@@ -1125,15 +1127,15 @@ function createPaths(
 //     four fresh sockets, one after the other    which outside ports they get: preserving, in sequence, a block, any
 //     two of ours at each other's outside ports  whether two clients behind this NAT can meet there (hairpin)
 //
-// Nothing here spoils a mapping that a punch will need. Classes are hints; packets are facts (see `traversal`). Knows no
-// peers.
+// Nothing here spoils a mapping that a punch will need. Classes are hints; packets are facts (see `traversal`). Knows
+// no peers.
 
 /** A question is asked again so often; what is unanswered then has been filtered, or lost. */
 const QUESTION_MS = 250, QUESTION_TRIES = 4;
-const SAMPLES = 4; // Three random ports lie within a block by chance once in 80 times, four once in a thousand.
+const SAMPLES = 4; // three random ports lie within a block by chance once in 80 times, four once in a thousand
 /** Ports of successive mappings this near to each other are a sequence, or this near, a block. */
 const SEQUENCE_STEP = 8, BLOCK_SPAN = 4_096;
-const BLOCK_GUESS = 512; // How far a block may reach beyond what we have seen of it.
+const BLOCK_GUESS = 512; // how far a block may reach beyond what we have seen of it
 const LOWEST_PORT = 1_024;
 
 /** `changeIp`, `changePort`: to be answered from the server's other address, or from another port of it. */
@@ -1142,7 +1144,7 @@ type Question = { socket: number; to: Endpoint; changeIp?: boolean; changePort?:
 type Topic = "second port" | "other address" | "observer" | "third port" | "unknown address" | NumberedTopic;
 type NumberedTopic = `${"sample" | "hairpin"} ${number}`;
 
-interface Facts { // What a discovery knows by now.
+interface Facts { // what a discovery knows by now
   server: Endpoint;
   secondPort: Endpoint; // of the server
   observer: Endpoint | undefined;
@@ -1209,7 +1211,7 @@ function allocationOf(facts: Facts): NatClass["allocation"] {
   return Math.max(...known) - Math.min(...known) <= BLOCK_SPAN ? "block" : "random";
 }
 
-function stepOf(ports: number[]): number { // The step of a sequence of ports, with its sign; 0 if it is none.
+function stepOf(ports: number[]): number { // the step of a sequence of ports, with its sign; 0 if it is none
   const steps = ports.slice(1).map((port, i) => port - ports[i]!), sign = Math.sign(steps[0] ?? 0);
   const isSequence = steps.every((step) => Math.sign(step) === sign && Math.abs(step) <= SEQUENCE_STEP);
   return isSequence ? sign * Math.min(...steps.map(Math.abs)) : 0;
@@ -1227,7 +1229,7 @@ function createDiscovery(
   /** The discovery under way; it is outdated if our endpoint has changed meanwhile, and another one follows. */
   let current: { facts: Facts; topics: Set<Topic>; isOutdated: boolean } | null = null;
   const waiting: (() => void)[] = [];
-  /** What can be tried is another matter now, and the server, which tells our peers, is yet to confirm that it knows. */
+  /** What can be tried has changed, and the server, which tells our peers, is yet to confirm that it knows. */
   let changeUnconfirmed = false;
   const asked = new Map<string, { question: Question; data: Uint8Array; tries: number; dueAt: number; done: Done }>();
   type Done = (answer: Stun | null) => void;
@@ -1261,7 +1263,7 @@ function createDiscovery(
     one.done(stun.kind === "response" ? stun : null);
   }
 
-  function start(): void { // One discovery at a time.
+  function start(): void { // one discovery at a time
     const { server, secondPort, public: seen } = session() ?? {};
     if (!server || !seen || isIPv6(server)) return;
     if (current) return void (current.isOutdated = true);
@@ -1279,7 +1281,7 @@ function createDiscovery(
     }
   }
 
-  function askAll({ facts, topics } = current!): void { // Asks what can be asked by now and has not been asked yet.
+  function askAll({ facts, topics } = current!): void { // asks what can be asked by now and has not been asked yet
     for (const [topic, question] of questions(facts)) {
       if (topics.has(topic)) continue;
       topics.add(topic);
@@ -1324,7 +1326,7 @@ function createDiscovery(
     isAsking: () => asked.size > 0,
     /** Calls back as soon as nothing is being found out. */
     whenDone: (tell: () => void) => current ? void waiting.push(tell) : tell(),
-    confirm(): boolean { // The server knows our class; true if that has just changed what can be tried.
+    confirm(): boolean { // the server knows our class; true if that has just changed what can be tried
       const hasChanged = changeUnconfirmed;
       changeUnconfirmed = false;
       return hasChanged;
@@ -1347,9 +1349,9 @@ function createDiscovery(
 //     symmetric,        open 256, so that every    none                          none
 //     random            250th port is right
 //
-// A spray is the birthday problem: 256 of 64,512 ports are open, and each probe hits one with odds of 1 in 252. 200 probes
-// a second find one after 1.2 s in the median, and 1,024 of them fail once in 60 times: 1 - (1 - 256/64512)^1024 = 98 %.
-// If the ports of both sides are random, both must hit at once: that would take some hundred thousand probes.
+// A spray is the birthday problem: 256 of 64,512 ports are open, and each probe hits one with odds of 1 in 252. 200
+// probes a second find one after 1.2 s in the median, and 1,024 of them fail once in 60 times: 1 - (1 - 256/64512)^1024
+// = 98 %. If the ports of both sides are random, both must hit at once: that would take some hundred thousand probes.
 //
 // A symmetric side opens its NAT with packets that die before they arrive: a router with an open INPUT chain would take
 // them for new flows, and lose the very ports that it is about to use.
@@ -1357,21 +1359,21 @@ function createDiscovery(
 // An attempt is one cell of the table, as the other side plays it too; plans, told over the relay, see to that. Each
 // attempt that fails is followed by the next one, which believes the classes less. Knows no messages and no keys.
 
-/** Sockets that we open: one guess each against another symmetric NAT; a few are enough where the peer sends to many ports. */
+/** Sockets that we open: one guess each against a symmetric NAT; a few are enough if the peer tries many ports. */
 const GUESS_SOCKETS = 16, OPENER_SOCKETS = 4, SPRAY_SOCKETS = 256;
 /** Foreign flows that may have taken a port of a sequence since it was sampled: so many are guessed in turn. */
 const FOREIGN_FLOWS = 4;
 /** When an attempt sends; where one side opens its NAT with packets of low TTL, the next ones follow the peer's. */
 const VOLLEYS_MS = [0, 100, 250], OPENER_VOLLEYS_MS = [0, 500], SPRAY_VOLLEYS_MS = [0, 6_200];
-const TELL_PLAN_MS = 300; // When a plan is told again.
-/** When an attempt has failed, or a spray: all of its time (10.2 s of probes, 1 s of pause), and a little for the last echo. */
+const TELL_PLAN_MS = 300; // when a plan is told again
+/** When an attempt has failed, or a spray: 10.2 s of probes, 1 s of pause, and a little for the last echo. */
 const ATTEMPT_MS = 1_000, SPRAY_ATTEMPT_MS = 13_000, MAX_ATTEMPT = 4;
-const RENEWAL = 100; // The number of an attempt that replaces a path which still works.
+const RENEWAL = 100; // the number of an attempt that replaces a path which still works
 /** Dies on the way, after it has opened our NAT and before a Linux router at the far end can take offence at it. */
 const OPENER_TTL = 8;
 /** A spray: so many ports, 4 each 20 ms, a little ahead at first; half of them, a pause, the other half; never more. */
 const SPRAY_PORTS = 2_048, SPRAY_BURST = 4, SPRAY_BURST_MS = 20, SPRAY_AHEAD_MS = 60, SPRAY_PAUSE_MS = 1_000;
-const SPRAY_INTERVAL_MS = 14_000; // One spray at a time on this host, so long one after the other.
+const SPRAY_INTERVAL_MS = 14_000; // one spray at a time on this host, so long one after the other
 const PORTS = 65_536 - LOWEST_PORT;
 const ATTEMPTS_PER_PEER: Rate = { perSecond: 0.2, burst: 6 };
 
@@ -1395,7 +1397,7 @@ const newAttempt = (number: number, theirs: Plan | null, cell: Cell, now: number
 });
 type Attempt = ReturnType<typeof newAttempt>;
 
-function createSprayTurn(io: Io) { // Who sprays: one conversation of this host at a time.
+function createSprayTurn(io: Io) { // who sprays: one conversation of this host at a time
   let takenAt = -Infinity;
   return {
     take(): boolean {
@@ -1443,7 +1445,7 @@ function createTraversal(
 
   /** The attempt replaces a path that still works, and has not yet done so. */
   const isRenewing = () => attempt?.number === RENEWAL && best()!.bornAt < attempt.startedAt;
-  const isSettled = () => best()?.state === "good" && !isRenewing(); // Nothing is left for an attempt to do.
+  const isSettled = () => best()?.state === "good" && !isRenewing(); // nothing is left for an attempt to do
   /** We alone are symmetric: our packets open our NAT to one port of the peer, which finds out where. */
   const isOpener = ({ symmetric, peerSymmetric }: Attempt) => symmetric && !peerSymmetric;
   /** Where the server sees the peer, in IPv4. */
@@ -1461,7 +1463,7 @@ function createTraversal(
     else if (!attempt.isSpraying) begin(attempt.number, attempt.theirs);
   }
 
-  const isFirst = () => isLower(host.ownKey, c.peer()!.key); // Of the two of us, where both would do the same.
+  const isFirst = () => isLower(host.ownKey, c.peer()!.key); // of the two of us, where both would do the same
 
   function cellOf(nat: NatClass, peerNat: NatClass, number: number): Cell {
     const symmetric = isTakenForSymmetric(nat, peerNat, { number, isFirst: isFirst() });
@@ -1470,7 +1472,7 @@ function createTraversal(
     return { symmetric, peerSymmetric, random, peerRandom };
   }
 
-  function begin(number: number, theirs: Plan | null = null): void { // Begins an attempt, if it is not hopeless.
+  function begin(number: number, theirs: Plan | null = null): void { // begins an attempt, if it is not hopeless
     const nat = discovery.nat(), peerNat = c.peer()!.nat, cell = cellOf(nat, peerNat, number);
     const { symmetric, peerSymmetric, random, peerRandom } = cell;
     end();
@@ -1547,7 +1549,7 @@ function createTraversal(
 
   // -- sending
 
-  function beginSending(mine: Attempt): void { // Sends as soon as both sides know where.
+  function beginSending(mine: Attempt): void { // sends as soon as both sides know where
     const isReady = mine.plan !== null || (!mine.symmetric && mine.peerSymmetric);
     if (mine.isSending || !isReady || !(mine.theirs || isOpener(mine))) return;
     mine.isSending = true;
@@ -1606,7 +1608,7 @@ function createTraversal(
     }());
   }
 
-  function end(): void { // Closes the sockets that nothing came through.
+  function end(): void { // closes the sockets that nothing came through
     for (const { socket } of attempt?.sockets ?? []) if (socket !== best()?.socket) io.close(socket);
     if (attempt) on.ended();
     attempt = null;
@@ -1658,10 +1660,10 @@ function createIdentity(
   on: { otherLogin(): void; untrusted(): void; mayWarn(): boolean },
 ) {
   let peer: Introduced | null = known ? { ...known, candidates: [], nat: UNKNOWN_NAT, punchAfterMs: 0 } : null;
-  /** It has another key than the one that was verified, or does not know our secret; and the login that we warned of. */
+  /** It has another key than the verified one, or does not know our secret; and the login that we warned of. */
   let untrusted = peer !== null && !isTrusted(peer.key), warnedOf: string | null = null;
 
-  function renew(now: Introduced): boolean { // Takes the server's word on who the peer is now; false if it cannot be.
+  function renew(now: Introduced): boolean { // takes the server's word on who the peer is now; false if it cannot be
     const key = hex(now.key), before = peer && hex(peer.key);
     if (key === hex(ownKey) && !isSelf) return false; // our own messages would come back as somebody else's
     if (before !== null && before !== key) {
@@ -1685,7 +1687,7 @@ function createIdentity(
     onUser(user: User): void {
       if (peer && peer.nonce !== user.nonce) renew({ ...peer, nonce: user.nonce, key: user.key });
     },
-    warn(): void { // Somebody who passes for the peer does not know what it must know.
+    warn(): void { // somebody who passes for the peer does not know what it must know
       untrusted = true;
       if (warnedOf === peer!.nonce || !on.mayWarn()) return;
       warnedOf = peer!.nonce;
@@ -1699,7 +1701,7 @@ function createIdentity(
 // ---------------------------------------------------------------------------------------------------- channel
 //
 //     P2PFIRST  ----------->   Noise KKpsk0; the oldest message travels inside, so it costs no round trip
-//     <----------- P2PSECOND   with something sealed behind it; until this has arrived, copies of the first are our punches
+//     <----------- P2PSECOND   with something sealed behind it; until this has arrived, its copies are our punches
 //     sealed  <----------->    from here on everything has an index, a counter and a tag
 //
 // Sessions with the peer: keys that only the two of us know, made again with each login. Knows no sequence numbers, no
@@ -1725,18 +1727,18 @@ interface PeerSession {
 /** We are opening a session: first by asking the server who that is, then with a handshake. */
 type Opening = { tries: number; dueAt: number; handshake: { index: number; initiation: Initiation } | null };
 
-type Party = Pick<User, "name" | "nonce">; // One side of a handshake.
+type Party = Pick<User, "name" | "nonce">; // one side of a handshake
 type First = Handshake & { type: "P2PFIRST" };
 type Second = Handshake & { type: "P2PSECOND" };
 
-interface Intake { // What a channel takes from the peer.
+interface Intake { // what a channel takes from the peer
   onSecond(second: Second): void;
   onSealed(session: PeerSession, data: Uint8Array, origin: Origin): void;
   onCopy(session: PeerSession, probe: number, origin: Origin): void;
   onReady(): void;
 }
 
-interface Line { // Whom a peer's datagram is for, and in which session; null: there is only a handshake.
+interface Line { // whom a peer's datagram is for, and in which session; null: there is only a handshake
   intake: Intake;
   session: PeerSession | null;
 }
@@ -1769,11 +1771,11 @@ function createChannel(
 ) {
   const { keys, psk = new Uint8Array(32) } = options;
   const ownStream = io.random(STREAM_BYTES), mayBegin = createLimit(HANDSHAKES_PER_PEER);
-  const sessions: PeerSession[] = []; // Sessions that the peer may still use, newest first; and the one that we use.
-  let inUse: PeerSession | null = null;
+  const sessions: PeerSession[] = []; // those that the peer may still use, newest first
+  let inUse: PeerSession | null = null; // the one that we use
   let opening: Opening | null = null;
 
-  function current(): PeerSession | null { // The session that we seal with; none if the peer has logged in again since.
+  function current(): PeerSession | null { // the session that we seal with; none if the peer has logged in again since
     const now = peer();
     return inUse && now && inUse.peerNonce === now.nonce && sameKey(inUse.peerKey, now.key) ? inUse : null;
   }
@@ -1792,7 +1794,7 @@ function createChannel(
     on.handshakeOver(io.now);
   }
 
-  function open(): void { // Opens a session if there is none, or if it is worn.
+  function open(): void { // opens a session if there is none, or if it is worn
     if (opening || !server() || (current() && inUse!.sent <= REKEY_AFTER)) return;
     opening = { tries: 0, dueAt: io.now, handshake: null };
     sendOpening(opening);
@@ -1817,7 +1819,7 @@ function createChannel(
     return { index, initiation };
   }
 
-  function firstMessage(probe = 0): Uint8Array { // No bytes if there is no handshake under way.
+  function firstMessage(probe = 0): Uint8Array { // no bytes if there is no handshake under way
     if (!opening?.handshake) return NO_BYTES;
     const { index, initiation } = opening.handshake;
     return encodeHandshake({ type: "P2PFIRST", from: index, probe, noise: initiation.message });
@@ -1916,7 +1918,7 @@ function createChannel(
       const session = current();
       return session ? seal({ type: "P2PTRASH", probe }, session) : opening?.handshake ? firstMessage(probe) : null;
     },
-    hurry(): void { // Sends the first message again at once, if there is no session yet.
+    hurry(): void { // sends the first message again at once, if there is no session yet
       if (current()) return;
       if (opening) sendOpening(opening);
       else open();
@@ -1940,15 +1942,15 @@ function createChannel(
 //     parts    0  1  2  3  4  5  6  7  ...        a message is cut into parts of 800 bytes, numbered for good
 //              |acked |  in flight  | waiting     P2PMESSAGEACK: all before `next`, and 2 bits for each part around it
 //
-// Each message once, whole and in the order sent, whatever is lost, doubled or overtaken on the way, and whichever way it
-// takes. Knows no keys, no paths and no server: `carry` sends a frame and says by which way.
+// Each message once, whole and in the order sent, whatever is lost, doubled or overtaken on the way, and whichever way
+// it takes. Knows no keys, no paths and no server: `carry` sends a frame and says by which way.
 
 /** Longest chat message in bytes of UTF-8. */
 export const MAX_MESSAGE_BYTES = 65_536;
-const GIVE_UP_MS = 15_000; // Nothing acknowledged for so long: Send Failure!
-/** A tail is not sent again sooner than the clocks of two runtimes can tell (a tail loss probe, RFC 8985, section 7.2). */
+const GIVE_UP_MS = 15_000; // nothing acknowledged for so long: Send Failure!
+/** A tail is not sent again sooner than two runtimes' clocks can tell (a tail loss probe, RFC 8985, section 7.2). */
 const TAIL_MIN_MS = 20;
-const MAX_COPIES = 4; // What all else waits for is sent again in as many copies as it has been tried, up to this.
+const MAX_COPIES = 4; // what all else waits for is sent again in as many copies as it has been tried, up to this
 /** Sent so much before a part that has been acknowledged: lost (a fraction of SRTT, as in RACK, RFC 8985). */
 const REORDERING = 0.25;
 /** Parts on their way at a time: at first, at least, at most. Twice the most fits into one acknowledgement. */
@@ -2018,11 +2020,11 @@ export function createDelivery(
   },
 ) {
   let nextSeq = 0, parts: Part[] = [], window = WINDOW_FIRST;
-  let progressAt = io.now; // When something was acknowledged last.
+  let progressAt = io.now; // when something was acknowledged last
   let incoming: Incoming | null = null;
-  let ackDue = false; // To be acknowledged as soon as there is a session.
+  let ackDue = false; // to be acknowledged as soon as there is a session
 
-  const oldest = () => parts.find(({ arrival }) => arrival === null); // The part that all others wait for.
+  const oldest = () => parts.find(({ arrival }) => arrival === null); // the part that all others wait for
   const asFrame = ({ seq, left, bytes }: Part): MessageFrame => ({
     type: "P2PMESSAGE",
     seq,
@@ -2045,7 +2047,7 @@ export function createDelivery(
     pump();
   }
 
-  function pump(): void { // Sends what may be sent now: what is due again, and what is new as far as the window allows.
+  function pump(): void { // sends what may be sent now: what is due again, and what is new as far as the window allows
     if (parts.length === 0) return;
     on.needSession();
     if (!hasSession()) return;
@@ -2111,15 +2113,16 @@ export function createDelivery(
     for (const part of parts.filter(isInFlight)) {
       if (part.sentAt < newest) part.dueAt = Math.min(part.dueAt, io.now);
     }
-    // What the peer has not shown to its user is kept, even if it has arrived: the parts of a message that is not whole,
-    // and what is behind a gap. A new run of the peer needs it, and so does the peer itself if the gap is given up.
+    // What the peer has not shown to its user is kept, even if it has arrived: the parts of a message that is not
+    // whole, and what is behind a gap. A new run of the peer needs it, and so does the peer itself if the gap is given
+    // up.
     for (let last; (last = parts.find(({ left }) => left === 0)) && last.arrival && last.seq < ack.next;) {
       parts.splice(0, parts.indexOf(last) + 1);
       const { id, startedAt } = last.message;
       io.emit({ event: "sent", to: name, id, ok: true, ms: tenths(io.now - startedAt), path: last.arrival });
     }
-    // The part that the peer waits for has arrived, and yet is not counted: what came before was given up, or the peer has
-    // forgotten it, and then all that it does not name any more.
+    // The part that the peer waits for has arrived, and yet is not counted: what came before was given up, or the peer
+    // has forgotten it, and then all that it does not name any more.
     const awaited = parts.find(({ seq }) => seq >= ack.next);
     if (!awaited?.arrival) return;
     const gone = parts.filter((part) => part === awaited || (part.seq > ack.next && arrivalOf(ack, part) === null));
@@ -2196,7 +2199,7 @@ export function createDelivery(
     hasSent: () => nextSeq > 0,
     hasHeard: () => incoming !== null,
     isAckDue: () => ackDue,
-    owesAck: () => void (ackDue = true), // The peer is to hear from us in the new session.
+    owesAck: () => void (ackDue = true), // the peer is to hear from us in the new session
     triesOfOldest: () => oldest()?.tries ?? 0,
     resendInFlight(): void {
       for (const part of parts.filter(isInFlight)) send(part);
@@ -2215,7 +2218,7 @@ export function createDelivery(
       for (const part of parts.filter(isInHandshake)) part.dueAt = dueAt;
     },
 
-    onJump: () => void (progressAt = io.now), // The clock has jumped: the time that it left out does not count.
+    onJump: () => void (progressAt = io.now), // the clock has jumped: the time that it left out does not count
     failAll(reason: Reason): void {
       for (const message of new Set(parts.map(({ message }) => message))) fail(message, reason);
     },
@@ -2328,7 +2331,7 @@ function createList(io: Io, link: Link) {
       listings.push(newListing(prefix, done, io.now));
       wake();
     },
-    askAgain(): void { // We are in again: what was asked before is lost.
+    askAgain(): void { // we are in again: what was asked before is lost
       for (const listing of listings) listing.dueAt = io.now;
     },
     onUsers(message: Control & { type: "USERS" }): void {
@@ -2358,7 +2361,7 @@ function createList(io: Io, link: Link) {
 //
 // Sockets beyond the first one: each has a mapping of its own in our NAT.
 
-const MAX_SOCKETS = 600; // At a time: two sprays, and what else is going on.
+const MAX_SOCKETS = 600; // at a time: two sprays, and what else is going on
 
 function createSockets(effect: (effect: Effect<ClientEvent>) => void) {
   const open = new Set<number>(), opening = new Map<number, (port: number) => void>();
@@ -2457,7 +2460,7 @@ function createCommands(
 const MAX_CONVERSATIONS = 1_000, MAX_KNOWN_USERS = 20_000;
 /** Datagrams to where nothing has come back from yet, whoever named the place. */
 const PUNCHES: Rate = { perSecond: 300, burst: 1_500 };
-const WARNINGS: Rate = { perSecond: 0.2, burst: 10 }; // Of peers who do not know what they must know.
+const WARNINGS: Rate = { perSecond: 0.2, burst: 10 }; // of peers who do not know what they must know
 
 /** Makes a client; it logs in as soon as its socket 0 is open. */
 export function createClient(options: ClientOptions): Client {
@@ -2465,9 +2468,9 @@ export function createClient(options: ClientOptions): Client {
   const known = new Map<string, User>(); // from the list of users
   const verified = new Map<string, Uint8Array>(); // keys that the user has seen: no other one counts for that name
   let addresses: string[] = [], port = 0;
-  let isClosed = false; // Logged out, refused, or no server found: nothing happens any more.
+  let isClosed = false; // logged out, refused, or no server found: nothing happens any more
   const close = () => void (isClosed = true);
-  let effects: Effect<ClientEvent>[] = []; // What the event that is being handled has led to so far.
+  let effects: Effect<ClientEvent>[] = []; // what the event that is being handled has led to so far
 
   const sockets = createSockets((effect) => effects.push(effect));
   const io = {
@@ -2611,7 +2614,7 @@ export function createClient(options: ClientOptions): Client {
 
   // -- events in, effects out
 
-  let dueAt: number | null = null; // Computed once for each event.
+  let dueAt: number | null = null; // computed once for each event
   function wakeAt(): number {
     if (dueAt !== null) return dueAt;
     dueAt = Math.min(link.wakeAt(), list.wakeAt(), discovery.wakeAt());
@@ -2763,7 +2766,7 @@ const FILTERING: Record<NatClass["filtering"], string> = {
   EIF: "Anybody can write to you (EIF)",
   unknown: "A port you have not written to can write to you (EIF or ADF)",
 };
-const NEXT_PORT: Record<NatClass["allocation"], string> = { // Which port of a symmetric NAT the next destination sees.
+const NEXT_PORT: Record<NatClass["allocation"], string> = { // which port of a symmetric NAT the next destination sees
   preserving: "the one inside if it is free",
   sequential: "one after the other",
   block: "any of a block",
@@ -2771,7 +2774,7 @@ const NEXT_PORT: Record<NatClass["allocation"], string> = { // Which port of a s
   unknown: "we do not know which",
 };
 
-function natInWords(nat: NatEvent): string { // What one's NAT means for reaching others.
+function natInWords(nat: NatEvent): string { // what one's NAT means for reaching others
   const { mapping, allocation, hairpin } = nat;
   if (!nat.udp) return "UDP does not reach the server: it is blocked here, or the server is not running";
   const samePort = "every destination sees the same port";
@@ -2818,7 +2821,7 @@ async function resolve(server: string, defaultPort: number): Promise<Endpoint[]>
   throw new Failure(`Cannot find the server "${host}": check the name, or give its IP address`);
 }
 
-function identity(file: string): KeyPair { // The keys in a file, made now if there is no such file.
+function identity(file: string): KeyPair { // the keys in a file, made now if there is no such file
   let mode: number, digits: string, verb = "create";
   try {
     if (!existsSync(file)) writeFileSync(file, hex(generateKeys().secret) + "\n", { mode: 0o600, flag: "wx" });
@@ -2841,7 +2844,7 @@ function newSecret(): string { // 20 letters of an alphabet of 32 without look-a
 
 // ---------------------------------------------------------------------------------------------------- screen and main
 
-function createScreen() { // Where lines are typed and events are shown: a terminal with a prompt, or else pipes.
+function createScreen() { // where lines are typed and events are shown: a terminal with a prompt, or else pipes
   const { stdin, stdout } = process;
   const terminal = stdin.isTTY ? createInterface({ input: stdin, output: stdout, prompt: "> " }) : null;
   const lines = terminal?.[Symbol.asyncIterator]() ?? pipedLines();

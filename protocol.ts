@@ -17,8 +17,8 @@
  *     | 0x50 | code | index  | counter | encrypted fields, see PEER  | tag    |
  *     +------+------+--------+---------+-----------------------------+--------+
  *
- * Within a session counters only grow, so that a datagram that comes twice is noticed. Nothing in this file knows what a
- * login or a punch is for. Bytes that make no sense decode to null.
+ * Within a session counters only grow, so that a datagram that comes twice is noticed. Nothing in this file knows what
+ * a login or a punch is for. Bytes that make no sense decode to null.
  *
  * @module
  */
@@ -69,8 +69,9 @@ export interface Datagram {
 
 // ---------------------------------------------------------------------------------------------------- messages
 // A message is one row of a table: its code, who says it to whom (client C, server S), and its fields in the order of
-// their bytes. The types `Control`, `Peer` and `Handshake`, encoding and decoding all follow from these rows. Codes 1 to
-// 4 and 100 to 103, and names such as P2PSOMEONEWANTTOCALLYOU, come from the C++ demo of 2004 that this descends from.
+// their bytes. The types `Control`, `Peer` and `Handshake`, encoding and decoding all follow from these rows. Codes 1
+// to 4 and 100 to 103, and names such as P2PSOMEONEWANTTOCALLYOU, come from the C++ demo of 2004 that this descends
+// from.
 
 /** Most candidates that one client may announce. */
 export const MAX_CANDIDATES = 8;
@@ -80,8 +81,8 @@ const MAX_USERS_ON_PAGE = 32;
 
 // The kinds of fields; "codecs" below says how they are written and read. Numbers are unsigned, the most significant
 // byte first. An id is 8 bytes, and 16 hex digits in the program. Texts (in UTF-8) and lists begin with their length
-// (u8), `bytes` with theirs (u16); `rest` ends where the seal begins. An endpoint is 4 or 16 (u8), an address of so many
-// bytes, and a port (u16). A NAT class is one byte.
+// (u8), `bytes` with theirs (u16); `rest` ends where the seal begins. An endpoint is 4 or 16 (u8), an address of so
+// many bytes, and a port (u16). A NAT class is one byte.
 const u8 = uint(1), u16 = uint(2), u32 = uint(4), u48 = uint(6);
 const id: Codec<string> = { put: putDigits, get: (cursor) => hex(readBytes(cursor, 8)) };
 const key: Codec<Uint8Array> = { put: writeBytes, get: (cursor) => readBytes(cursor, 32).slice() }; // receivers keep it
@@ -232,8 +233,8 @@ export function messageTable(): { name: string; code: number; way: string; what:
 }
 
 // ---------------------------------------------------------------------------------------------------- bytes
-// A new buffer costs a microsecond or more on Deno, however small it is, and a view costs next to nothing. So fields are
-// written and read where they stand, and what is read is a view unless somebody keeps it.
+// A new buffer costs a microsecond or more on Deno, however small it is, and a view costs next to nothing. So fields
+// are written and read where they stand, and what is read is a view unless somebody keeps it.
 
 const utf8 = new TextEncoder(), strictUtf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const NO_BYTES = new Uint8Array(0);
@@ -361,8 +362,8 @@ export function scopeOf(host: string): "loopback" | "private" | "link" | "public
 }
 
 // ---------------------------------------------------------------------------------------------------- codecs
-// How the kinds of fields are written and read. Writing throws if there is no room, which is a bug of ours. Reading what
-// a stranger has written never throws: it marks the cursor as bad and goes on with any value.
+// How the kinds of fields are written and read. Writing throws if there is no room, which is a bug of ours. Reading
+// what a stranger has written never throws: it marks the cursor as bad and goes on with any value.
 
 /** One kind of field. */
 export interface Codec<T> {
@@ -809,12 +810,13 @@ export function encodeStunResponse(
 }
 
 // ---------------------------------------------------------------------------------------------------- MACs and counters
-// A MAC shows that a datagram comes from somebody who has the key; a window of counters, that it is not an old one again.
+// A MAC shows that a datagram comes from somebody who has the key; a window of counters, that it is not an old one
+// again.
 
 /**
  * SipHash-2-4 (Aumasson and Bernstein, 2012): eight bytes that nobody can guess without the 16-byte key, written into
- * `mac`. It is written out in 32-bit halves, because it guards every datagram of the server, and `createHmac` costs more
- * than an echo.
+ * `mac`. It is written out in 32-bit halves, because it guards every datagram of the server, and `createHmac` costs
+ * more than an echo.
  */
 export function sipHash(key: Uint8Array, data: Uint8Array, mac: Uint8Array = new Uint8Array(8)): Uint8Array {
   const word = (from: Uint8Array, at: number) =>
