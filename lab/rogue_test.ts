@@ -5,10 +5,10 @@
  */
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import type { ClientEvent } from "../client.ts";
 import { type Control, decode, type Effect, type Endpoint, MAGIC, MAX_DATAGRAM_BYTES } from "../protocol.ts";
 import { decodeHandshake, encodeHandshake, type Handshake, keysFrom, type Peer } from "../protocol.ts";
 import { concat, formatEndpoint, hex, hostOf } from "../protocol.ts";
-import type { ClientEvent } from "../client.ts";
 import { createServer } from "../server.ts";
 import { dice, enter, hand, like, memory, MIB, NO_BYTES, NO_ID, observe, part, type Rogue } from "./hostile.ts";
 import { rogueCrowd, sends, SERVER, typeOf, village } from "./hostile.ts";
