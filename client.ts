@@ -1127,74 +1127,63 @@ function createPaths(
 //     four fresh sockets, one after the other    which outside ports they get: preserving, in sequence, a block, any
 //     two of ours at each other's outside ports  whether two clients behind this NAT can meet there (hairpin)
 //
-// Nothing here spoils a mapping that a punch will need. Classes are hints; packets are facts (see `traversal`). Knows
-// no peers.
+// Nothing here spoils a mapping that a punch will need. Classes are hints, packets are facts. The room knows no peers.
 
 /** A question is asked again so often; what is unanswered then has been filtered, or lost. */
 const QUESTION_MS = 250, QUESTION_TRIES = 4;
 const SAMPLES = 4; // three random ports lie within a block by chance once in 80 times, four once in a thousand
 /** Ports of successive mappings this near to each other are a sequence, or this near, a block. */
 const SEQUENCE_STEP = 8, BLOCK_SPAN = 4_096;
-const BLOCK_GUESS = 512; // how far a block may reach beyond what we have seen of it
-const LOWEST_PORT = 1_024;
+/** How far a block may reach beyond what we have seen of it, and where the ports begin that a NAT gives away. */
+const BLOCK_GUESS = 512, LOWEST_PORT = 1_024;
 
 /** `changeIp`, `changePort`: to be answered from the server's other address, or from another port of it. */
 type Question = { socket: number; to: Endpoint; changeIp?: boolean; changePort?: boolean };
-/** What a discovery has to ask, each of these once. */
-type Topic = "second port" | "other address" | "observer" | "third port" | "unknown address" | NumberedTopic;
+type Topic = "second port" | "third port" | "other address" | "unknown address" | "observer" | NumberedTopic;
 type NumberedTopic = `${"sample" | "hairpin"} ${number}`;
 
-interface Facts { // what a discovery knows by now
-  server: Endpoint;
-  secondPort: Endpoint; // of the server
-  observer: Endpoint | undefined;
-  seen: Endpoint; // our public endpoint
-  isNone: boolean; // which is an address of our own
-  samples: { socket: number; inside: number }[]; // fresh sockets, in the order of their first packets
-  answers: Map<Topic, Stun | null>; // null: no answer after all tries
-}
+/** What a discovery knows by now. */
+const newFacts = ({ server, secondPort, public: seen }: ServerSession, isOwn: boolean) => ({
+  server,
+  secondPort, // of the server
+  seen, // our public endpoint
+  isOwn, // which is an address of this host: there is no NAT
+  samples: [] as { socket: number; inside: number }[], // fresh sockets, in the order of their first packets
+  answers: new Map<Topic, Stun | null | undefined>(), // undefined: not yet; null: none after all tries
+  next: null as ServerSession | null, // our endpoint has changed meanwhile, so another discovery follows
+});
+type Facts = ReturnType<typeof newFacts>;
 
 /** All that can be asked with what is known by now. */
-function questions({ server, secondPort, observer, seen, samples, answers }: Facts): [Topic, Question][] {
-  const ask = (topic: Topic, to: Endpoint | undefined, from?: { socket: number }, change = {}): [Topic, Question][] =>
-    to ? [[topic, { socket: from?.socket ?? 0, to, ...change }]] : [];
+function* questions(facts: Facts, observer: Endpoint | undefined): Generator<[Topic, Question]> {
+  const { server, secondPort, seen, samples, answers } = facts, other = answers.get("second port")?.other;
+  yield ["second port", { socket: 0, to: formatEndpoint(hostOf(server), secondPort) }];
+  if (other) yield ["other address", { socket: 0, to: other }];
+  if (observer) yield ["observer", { socket: 0, to: observer }];
+  yield ["third port", { socket: 0, to: server, changePort: true }];
+  for (const [i, { socket }] of samples.entries()) yield [`sample ${i}`, { socket, to: server }];
+  if (answers.get("sample 0")?.other) { // not by socket 0, which has written to the other address
+    yield ["unknown address", { socket: samples[0]!.socket, to: server, changeIp: true, changePort: true }];
+  }
   // Both ways at once, since the mappings filter: a hairpin is a hole punched towards oneself.
-  const last = [...answers.keys()].findLast((topic) => topic.startsWith("sample")) ?? "sample 0";
-  const outside = outsidePorts({ samples, answers }).filter((port) => port > 0);
-  const lastSeen = outside.length === SAMPLES ? answers.get(last)?.mapped : undefined;
-  const lastSample = samples[Number(last.slice(-1))];
-  return [
-    ...ask("second port", secondPort),
-    ...ask("other address", answers.get("second port")?.other),
-    ...ask("observer", observer),
-    ...ask("third port", server, undefined, { changePort: true }),
-    ...samples.flatMap((sample, i) => ask(`sample ${i}`, server, sample)),
-    // By a socket that has not written to the other address, as socket 0 has.
-    ...ask("unknown address", answers.get("sample 0")?.other && server, samples[0], {
-      changeIp: true,
-      changePort: true,
-    }),
-    ...ask("hairpin 0", lastSeen && seen, lastSample),
-    ...ask("hairpin 1", lastSeen),
-  ];
+  const last = [...answers.keys()].findLast((topic) => topic.startsWith("sample") && answers.get(topic));
+  const lastSeen = last && answeredSamples(facts).length === SAMPLES && answers.get(last)?.mapped;
+  if (!lastSeen) return;
+  yield ["hairpin 0", { socket: samples[Number(last.slice(-1))]!.socket, to: seen }];
+  yield ["hairpin 1", { socket: 0, to: lastSeen }];
 }
 
-/** Without these answers half a class would mislead. */
-const isEssential = (topic: Topic) => topic === "second port" || topic.startsWith("sample");
+const portOf = (endpoint: Endpoint | undefined) => endpoint ? parseEndpoint(endpoint)!.port : 0;
+const answeredSamples = ({ samples, answers }: Facts) =>
+  samples.map((sample, i) => ({ ...sample, outside: portOf(answers.get(`sample ${i}`)?.mapped) }))
+    .filter(({ outside }) => outside > 0);
 
-/** The outside port of each sample, 0 if there was no answer. */
-const outsidePorts = ({ samples, answers }: Pick<Facts, "samples" | "answers">) =>
-  samples.map((_, i) => portOf(answers.get(`sample ${i}`)));
-const portOf = (answer: Stun | null | undefined) => answer?.mapped ? parseEndpoint(answer.mapped)!.port : 0;
-
-// What one address of a server cannot tell stays unknown.
-
-function mappingOf({ isNone, seen, answers }: Facts): NatClass["mapping"] {
+function mappingOf({ isOwn, seen, answers }: Facts): NatClass["mapping"] {
   const second = answers.get("second port")?.mapped;
   const elsewhere = answers.get("other address")?.mapped ?? answers.get("observer")?.mapped;
-  if (isNone) return "EIM";
+  if (isOwn) return "EIM";
   if (second !== undefined && second !== seen) return "APDM";
-  return elsewhere === undefined ? "unknown" : elsewhere === seen ? "EIM" : "ADM";
+  return elsewhere === undefined ? "unknown" : elsewhere === seen ? "EIM" : "ADM"; // no other address to compare
 }
 
 function filteringOf({ answers }: Facts): NatClass["filtering"] {
@@ -1204,11 +1193,11 @@ function filteringOf({ answers }: Facts): NatClass["filtering"] {
 }
 
 function allocationOf(facts: Facts): NatClass["allocation"] {
-  const outside = outsidePorts(facts), known = outside.filter((port) => port > 0);
-  if (known.length < SAMPLES - 1) return "unknown"; // one may be lost, four times over
-  if (facts.samples.every(({ inside }, i) => outside[i] === 0 || outside[i] === inside)) return "preserving";
-  if (stepOf(known) !== 0) return "sequential";
-  return Math.max(...known) - Math.min(...known) <= BLOCK_SPAN ? "block" : "random";
+  const samples = answeredSamples(facts), ports = samples.map(({ outside }) => outside);
+  if (ports.length < SAMPLES - 1) return "unknown"; // one may be lost, four times over
+  if (samples.every(({ inside, outside }) => inside === outside)) return "preserving";
+  if (stepOf(ports) !== 0) return "sequential";
+  return Math.max(...ports) - Math.min(...ports) <= BLOCK_SPAN ? "block" : "random";
 }
 
 function stepOf(ports: number[]): number { // the step of a sequence of ports, with its sign; 0 if it is none
@@ -1218,121 +1207,101 @@ function stepOf(ports: number[]): number { // the step of a sequence of ports, w
 }
 
 type Discovery = ReturnType<typeof createDiscovery>;
-function createDiscovery(
-  io: Io,
-  { observer, server: session }: { observer: Endpoint | undefined; server(): ServerSession | null },
-  on: { isOwn(host: string): boolean; changed(): void }, // an address of this host; our class of NAT is another one
-) {
-  let nat = UNKNOWN_NAT, hairpin: boolean | null = null;
-  /** Of a sequential allocation: the step; of one in blocks: lowest and highest port that may belong to ours. */
-  let stride = 1, block: number[] = [];
-  /** The discovery under way; it is outdated if our endpoint has changed meanwhile, and another one follows. */
-  let current: { facts: Facts; topics: Set<Topic>; isOutdated: boolean } | null = null;
+function createDiscovery(io: Io, on: { isOwn(host: string): boolean; changed(): void }, observer?: Endpoint) {
+  let known = UNKNOWN_NAT, canHairpin: boolean | null = null;
+  let isNews = false; // what can be tried has changed, and the server, which tells our peers, has not confirmed it yet
+  let ports: number[] = []; // what successive mappings have got outside
+  let current: Facts | null = null; // the discovery under way
+  const asked = new Map<string, { tries: ReturnType<typeof createScript>; done(answer: Stun | null): void }>();
   const waiting: (() => void)[] = [];
-  /** What can be tried has changed, and the server, which tells our peers, is yet to confirm that it knows. */
-  let changeUnconfirmed = false;
-  const asked = new Map<string, { question: Question; data: Uint8Array; tries: number; dueAt: number; done: Done }>();
-  type Done = (answer: Stun | null) => void;
 
   /** Asks a STUN server how it sees one of our sockets; null after all tries: nothing has come back. */
-  function ask(question: Question, done: Done): void {
-    const transaction = STUN_COOKIE + hex(io.random(12));
-    const data = encodeStunRequest({ ...question, transaction });
-    asked.set(transaction, { question, data, tries: 0, dueAt: io.now, done });
-    wake();
-  }
-
-  function wake(): void {
-    for (const [transaction, one] of asked) {
-      if (io.now < one.dueAt) continue;
-      if (one.tries++ < QUESTION_TRIES) {
-        one.dueAt = io.now + QUESTION_MS;
-        io.send(one.question.socket, one.question.to, one.data);
-      } else {
-        asked.delete(transaction);
-        one.done(null);
+  function ask({ socket, to, ...change }: Question, done: (answer: Stun | null) => void): void {
+    const transaction = STUN_COOKIE + hex(io.random(12)), data = encodeStunRequest({ ...change, transaction });
+    const tries = createScript(io);
+    wake(); // older questions first
+    asked.set(transaction, { tries, done });
+    tries.begin(function* () {
+      for (let i = 0; i < QUESTION_TRIES; i++) {
+        io.send(socket, to, data);
+        yield io.now + QUESTION_MS;
       }
-    }
+      asked.delete(transaction);
+      done(null);
+    }());
   }
 
   function receive(data: Uint8Array): void {
-    const stun = decodeStun(data), one = stun && asked.get(stun.transaction);
-    if (!one) return;
-    if (stun.kind === "request") return void (hairpin = true); // our own question, which comes by our public address
+    const stun = decodeStun(data), question = stun && asked.get(stun.transaction);
+    if (!question) return;
+    if (stun.kind === "request") return void (canHairpin = true); // our own question, which comes by our public address
     asked.delete(stun.transaction);
-    one.done(stun.kind === "response" ? stun : null);
+    question.done(stun.kind === "response" ? stun : null);
   }
 
-  function start(): void { // one discovery at a time
-    const { server, secondPort, public: seen } = session() ?? {};
-    if (!server || !seen || isIPv6(server)) return;
-    if (current) return void (current.isOutdated = true);
-    const isNone = on.isOwn(hostOf(seen)) || scopeOf(hostOf(seen)) === "loopback";
-    const second = formatEndpoint(hostOf(server), secondPort!);
-    const facts: Facts = { server, secondPort: second, observer, seen, isNone, samples: [], answers: new Map() };
-    current = { facts, topics: new Set(), isOutdated: false };
-    hairpin = null;
-    askAll();
+  function start(session: ServerSession): void { // one discovery at a time
+    if (isIPv6(session.server)) return;
+    if (current) return void (current.next = session);
+    const facts = current = newFacts(session, on.isOwn(hostOf(session.public)));
+    canHairpin = null;
+    goOn(facts);
     for (let i = 0; i < SAMPLES; i++) {
       io.open((socket, inside) => {
         facts.samples.push({ socket, inside });
-        askAll();
+        goOn(facts);
       });
     }
   }
 
-  function askAll({ facts, topics } = current!): void { // asks what can be asked by now and has not been asked yet
-    for (const [topic, question] of questions(facts)) {
-      if (topics.has(topic)) continue;
-      topics.add(topic);
-      if (topic === "hairpin 0") hairpin ??= false;
+  /** Asks what can be asked by now and has not been asked yet; ends the discovery when everything is answered. */
+  function goOn(facts: Facts): void {
+    const { samples, answers } = facts;
+    for (const [topic, question] of questions(facts, observer)) {
+      if (answers.has(topic)) continue;
+      answers.set(topic, undefined);
+      if (topic === "hairpin 0") canHairpin = false;
       ask(question, (answer) => {
-        facts.answers.set(topic, answer);
-        askAll();
-        settle();
+        answers.delete(topic);
+        answers.set(topic, answer);
+        goOn(facts);
       });
     }
-  }
-
-  function settle({ facts, topics, isOutdated } = current!): void {
-    const { samples, answers } = facts, isComplete = samples.length === SAMPLES;
-    if (isComplete && !isOutdated && [...topics].every((one) => !isEssential(one) || answers.has(one))) believe(facts);
-    if (!isComplete || answers.size < topics.size) return;
+    const pending = [...answers.keys()].filter((topic) => answers.get(topic) === undefined);
+    const isHalf = pending.some((topic) => topic === "second port" || topic.startsWith("sample")); // it would mislead
+    if (samples.length < SAMPLES) return;
+    if (!facts.next && !isHalf) believe(facts);
+    if (pending.length > 0) return;
     for (const { socket } of samples) io.close(socket);
     current = null;
-    if (isOutdated) start();
+    if (facts.next) start(facts.next);
     if (!current) { for (const tell of waiting.splice(0)) tell(); }
   }
 
-  /** What the facts say of our NAT. If that changes what can be tried, calls under way begin again, see `confirm`. */
   function believe(facts: Facts): void {
     const found = { mapping: mappingOf(facts), filtering: filteringOf(facts), allocation: allocationOf(facts) };
-    const ports = outsidePorts(facts).filter((port) => port > 0), low = Math.min(...ports), high = Math.max(...ports);
-    stride = stepOf(ports) || 1;
-    block = [Math.max(LOWEST_PORT, high - BLOCK_GUESS), Math.min(65_535, low + BLOCK_GUESS)];
-    if (JSON.stringify(found) === JSON.stringify(nat)) return;
-    changeUnconfirmed ||= isSymmetric(found) !== isSymmetric(nat) ||
-      (isSymmetric(found) && found.allocation !== nat.allocation);
-    nat = found;
+    ports = answeredSamples(facts).map(({ outside }) => outside);
+    if (JSON.stringify(found) === JSON.stringify(known)) return;
+    isNews ||= isSymmetric(found) !== isSymmetric(known) ||
+      (isSymmetric(found) && found.allocation !== known.allocation);
+    known = found;
     on.changed();
   }
 
-  return {
-    ...{ ask, receive, start, wake },
-    nat: () => nat,
-    hairpin: () => hairpin,
-    stride: () => stride,
-    block: () => block,
-    isAsking: () => asked.size > 0,
-    /** Calls back as soon as nothing is being found out. */
-    whenDone: (tell: () => void) => current ? void waiting.push(tell) : tell(),
-    confirm(): boolean { // the server knows our class; true if that has just changed what can be tried
-      const hasChanged = changeUnconfirmed;
-      changeUnconfirmed = false;
-      return hasChanged;
-    },
-    wakeAt: () => [...asked.values()].reduce((at, { dueAt }) => Math.min(at, dueAt), Infinity),
-  };
+  function confirm(): boolean { // the server knows our class by now; true if that is news to it
+    const wasNews = isNews;
+    isNews = false;
+    return wasNews;
+  }
+
+  const whenDone = (tell: () => void) => current ? void waiting.push(tell) : tell(); // calls back, perhaps at once
+  const isAsking = () => asked.size > 0, nat = () => known, hairpin = () => canHairpin;
+  /** What comes next: the step of a sequence; the lowest and the highest port that may belong to our block. */
+  const stride = () => stepOf(ports) || 1;
+  const inRange = (port: number) => Math.min(65_535, Math.max(LOWEST_PORT, port));
+  const block = () => [Math.max(...ports) - BLOCK_GUESS, Math.min(...ports) + BLOCK_GUESS].map(inRange);
+  const wake = () => asked.forEach(({ tries }) => tries.wake());
+  const wakeAt = () => Math.min(...[...asked.values()].map(({ tries }) => tries.wakeAt()));
+  return { ask, receive, start, confirm, whenDone, isAsking, nat, hairpin, stride, block, wake, wakeAt };
 }
 
 // ---------------------------------------------------------------------------------------------------- traversal
@@ -1507,7 +1476,7 @@ function createTraversal(
     if (!own) return;
     const [first] = mine.sockets;
     const askOutside = (socket: number, then: (port: number) => void) =>
-      discovery.ask({ socket, to: own.server }, (answer) => then(portOf(answer)));
+      discovery.ask({ socket, to: own.server }, (answer) => then(portOf(answer?.mapped)));
     if (!first) { // nothing to predict; but the peer, who has something, must hear that the path is to be replaced
       if (mine.number === RENEWAL) announce(mine, [parseEndpoint(own.public)!.port]);
     } else if (!mine.symmetric) askOutside(first.socket, (port) => port > 0 && announce(mine, [port]));
@@ -2503,7 +2472,7 @@ export function createClient(options: ClientOptions): Client {
   const link = createLink(io, options, { local, pace, nat: () => discovery.nat() }, {
     users: learn,
     message: onMessage,
-    endpoint: () => discovery.start(),
+    endpoint: () => discovery.start(link.session()!),
     session(isAgain) {
       for (const c of conversations.values()) c.onLogin(isAgain);
       if (isAgain) list.askAgain();
@@ -2516,10 +2485,8 @@ export function createClient(options: ClientOptions): Client {
     },
     refused: close,
   });
-  const discovery = createDiscovery(io, { observer: options.observer, server: link.session }, {
-    isOwn: (host) => addresses.includes(host),
-    changed: link.report,
-  });
+  const isOwn = (host: string) => addresses.includes(host) || scopeOf(host) === "loopback";
+  const discovery = createDiscovery(io, { isOwn, changed: link.report }, options.observer);
   const list = createList(io, link);
   const commands = createCommands(io, options, { link, discovery, list }, conversations, {
     conversationTo: (typed) => userName(typed) === null ? null : conversationWith(userName(typed)!),
