@@ -1328,78 +1328,60 @@ function createDiscovery(io: Io, on: { isOwn(host: string): boolean; changed(): 
 // An attempt is one cell of the table, as the other side plays it too; plans, told over the relay, see to that. Each
 // attempt that fails is followed by the next one, which believes the classes less. Knows no messages and no keys.
 
-/** Sockets that we open: one guess each against a symmetric NAT; a few are enough if the peer tries many ports. */
-const GUESS_SOCKETS = 16, OPENER_SOCKETS = 4, SPRAY_SOCKETS = 256;
-/** Foreign flows that may have taken a port of a sequence since it was sampled: so many are guessed in turn. */
-const FOREIGN_FLOWS = 4;
-/** When an attempt sends; where one side opens its NAT with packets of low TTL, the next ones follow the peer's. */
-const VOLLEYS_MS = [0, 100, 250], OPENER_VOLLEYS_MS = [0, 500], SPRAY_VOLLEYS_MS = [0, 6_200];
+const OPENER_TTL = 8; // opens our NAT, and dies before a Linux router at the far end can take offence at it
+const FOREIGN_FLOWS = 4; // may have taken ports of a sequence since it was sampled: so many are guessed in turn
 const TELL_PLAN_MS = 300; // when a plan is told again
-/** When an attempt has failed, or a spray: 10.2 s of probes, 1 s of pause, and a little for the last echo. */
-const ATTEMPT_MS = 1_000, SPRAY_ATTEMPT_MS = 13_000, MAX_ATTEMPT = 4;
-const RENEWAL = 100; // the number of an attempt that replaces a path which still works
-/** Dies on the way, after it has opened our NAT and before a Linux router at the far end can take offence at it. */
-const OPENER_TTL = 8;
+const MAX_ATTEMPT = 4, RENEWAL = 100; // the last attempt; the number of one that replaces a path which still works
+const ATTEMPTS_PER_PEER: Rate = { perSecond: 0.2, burst: 6 };
 /** A spray: so many ports, 4 each 20 ms, a little ahead at first; half of them, a pause, the other half; never more. */
 const SPRAY_PORTS = 2_048, SPRAY_BURST = 4, SPRAY_BURST_MS = 20, SPRAY_AHEAD_MS = 60, SPRAY_PAUSE_MS = 1_000;
+const SPRAY_MS = 13_000; // 10.2 s of probes, 1 s of pause, and a little for the last echo
 const SPRAY_INTERVAL_MS = 14_000; // one spray at a time on this host, so long one after the other
-const PORTS = 65_536 - LOWEST_PORT;
-const ATTEMPTS_PER_PEER: Rate = { perSecond: 0.2, burst: 6 };
+
+/** How many sockets we open (none: socket 0 serves), when we send by them, and when the attempt has failed. */
+type Cell = { sockets: number; sendAtMs: number[]; endMs: number };
+type Kind = "EIM" | "predictable" | "random";
+/** The table above; what is not in it is hopeless. Who opens a NAT sends again after the peer has begun to. */
+const CELLS: Partial<Record<`${Kind} x ${Kind}`, Cell>> = {
+  "EIM x EIM": { sockets: 1, sendAtMs: [0, 100, 250], endMs: 1_000 },
+  "EIM x predictable": { sockets: 0, sendAtMs: [0, 100, 250], endMs: 1_000 },
+  "EIM x random": { sockets: 0, sendAtMs: [0, 100, 250], endMs: SPRAY_MS },
+  "predictable x EIM": { sockets: 4, sendAtMs: [0, 500], endMs: 1_000 }, // a few do, because the peer tries many ports
+  "predictable x predictable": { sockets: 16, sendAtMs: [0, 100, 250], endMs: 1_000 }, // one guess each
+  "random x EIM": { sockets: 256, sendAtMs: [0, 6_200], endMs: SPRAY_MS },
+};
 
 type Plan = Peer & { type: "P2PPLAN" };
+type SprayTurn = { takenAt: number }; // of all conversations of this host
 
-/** Whom an attempt takes for symmetric, and whose ports nobody can predict then. */
-type Cell = { symmetric: boolean; peerSymmetric: boolean; random: boolean; peerRandom: boolean };
-
-const newAttempt = (number: number, theirs: Plan | null, cell: Cell, now: number) => ({
+const newAttempt = (number: number, kinds: { ours: Kind; theirs: Kind }, cell: Cell, now: number) => ({
   number,
-  ...cell,
+  ...kinds,
+  opens: kinds.ours !== "EIM" && kinds.theirs === "EIM", // our NAT to one port of the peer, which finds out where
   careful: false, // all openers of a spray die on the way: not once that has failed, as our own NAT may be farther away
   startedAt: now,
-  endAt: now + (cell.random || cell.peerRandom ? SPRAY_ATTEMPT_MS : ATTEMPT_MS),
-  sockets: [] as { socket: number; port: number }[], // opened for it; none: socket 0 serves
+  endAt: now + cell.endMs,
+  sockets: [] as { socket: number; port: number }[], // opened for it
   plan: null as Plan | null,
-  theirs,
-  tellAt: Infinity, // when our plan is told (again)
+  peerPlan: null as Plan | null,
+  tellAt: Infinity, // when our plan is told (again); Infinity: not before there is a session
   isSending: false,
   isSpraying: false, // or has sprayed
 });
 type Attempt = ReturnType<typeof newAttempt>;
 
-function createSprayTurn(io: Io) { // who sprays: one conversation of this host at a time
-  let takenAt = -Infinity;
-  return {
-    take(): boolean {
-      const isFree = io.now - takenAt >= SPRAY_INTERVAL_MS;
-      if (isFree) takenAt = io.now;
-      return isFree;
-    },
-    giveBack: () => void (takenAt = -Infinity),
-  };
-}
-type SprayTurn = ReturnType<typeof createSprayTurn>;
-
 /**
- * Whom an attempt takes for symmetric: those who are and, once plain punches and fresh sockets have failed, one whose
- * mapping a single server could not tell from ADM (escalation follows packets, not labels).
+ * What an attempt takes a NAT for: what it is, or perhaps symmetric if a single server could not tell its mapping from
+ * ADM, once plain punches and fresh sockets have failed (escalation follows packets, not labels).
  */
-function isTakenForSymmetric(
-  who: NatClass,
-  other: NatClass,
-  { number, isFirst }: { number: number; isFirst: boolean },
-): boolean {
-  if (who.mapping !== "unknown" || number < 2) return isSymmetric(who);
-  if (isPredictable(who)) return number !== 3 && !isRandom(other); // costs little: first, and once more at last
-  if (isSymmetric(other)) return false;
+function takenFor(who: NatClass, other: NatClass, { number, isFirst }: { number: number; isFirst: boolean }): Kind {
+  if (isSymmetric(who)) return isPredictable(who) ? "predictable" : "random";
+  if (who.mapping !== "unknown" || number < 2) return "EIM";
+  // To try a predictable one costs little: that comes first, and once more at last.
+  if (isPredictable(who)) return number === 3 || isRandom(other) ? "EIM" : "predictable";
+  if (isSymmetric(other)) return "EIM";
   const comesFirst = other.mapping !== "unknown" || (!isPredictable(other) && isFirst);
-  return number === (comesFirst ? 2 : 3);
-}
-
-/** The nearest number that, as a stride, visits all PORTS = 2^10 x 3^2 x 7 of them once. */
-function coprime(start: number): number {
-  let stride = start | 1;
-  while (stride % 3 === 0 || stride % 7 === 0) stride += 2;
-  return stride;
+  return number === (comesFirst ? 2 : 3) ? "random" : "EIM";
 }
 
 function createTraversal(
@@ -1412,55 +1394,42 @@ function createTraversal(
   const volleys = createScript(io), spray = createScript(io);
   let attempt: Attempt | null = null;
 
-  /** The attempt replaces a path that still works, and has not yet done so. */
-  const isRenewing = () => attempt?.number === RENEWAL && best()!.bornAt < attempt.startedAt;
-  const isSettled = () => best()?.state === "good" && !isRenewing(); // nothing is left for an attempt to do
-  /** We alone are symmetric: our packets open our NAT to one port of the peer, which finds out where. */
-  const isOpener = ({ symmetric, peerSymmetric }: Attempt) => symmetric && !peerSymmetric;
+  /** Whether the attempt is there to replace that path, which still works. */
+  const isOld = (path: Path | null) => attempt?.number === RENEWAL && path !== null && path.bornAt < attempt.startedAt;
+  const isSettled = () => best()?.state === "good" && !isOld(best()); // nothing is left for an attempt to do
+  const isFirst = () => isLower(host.ownKey, c.peer()!.key); // of the two of us, where both would do the same
   /** Where the server sees the peer, in IPv4. */
   const target = () => c.peer()!.candidates.findLast((endpoint) => !isIPv6(endpoint));
 
   function onIntroduction(): void {
-    const nat = discovery.nat(), peerNat = c.peer()!.nat;
-    const isPermissive = ["EIF", "ADF"].includes(isSymmetric(nat) ? peerNat.filtering : nat.filtering);
-    if (best() || !(isSymmetric(nat) || isSymmetric(peerNat)) || isPermissive) return; // plain punches will do
+    const nat = discovery.nat(), peerNat = c.peer()!.nat, symmetric = isSymmetric(nat);
+    const isPermissive = ["EIF", "ADF"].includes(symmetric ? peerNat.filtering : nat.filtering);
+    if (best() || !(symmetric || isSymmetric(peerNat)) || isPermissive) return; // plain punches will do
     if (!attempt) return begin(0);
-    const fits = attempt.symmetric === isSymmetric(nat) && attempt.peerSymmetric === isSymmetric(peerNat);
-    if (attempt.number > 1 || fits) return;
+    const { number, ours, theirs } = attempt;
+    if (number > 1 || ((ours !== "EIM") === symmetric && (theirs !== "EIM") === isSymmetric(peerNat))) return;
     // Begun before somebody's class of NAT was known: with other sockets, or other targets.
-    if (isSymmetric(nat)) begin(attempt.number + 1);
-    else if (!attempt.isSpraying) begin(attempt.number, attempt.theirs);
+    if (symmetric) begin(number + 1);
+    else if (!attempt.isSpraying) begin(number, attempt.peerPlan);
   }
 
-  const isFirst = () => isLower(host.ownKey, c.peer()!.key); // of the two of us, where both would do the same
-
-  function cellOf(nat: NatClass, peerNat: NatClass, number: number): Cell {
-    const symmetric = isTakenForSymmetric(nat, peerNat, { number, isFirst: isFirst() });
-    const peerSymmetric = isTakenForSymmetric(peerNat, nat, { number, isFirst: !isFirst() });
-    const random = symmetric && !isPredictable(nat), peerRandom = peerSymmetric && !isPredictable(peerNat);
-    return { symmetric, peerSymmetric, random, peerRandom };
-  }
-
-  function begin(number: number, theirs: Plan | null = null): void { // begins an attempt, if it is not hopeless
-    const nat = discovery.nat(), peerNat = c.peer()!.nat, cell = cellOf(nat, peerNat, number);
-    const { symmetric, peerSymmetric, random, peerRandom } = cell;
+  function begin(number: number, peerPlan: Plan | null = null): void { // begins an attempt, if it is not hopeless
+    const nat = discovery.nat(), peerNat = c.peer()!.nat, to = target();
+    const ours = takenFor(nat, peerNat, { number, isFirst: isFirst() });
+    const theirs = takenFor(peerNat, nat, { number, isFirst: !isFirst() }), cell = CELLS[`${ours} x ${theirs}`];
     end();
-    if (!mayAttempt(io.now)) return;
-    // Behind our own NAT, which does not hairpin: nothing that is sent to its public address arrives.
-    const own = c.server(), to = target();
-    if (own && to && hostOf(to) === hostOf(own.public) && discovery.hairpin() === false) return;
+    if (!mayAttempt(io.now) || !cell || !host.hasSockets(cell.sockets)) return;
+    if (number > MAX_ATTEMPT && number !== RENEWAL) return;
     if (number === RENEWAL && (isRandom(nat) || isRandom(peerNat))) return; // a spray each minute is no way to live
-    if (symmetric && peerSymmetric && (random || peerRandom)) return; // the odds are quadratic
-    if ((number > MAX_ATTEMPT && number !== RENEWAL) || !c.canBeDirect) return;
-    const ofSymmetric = random ? SPRAY_SOCKETS : peerSymmetric ? GUESS_SOCKETS : OPENER_SOCKETS;
-    const count = symmetric ? ofSymmetric : peerSymmetric ? 0 : 1;
-    if (!host.hasSockets(count)) return;
-    const mine = attempt = newAttempt(number, theirs, cell, io.now);
-    mine.careful = random && !on.isRetry();
-    beginSending(mine);
-    if (count === 0) makePlan(mine);
-    let left = count;
-    for (let i = 0; i < count; i++) {
+    // Behind our own NAT, which does not hairpin: nothing that is sent to its public address arrives.
+    if (to && hostOf(to) === hostOf(c.server()!.public) && discovery.hairpin() === false) return;
+    const mine = attempt = newAttempt(number, { ours, theirs }, cell, io.now);
+    mine.peerPlan = peerPlan;
+    mine.careful = ours === "random" && !on.isRetry();
+    goOn(mine);
+    if (cell.sockets === 0) makePlan(mine);
+    let left = cell.sockets;
+    for (let i = 0; i < cell.sockets; i++) {
       io.open((socket, port) => {
         if (attempt !== mine) return io.close(socket);
         if (port > 0) mine.sockets.push({ socket, port });
@@ -1469,19 +1438,16 @@ function createTraversal(
     }
   }
 
-  // -- plans: which outside ports our next packets to the peer will have, each from a socket that has sent nothing yet
-
+  /** Which outside ports our next packets to the peer will have, each from a socket that has sent nothing yet. */
   function makePlan(mine: Attempt): void {
-    const own = c.server(), { allocation } = discovery.nat(), inside = mine.sockets.map(({ port }) => port);
-    if (!own) return;
-    const [first] = mine.sockets;
+    const own = c.server()!, { allocation } = discovery.nat(), [first] = mine.sockets;
     const askOutside = (socket: number, then: (port: number) => void) =>
       discovery.ask({ socket, to: own.server }, (answer) => then(portOf(answer?.mapped)));
     if (!first) { // nothing to predict; but the peer, who has something, must hear that the path is to be replaced
-      if (mine.number === RENEWAL) announce(mine, [parseEndpoint(own.public)!.port]);
-    } else if (!mine.symmetric) askOutside(first.socket, (port) => port > 0 && announce(mine, [port]));
-    else if (mine.random) announce(mine, allocation === "block" ? discovery.block() : [], 1);
-    else if (allocation === "preserving") announce(mine, inside);
+      if (mine.number === RENEWAL) announce(mine, [portOf(own.public)]);
+    } else if (mine.ours === "EIM") askOutside(first.socket, (port) => port > 0 && announce(mine, [port]));
+    else if (mine.ours === "random") announce(mine, allocation === "block" ? discovery.block() : [], 1);
+    else if (allocation === "preserving") announce(mine, mine.sockets.map(({ port }) => port));
     else {
       // A socket that is good for nothing else shows the counter as it stands now.
       io.open((socket) =>
@@ -1497,34 +1463,33 @@ function createTraversal(
   function announce(mine: Attempt, ports: number[], spray = 0): void {
     if (attempt !== mine) return;
     mine.plan = { type: "P2PPLAN", attempt: mine.number, spray, ports };
-    tellPlan(mine);
-    beginSending(mine);
+    mine.tellAt = io.now;
+    goOn(mine);
   }
 
-  function onPlan(theirs: Plan): void {
-    const path = best();
-    const isWanted = path?.state !== "good" || (theirs.attempt === RENEWAL && io.now - path.bornAt > RENEWED_MS);
+  function onPlan(peerPlan: Plan): void {
+    const path = best(), number = peerPlan.attempt;
+    const isWanted = path?.state !== "good" || (number === RENEWAL && io.now - path.bornAt > RENEWED_MS);
     if (!c.canBeDirect || !isWanted) return;
-    if (!attempt || theirs.attempt > attempt.number) begin(theirs.attempt);
-    if (!attempt || attempt.theirs || theirs.attempt !== attempt.number) return;
-    attempt.theirs = theirs;
-    if (io.now >= attempt.tellAt) tellPlan(attempt);
-    beginSending(attempt);
+    if (!attempt || number > attempt.number) begin(number);
+    if (!attempt || attempt.peerPlan || number !== attempt.number) return;
+    attempt.peerPlan = peerPlan;
+    goOn(attempt);
   }
 
-  function tellPlan(mine: Attempt): void {
-    if (mine.plan) mine.tellAt = on.tell(mine.plan) ? io.now + TELL_PLAN_MS : Infinity; // until there is a session
+  function onSessionReady(): void { // a plan has waited for it
+    if (attempt?.plan && attempt.tellAt === Infinity) attempt.tellAt = io.now;
   }
 
-  // -- sending
-
-  function beginSending(mine: Attempt): void { // sends as soon as both sides know where
-    const isReady = mine.plan !== null || (!mine.symmetric && mine.peerSymmetric);
-    if (mine.isSending || !isReady || !(mine.theirs || isOpener(mine))) return;
+  /** Tells our plan when that is due, and sends as soon as both sides know where. */
+  function goOn(mine: Attempt): void {
+    if (io.now >= mine.tellAt) mine.tellAt = on.tell(mine.plan!) ? io.now + TELL_PLAN_MS : Infinity;
+    const isReady = mine.plan !== null || (mine.ours === "EIM" && mine.theirs !== "EIM"), startAt = io.now;
+    if (mine.isSending || !isReady || !(mine.peerPlan || mine.opens)) return;
     mine.isSending = true;
-    const times = !isOpener(mine) ? VOLLEYS_MS : mine.random ? SPRAY_VOLLEYS_MS : OPENER_VOLLEYS_MS, startAt = io.now;
+    const { sendAtMs } = CELLS[`${mine.ours} x ${mine.theirs}`]!;
     volleys.begin(function* () {
-      for (const at of times) {
+      for (const at of sendAtMs) {
         yield startAt + at;
         sendVolley(mine, at === 0);
       }
@@ -1532,45 +1497,45 @@ function createTraversal(
   }
 
   function sendVolley(mine: Attempt, isFirstOne: boolean): void {
-    const to = target(), ports = mine.theirs?.ports ?? [];
+    const to = target(), { peerPlan } = mine, ports = peerPlan?.ports ?? [];
     if (!to || isSettled()) return;
-    if (mine.theirs?.spray && !mine.symmetric) return startSpray(mine, ports);
-    const both = mine.symmetric && mine.peerSymmetric, opens = isOpener(mine);
-    const ttl = opens && (isFirstOne || mine.careful) ? OPENER_TTL : undefined;
+    if (peerPlan?.spray && mine.ours === "EIM") return startSpray(mine, ports);
+    const probe = on.newProbe(), ttl = mine.opens && (isFirstOne || mine.careful) ? OPENER_TTL : undefined;
     // Against another counter: ours may be off by foreign flows, hence one side guesses how many there were.
     const guesses = c.peer()!.nat.allocation === "sequential" &&
       (discovery.nat().allocation === "preserving" || isFirst());
-    const probe = on.newProbe();
     for (const [i, { socket }] of (mine.sockets.length > 0 ? mine.sockets : [{ socket: 0 }]).entries()) {
-      const ith = i + (guesses ? i % FOREIGN_FLOWS : 0);
-      const targets = both ? ports.slice(ith, ith + 1) : opens ? [ports[0] ?? parseEndpoint(to)!.port] : ports;
-      for (const port of targets) sendProbe(probe, { socket, to: formatEndpoint(hostOf(to), port), ttl });
+      const ith = i + (guesses ? i % FOREIGN_FLOWS : 0), both = mine.ours !== "EIM";
+      const targets = mine.opens ? [ports[0] ?? portOf(to)] : both ? ports.slice(ith, ith + 1) : ports;
+      for (const port of targets) sendProbe(probe, { socket, port, ttl });
     }
   }
 
   /** A punch to a port that nobody has announced as open. False: that would be too many. */
-  function sendProbe(probe: number, at: { socket: number; to: Endpoint; ttl?: number | undefined }): boolean {
+  function sendProbe(probe: number, at: { socket: number; port: number; ttl?: number | undefined }): boolean {
     if (!c.hostMayPunch()) return false;
-    const data = c.punch(probe);
-    if (data) io.send(at.socket, at.to, data, at.ttl);
+    const data = c.punch(probe), to = formatEndpoint(hostOf(target()!), at.port);
+    if (data) io.send(at.socket, to, data, at.ttl);
     return true;
   }
 
   /** Sends to 2,048 ports in bursts: those of the peer's block first, then any, none twice. */
   function startSpray(mine: Attempt, [low = 0, high = -1]: number[]): void {
-    if (mine.isSpraying || !sprayTurn.take()) return;
+    if (mine.isSpraying || io.now - sprayTurn.takenAt < SPRAY_INTERVAL_MS) return;
+    sprayTurn.takenAt = io.now;
     mine.isSpraying = true;
-    mine.endAt = io.now + SPRAY_ATTEMPT_MS;
-    const first = randomNumber(io, 16), stride = coprime(randomNumber(io, 16)), span = Math.max(0, high - low + 1);
-    let at = io.now - SPRAY_AHEAD_MS;
+    mine.endAt = io.now + SPRAY_MS;
+    const ofBlock = Math.max(0, high - low + 1), count = 65_536 - LOWEST_PORT, first = randomNumber(io, 16);
+    let stride = randomNumber(io, 16) | 1, at = io.now - SPRAY_AHEAD_MS;
+    while (stride % 3 === 0 || stride % 7 === 0) stride += 2; // so it visits each of the 64,512 = 2^10 x 3^2 x 7 ports
     spray.begin(function* () {
       for (let next = 0; next < SPRAY_PORTS;) {
         yield at;
-        const to = target(), probe = on.newProbe(), isFirstHalf = next < SPRAY_PORTS / 2;
-        if (!to) return; // the peer is not there any more
+        const probe = on.newProbe(), isFirstHalf = next < SPRAY_PORTS / 2;
+        if (!target()) return; // the peer is not there any more
         for (let sent = 0; sent < SPRAY_BURST; sent++, next++) {
-          const port = next < span ? low + next : LOWEST_PORT + (first + next * stride) % PORTS;
-          if (!sendProbe(probe, { socket: 0, to: formatEndpoint(hostOf(to), port) })) break;
+          const port = next < ofBlock ? low + next : LOWEST_PORT + (first + next * stride) % count;
+          if (!sendProbe(probe, { socket: 0, port })) break;
         }
         at += isFirstHalf && next >= SPRAY_PORTS / 2 ? SPRAY_PAUSE_MS : SPRAY_BURST_MS;
       }
@@ -1585,33 +1550,27 @@ function createTraversal(
     spray.stop();
   }
 
-  return {
-    ...{ begin, close: end, onIntroduction, onPlan, isOn: () => attempt !== null },
-    /** Whether the attempt is there to replace a path, and has made this one. */
-    made: ({ bornAt }: Path) => isRenewing() && bornAt >= attempt!.startedAt,
-    holds: (socket: number) => attempt?.sockets.some((one) => one.socket === socket) ?? false,
-    onBest() {
-      if (attempt?.isSpraying) sprayTurn.giveBack();
-    },
-    onSessionReady() {
-      if (attempt?.plan && attempt.tellAt === Infinity && c.hasSession()) attempt.tellAt = io.now;
-    },
-    wake(): void {
-      if (!attempt) return;
-      if (io.now >= attempt.tellAt) tellPlan(attempt);
-      volleys.wake();
-      if (!isSettled()) spray.wake();
-      if (io.now < attempt.endAt) return;
-      // The odds of a spray do not get better by another one right away.
-      const again = !best() && attempt.number < RENEWAL && ![discovery.nat(), c.peer()!.nat].some(isRandom);
-      if (again) begin(attempt.number + 1);
-      else end();
-    },
-    wakeAt: () =>
-      !attempt
-        ? Infinity
-        : Math.min(attempt.endAt, attempt.tellAt, volleys.wakeAt(), isSettled() ? Infinity : spray.wakeAt()),
-  };
+  function wake(): void {
+    if (!attempt) return;
+    goOn(attempt);
+    volleys.wake();
+    if (!isSettled()) spray.wake();
+    if (io.now < attempt.endAt) return;
+    // The odds of a spray do not get better by another one right away.
+    const again = !best() && attempt.number < RENEWAL && ![discovery.nat(), c.peer()!.nat].some(isRandom);
+    if (again) begin(attempt.number + 1);
+    else end();
+  }
+
+  function wakeAt(): number {
+    if (!attempt) return Infinity;
+    return Math.min(attempt.endAt, attempt.tellAt, volleys.wakeAt(), isSettled() ? Infinity : spray.wakeAt());
+  }
+
+  const onBest = () => void (attempt?.isSpraying && (sprayTurn.takenAt = -Infinity));
+  const isOn = () => attempt !== null, made = (path: Path) => isOld(best()) && !isOld(path);
+  const holds = (socket: number) => attempt?.sockets.some((one) => one.socket === socket) ?? false;
+  return { begin, close: end, onIntroduction, onSessionReady, onPlan, onBest, isOn, holds, made, wake, wakeAt };
 }
 
 // ==================================================================================================== reference
@@ -2506,7 +2465,7 @@ export function createClient(options: ClientOptions): Client {
     mayWarn: () => mayWarn(io.now),
     hostMayPunch: () => mayPunch(io.now),
     hasSockets: sockets.hasRoom,
-    sprayTurn: createSprayTurn(io),
+    sprayTurn: { takenAt: -Infinity },
   };
   const { byIndex, byEphemeral } = shared.switchboard;
 
