@@ -1310,9 +1310,8 @@ function createDiscovery(io: Io, on: { isOwn(host: string): boolean; changed(): 
 // peer can reach. What helps depends on both NATs:
 //
 //     ours \ theirs     EIM                        symmetric, predictable        symmetric, random
-//     EIM               a fresh socket each:       from one socket to all that   spray: to 2,048 ports of theirs,
-//                       their NATs may have been   they tell: one is right       of which 256 are open to us
-//                       spoilt by early packets
+//     EIM               a fresh socket each, as    from one socket to all that   spray: to 2,048 ports of theirs,
+//                       early packets spoil NATs   they tell: one is right       of which 256 are open to us
 //     symmetric,        open a few, tell which:    the i-th packet of each to    none: the odds are quadratic
 //     predictable       the first try is to hit    the i-th port of the other
 //     symmetric,        open 256, so that every    none                          none
@@ -1353,10 +1352,10 @@ const CELLS: Partial<Record<`${Kind} x ${Kind}`, Cell>> = {
 
 type Plan = Peer & { type: "P2PPLAN" };
 type SprayTurn = { takenAt: number }; // of all conversations of this host
-
 const newAttempt = (number: number, kinds: { ours: Kind; theirs: Kind }, cell: Cell, now: number) => ({
   number,
   ...kinds,
+  cell,
   opens: kinds.ours !== "EIM" && kinds.theirs === "EIM", // our NAT to one port of the peer, which finds out where
   careful: false, // all openers of a spray die on the way: not once that has failed, as our own NAT may be farther away
   startedAt: now,
@@ -1370,14 +1369,11 @@ const newAttempt = (number: number, kinds: { ours: Kind; theirs: Kind }, cell: C
 });
 type Attempt = ReturnType<typeof newAttempt>;
 
-/**
- * What an attempt takes a NAT for: what it is, or perhaps symmetric if a single server could not tell its mapping from
- * ADM, once plain punches and fresh sockets have failed (escalation follows packets, not labels).
- */
+/** What an attempt takes a NAT for. Later ones believe the class less: escalation follows packets, not labels. */
 function takenFor(who: NatClass, other: NatClass, { number, isFirst }: { number: number; isFirst: boolean }): Kind {
   if (isSymmetric(who)) return isPredictable(who) ? "predictable" : "random";
   if (who.mapping !== "unknown" || number < 2) return "EIM";
-  // To try a predictable one costs little: that comes first, and once more at last.
+  // A single server could not tell it from ADM. If it is predictable, a try costs little: first, and once more at last.
   if (isPredictable(who)) return number === 3 || isRandom(other) ? "EIM" : "predictable";
   if (isSymmetric(other)) return "EIM";
   const comesFirst = other.mapping !== "unknown" || (!isPredictable(other) && isFirst);
@@ -1391,15 +1387,14 @@ function createTraversal(
   on: { newProbe(): number; isRetry(): boolean; tell(plan: Plan): boolean; ended(): void },
 ) {
   const { discovery, sprayTurn } = host, { best } = c, mayAttempt = createLimit(ATTEMPTS_PER_PEER);
-  const volleys = createScript(io), spray = createScript(io);
+  const sending = createScript(io);
   let attempt: Attempt | null = null;
 
   /** Whether the attempt is there to replace that path, which still works. */
   const isOld = (path: Path | null) => attempt?.number === RENEWAL && path !== null && path.bornAt < attempt.startedAt;
   const isSettled = () => best()?.state === "good" && !isOld(best()); // nothing is left for an attempt to do
   const isFirst = () => isLower(host.ownKey, c.peer()!.key); // of the two of us, where both would do the same
-  /** Where the server sees the peer, in IPv4. */
-  const target = () => c.peer()!.candidates.findLast((endpoint) => !isIPv6(endpoint));
+  const target = () => c.peer()!.candidates.findLast((endpoint) => !isIPv6(endpoint)); // as the server sees the peer
 
   function onIntroduction(): void {
     const nat = discovery.nat(), peerNat = c.peer()!.nat, symmetric = isSymmetric(nat);
@@ -1443,21 +1438,19 @@ function createTraversal(
     const own = c.server()!, { allocation } = discovery.nat(), [first] = mine.sockets;
     const askOutside = (socket: number, then: (port: number) => void) =>
       discovery.ask({ socket, to: own.server }, (answer) => then(portOf(answer?.mapped)));
-    if (!first) { // nothing to predict; but the peer, who has something, must hear that the path is to be replaced
-      if (mine.number === RENEWAL) announce(mine, [portOf(own.public)]);
-    } else if (mine.ours === "EIM") askOutside(first.socket, (port) => port > 0 && announce(mine, [port]));
-    else if (mine.ours === "random") announce(mine, allocation === "block" ? discovery.block() : [], 1);
-    else if (allocation === "preserving") announce(mine, mine.sockets.map(({ port }) => port));
-    else {
-      // A socket that is good for nothing else shows the counter as it stands now.
-      io.open((socket) =>
-        askOutside(socket, (last) => {
-          io.close(socket);
-          const next = Array.from({ length: MAX_PLANNED_PORTS }, (_, i) => last + (i + 1) * discovery.stride());
-          if (last > 0) announce(mine, next.filter((port) => port > 0 && port < 65_536));
-        })
-      );
-    }
+    // Nothing to predict; but the peer, who has something, must hear that the path is to be replaced.
+    if (!first) return mine.number === RENEWAL ? announce(mine, [portOf(own.public)]) : undefined;
+    if (mine.ours === "EIM") return askOutside(first.socket, (port) => port > 0 && announce(mine, [port]));
+    if (mine.ours === "random") return announce(mine, allocation === "block" ? discovery.block() : [], 1);
+    if (allocation === "preserving") return announce(mine, mine.sockets.map(({ port }) => port));
+    io.open((socket) =>
+      // which is good for nothing else than to show the counter as it stands now
+      askOutside(socket, (last) => {
+        io.close(socket);
+        const next = Array.from({ length: MAX_PLANNED_PORTS }, (_, i) => last + (i + 1) * discovery.stride());
+        if (last > 0) announce(mine, next.filter((port) => port > 0 && port < 65_536));
+      })
+    );
   }
 
   function announce(mine: Attempt, ports: number[], spray = 0): void {
@@ -1484,29 +1477,31 @@ function createTraversal(
   /** Tells our plan when that is due, and sends as soon as both sides know where. */
   function goOn(mine: Attempt): void {
     if (io.now >= mine.tellAt) mine.tellAt = on.tell(mine.plan!) ? io.now + TELL_PLAN_MS : Infinity;
-    const isReady = mine.plan !== null || (mine.ours === "EIM" && mine.theirs !== "EIM"), startAt = io.now;
+    const isReady = mine.plan !== null || mine.cell.sockets === 0;
     if (mine.isSending || !isReady || !(mine.peerPlan || mine.opens)) return;
     mine.isSending = true;
-    const { sendAtMs } = CELLS[`${mine.ours} x ${mine.theirs}`]!;
-    volleys.begin(function* () {
-      for (const at of sendAtMs) {
-        yield startAt + at;
-        sendVolley(mine, at === 0);
-      }
-    }());
+    sending.begin(send(mine));
   }
 
-  function sendVolley(mine: Attempt, isFirstOne: boolean): void {
-    const to = target(), { peerPlan } = mine, ports = peerPlan?.ports ?? [];
-    if (!to || isSettled()) return;
-    if (peerPlan?.spray && mine.ours === "EIM") return startSpray(mine, ports);
+  function* send(mine: Attempt): Generator<number, void> {
+    const startAt = io.now;
+    for (const at of mine.cell.sendAtMs) {
+      yield startAt + at;
+      const { ports, spray } = mine.peerPlan ?? { ports: [], spray: 0 };
+      if (!target() || isSettled()) continue;
+      if (spray === 0 || mine.ours !== "EIM") sendVolley(mine, ports, at === 0);
+      else if (io.now - sprayTurn.takenAt >= SPRAY_INTERVAL_MS) return yield* sprayPorts(mine, ports);
+    }
+  }
+
+  function sendVolley(mine: Attempt, ports: number[], isFirstOne: boolean): void {
     const probe = on.newProbe(), ttl = mine.opens && (isFirstOne || mine.careful) ? OPENER_TTL : undefined;
     // Against another counter: ours may be off by foreign flows, hence one side guesses how many there were.
     const guesses = c.peer()!.nat.allocation === "sequential" &&
       (discovery.nat().allocation === "preserving" || isFirst());
     for (const [i, { socket }] of (mine.sockets.length > 0 ? mine.sockets : [{ socket: 0 }]).entries()) {
       const ith = i + (guesses ? i % FOREIGN_FLOWS : 0), both = mine.ours !== "EIM";
-      const targets = mine.opens ? [ports[0] ?? portOf(to)] : both ? ports.slice(ith, ith + 1) : ports;
+      const targets = mine.opens ? [ports[0] ?? portOf(target())] : both ? ports.slice(ith, ith + 1) : ports;
       for (const port of targets) sendProbe(probe, { socket, port, ttl });
     }
   }
@@ -1520,54 +1515,48 @@ function createTraversal(
   }
 
   /** Sends to 2,048 ports in bursts: those of the peer's block first, then any, none twice. */
-  function startSpray(mine: Attempt, [low = 0, high = -1]: number[]): void {
-    if (mine.isSpraying || io.now - sprayTurn.takenAt < SPRAY_INTERVAL_MS) return;
+  function* sprayPorts(mine: Attempt, [low = 0, high = -1]: number[]): Generator<number, void> {
     sprayTurn.takenAt = io.now;
     mine.isSpraying = true;
     mine.endAt = io.now + SPRAY_MS;
     const ofBlock = Math.max(0, high - low + 1), count = 65_536 - LOWEST_PORT, first = randomNumber(io, 16);
     let stride = randomNumber(io, 16) | 1, at = io.now - SPRAY_AHEAD_MS;
     while (stride % 3 === 0 || stride % 7 === 0) stride += 2; // so it visits each of the 64,512 = 2^10 x 3^2 x 7 ports
-    spray.begin(function* () {
-      for (let next = 0; next < SPRAY_PORTS;) {
-        yield at;
-        const probe = on.newProbe(), isFirstHalf = next < SPRAY_PORTS / 2;
-        if (!target()) return; // the peer is not there any more
-        for (let sent = 0; sent < SPRAY_BURST; sent++, next++) {
-          const port = next < ofBlock ? low + next : LOWEST_PORT + (first + next * stride) % count;
-          if (!sendProbe(probe, { socket: 0, port })) break;
-        }
-        at += isFirstHalf && next >= SPRAY_PORTS / 2 ? SPRAY_PAUSE_MS : SPRAY_BURST_MS;
+    for (let next = 0; next < SPRAY_PORTS;) {
+      yield at;
+      const probe = on.newProbe(), isFirstHalf = next < SPRAY_PORTS / 2;
+      if (!target()) return; // the peer is not there any more
+      for (let sent = 0; sent < SPRAY_BURST; sent++, next++) {
+        const port = next < ofBlock ? low + next : LOWEST_PORT + (first + next * stride) % count;
+        if (!sendProbe(probe, { socket: 0, port })) break;
       }
-    }());
+      at += isFirstHalf && next >= SPRAY_PORTS / 2 ? SPRAY_PAUSE_MS : SPRAY_BURST_MS;
+    }
   }
 
   function end(): void { // closes the sockets that nothing came through
     for (const { socket } of attempt?.sockets ?? []) if (socket !== best()?.socket) io.close(socket);
     if (attempt) on.ended();
     attempt = null;
-    volleys.stop();
-    spray.stop();
+    sending.stop();
   }
 
   function wake(): void {
     if (!attempt) return;
     goOn(attempt);
-    volleys.wake();
-    if (!isSettled()) spray.wake();
+    if (io.now >= sendAt()) sending.wake();
     if (io.now < attempt.endAt) return;
     // The odds of a spray do not get better by another one right away.
     const again = !best() && attempt.number < RENEWAL && ![discovery.nat(), c.peer()!.nat].some(isRandom);
-    if (again) begin(attempt.number + 1);
-    else end();
+    return again ? begin(attempt.number + 1) : end();
   }
 
-  function wakeAt(): number {
-    if (!attempt) return Infinity;
-    return Math.min(attempt.endAt, attempt.tellAt, volleys.wakeAt(), isSettled() ? Infinity : spray.wakeAt());
+  function onBest(): void {
+    if (attempt?.isSpraying) sprayTurn.takenAt = -Infinity;
   }
 
-  const onBest = () => void (attempt?.isSpraying && (sprayTurn.takenAt = -Infinity));
+  const sendAt = () => attempt?.isSpraying && isSettled() ? Infinity : sending.wakeAt(); // a spray waits meanwhile
+  const wakeAt = () => attempt ? Math.min(attempt.endAt, attempt.tellAt, sendAt()) : Infinity;
   const isOn = () => attempt !== null, made = (path: Path) => isOld(best()) && !isOld(path);
   const holds = (socket: number) => attempt?.sockets.some((one) => one.socket === socket) ?? false;
   return { begin, close: end, onIntroduction, onSessionReady, onPlan, onBest, isOn, holds, made, wake, wakeAt };
