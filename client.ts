@@ -1352,18 +1352,16 @@ const CELLS: Partial<Record<`${Kind} x ${Kind}`, Cell>> = {
 
 type Plan = Peer & { type: "P2PPLAN" };
 type SprayTurn = { takenAt: number }; // of all conversations of this host
-const newAttempt = (number: number, kinds: { ours: Kind; theirs: Kind }, cell: Cell, now: number) => ({
-  number,
-  ...kinds,
-  cell,
-  opens: kinds.ours !== "EIM" && kinds.theirs === "EIM", // our NAT to one port of the peer, which finds out where
-  careful: false, // all openers of a spray die on the way: not once that has failed, as our own NAT may be farther away
+/** `careful`: all openers of a spray die on the way; not once that has failed, as our own NAT may be farther away. */
+type Start = { number: number; ours: Kind; theirs: Kind; cell: Cell; careful: boolean; peerPlan: Plan | null };
+const newAttempt = (start: Start, now: number) => ({
+  ...start,
+  opens: start.ours !== "EIM" && start.theirs === "EIM", // our NAT to one port of the peer, which finds out where
   startedAt: now,
-  endAt: now + cell.endMs,
+  endAt: now + start.cell.endMs,
   sockets: [] as { socket: number; port: number }[], // opened for it
-  plan: null as Plan | null,
-  peerPlan: null as Plan | null,
-  tellAt: Infinity, // when our plan is told (again); Infinity: not before there is a session
+  plan: null as Plan | null, // ours
+  tellAt: Infinity, // when it is told (again); Infinity: not before there is a session
   isSending: false,
   isSpraying: false, // or has sprayed
 });
@@ -1395,9 +1393,10 @@ function createTraversal(
   const isSettled = () => best()?.state === "good" && !isOld(best()); // nothing is left for an attempt to do
   const isFirst = () => isLower(host.ownKey, c.peer()!.key); // of the two of us, where both would do the same
   const target = () => c.peer()!.candidates.findLast((endpoint) => !isIPv6(endpoint)); // as the server sees the peer
+  const nats = () => [discovery.nat(), c.peer()!.nat] as const;
 
   function onIntroduction(): void {
-    const nat = discovery.nat(), peerNat = c.peer()!.nat, symmetric = isSymmetric(nat);
+    const [nat, peerNat] = nats(), symmetric = isSymmetric(nat);
     const isPermissive = ["EIF", "ADF"].includes(symmetric ? peerNat.filtering : nat.filtering);
     if (best() || !(symmetric || isSymmetric(peerNat)) || isPermissive) return; // plain punches will do
     if (!attempt) return begin(0);
@@ -1409,18 +1408,16 @@ function createTraversal(
   }
 
   function begin(number: number, peerPlan: Plan | null = null): void { // begins an attempt, if it is not hopeless
-    const nat = discovery.nat(), peerNat = c.peer()!.nat, to = target();
+    const [nat, peerNat] = nats(), to = target();
     const ours = takenFor(nat, peerNat, { number, isFirst: isFirst() });
     const theirs = takenFor(peerNat, nat, { number, isFirst: !isFirst() }), cell = CELLS[`${ours} x ${theirs}`];
     end();
     if (!mayAttempt(io.now) || !cell || !host.hasSockets(cell.sockets)) return;
-    if (number > MAX_ATTEMPT && number !== RENEWAL) return;
-    if (number === RENEWAL && (isRandom(nat) || isRandom(peerNat))) return; // a spray each minute is no way to live
+    if (number === RENEWAL ? nats().some(isRandom) : number > MAX_ATTEMPT) return; // no spray each minute
     // Behind our own NAT, which does not hairpin: nothing that is sent to its public address arrives.
     if (to && hostOf(to) === hostOf(c.server()!.public) && discovery.hairpin() === false) return;
-    const mine = attempt = newAttempt(number, { ours, theirs }, cell, io.now);
-    mine.peerPlan = peerPlan;
-    mine.careful = ours === "random" && !on.isRetry();
+    const careful = ours === "random" && !on.isRetry();
+    const mine = attempt = newAttempt({ number, ours, theirs, cell, careful, peerPlan }, io.now);
     goOn(mine);
     if (cell.sockets === 0) makePlan(mine);
     let left = cell.sockets;
@@ -1443,8 +1440,8 @@ function createTraversal(
     if (mine.ours === "EIM") return askOutside(first.socket, (port) => port > 0 && announce(mine, [port]));
     if (mine.ours === "random") return announce(mine, allocation === "block" ? discovery.block() : [], 1);
     if (allocation === "preserving") return announce(mine, mine.sockets.map(({ port }) => port));
+    // A socket that is good for nothing else shows the counter as it stands now.
     io.open((socket) =>
-      // which is good for nothing else than to show the counter as it stands now
       askOutside(socket, (last) => {
         io.close(socket);
         const next = Array.from({ length: MAX_PLANNED_PORTS }, (_, i) => last + (i + 1) * discovery.stride());
@@ -1461,9 +1458,9 @@ function createTraversal(
   }
 
   function onPlan(peerPlan: Plan): void {
-    const path = best(), number = peerPlan.attempt;
-    const isWanted = path?.state !== "good" || (number === RENEWAL && io.now - path.bornAt > RENEWED_MS);
-    if (!c.canBeDirect || !isWanted) return;
+    const path = best(), { attempt: number } = peerPlan;
+    if (!c.canBeDirect) return;
+    if (path?.state === "good" && (number !== RENEWAL || io.now - path.bornAt <= RENEWED_MS)) return; // it will do
     if (!attempt || number > attempt.number) begin(number);
     if (!attempt || attempt.peerPlan || number !== attempt.number) return;
     attempt.peerPlan = peerPlan;
@@ -1477,8 +1474,7 @@ function createTraversal(
   /** Tells our plan when that is due, and sends as soon as both sides know where. */
   function goOn(mine: Attempt): void {
     if (io.now >= mine.tellAt) mine.tellAt = on.tell(mine.plan!) ? io.now + TELL_PLAN_MS : Infinity;
-    const isReady = mine.plan !== null || mine.cell.sockets === 0;
-    if (mine.isSending || !isReady || !(mine.peerPlan || mine.opens)) return;
+    if (mine.isSending || !(mine.plan || mine.cell.sockets === 0) || !(mine.peerPlan || mine.opens)) return;
     mine.isSending = true;
     sending.begin(send(mine));
   }
@@ -1487,31 +1483,31 @@ function createTraversal(
     const startAt = io.now;
     for (const at of mine.cell.sendAtMs) {
       yield startAt + at;
-      const { ports, spray } = mine.peerPlan ?? { ports: [], spray: 0 };
       if (!target() || isSettled()) continue;
-      if (spray === 0 || mine.ours !== "EIM") sendVolley(mine, ports, at === 0);
-      else if (io.now - sprayTurn.takenAt >= SPRAY_INTERVAL_MS) return yield* sprayPorts(mine, ports);
+      if (!mine.peerPlan?.spray || mine.ours !== "EIM") sendVolley(mine, at === 0);
+      else if (io.now - sprayTurn.takenAt >= SPRAY_INTERVAL_MS) return yield* sprayPorts(mine, mine.peerPlan.ports);
     }
   }
 
-  function sendVolley(mine: Attempt, ports: number[], isFirstOne: boolean): void {
-    const probe = on.newProbe(), ttl = mine.opens && (isFirstOne || mine.careful) ? OPENER_TTL : undefined;
+  function sendVolley(mine: Attempt, isFirstOne: boolean): void {
+    const ttl = mine.opens && (isFirstOne || mine.careful) ? OPENER_TTL : undefined;
+    const probe = on.newProbe(), ports = mine.peerPlan?.ports ?? [];
     // Against another counter: ours may be off by foreign flows, hence one side guesses how many there were.
     const guesses = c.peer()!.nat.allocation === "sequential" &&
       (discovery.nat().allocation === "preserving" || isFirst());
     for (const [i, { socket }] of (mine.sockets.length > 0 ? mine.sockets : [{ socket: 0 }]).entries()) {
-      const ith = i + (guesses ? i % FOREIGN_FLOWS : 0), both = mine.ours !== "EIM";
-      const targets = mine.opens ? [ports[0] ?? portOf(target())] : both ? ports.slice(ith, ith + 1) : ports;
-      for (const port of targets) sendProbe(probe, { socket, port, ttl });
+      const ith = i + (guesses ? i % FOREIGN_FLOWS : 0);
+      const announced = mine.ours === "EIM" ? ports : ports.slice(ith, ith + 1);
+      const targets = mine.opens ? [ports[0] ?? portOf(target())] : announced;
+      for (const port of targets) sendProbe(port, { probe, socket, ttl });
     }
   }
 
   /** A punch to a port that nobody has announced as open. False: that would be too many. */
-  function sendProbe(probe: number, at: { socket: number; port: number; ttl?: number | undefined }): boolean {
-    if (!c.hostMayPunch()) return false;
-    const data = c.punch(probe), to = formatEndpoint(hostOf(target()!), at.port);
-    if (data) io.send(at.socket, to, data, at.ttl);
-    return true;
+  function sendProbe(port: number, by: { probe: number; socket: number; ttl?: number | undefined }): boolean {
+    const mayPunch = c.hostMayPunch(), data = mayPunch && c.punch(by.probe);
+    if (data) io.send(by.socket, formatEndpoint(hostOf(target()!), port), data, by.ttl);
+    return mayPunch;
   }
 
   /** Sends to 2,048 ports in bursts: those of the peer's block first, then any, none twice. */
@@ -1519,7 +1515,7 @@ function createTraversal(
     sprayTurn.takenAt = io.now;
     mine.isSpraying = true;
     mine.endAt = io.now + SPRAY_MS;
-    const ofBlock = Math.max(0, high - low + 1), count = 65_536 - LOWEST_PORT, first = randomNumber(io, 16);
+    const ofBlock = Math.max(0, high - low + 1), first = randomNumber(io, 16);
     let stride = randomNumber(io, 16) | 1, at = io.now - SPRAY_AHEAD_MS;
     while (stride % 3 === 0 || stride % 7 === 0) stride += 2; // so it visits each of the 64,512 = 2^10 x 3^2 x 7 ports
     for (let next = 0; next < SPRAY_PORTS;) {
@@ -1527,8 +1523,8 @@ function createTraversal(
       const probe = on.newProbe(), isFirstHalf = next < SPRAY_PORTS / 2;
       if (!target()) return; // the peer is not there any more
       for (let sent = 0; sent < SPRAY_BURST; sent++, next++) {
-        const port = next < ofBlock ? low + next : LOWEST_PORT + (first + next * stride) % count;
-        if (!sendProbe(probe, { socket: 0, port })) break;
+        const port = next < ofBlock ? low + next : LOWEST_PORT + (first + next * stride) % (65_536 - LOWEST_PORT);
+        if (!sendProbe(port, { probe, socket: 0 })) break;
       }
       at += isFirstHalf && next >= SPRAY_PORTS / 2 ? SPRAY_PAUSE_MS : SPRAY_BURST_MS;
     }
@@ -1546,9 +1542,8 @@ function createTraversal(
     goOn(attempt);
     if (io.now >= sendAt()) sending.wake();
     if (io.now < attempt.endAt) return;
-    // The odds of a spray do not get better by another one right away.
-    const again = !best() && attempt.number < RENEWAL && ![discovery.nat(), c.peer()!.nat].some(isRandom);
-    return again ? begin(attempt.number + 1) : end();
+    const again = !best() && attempt.number < RENEWAL && !nats().some(isRandom);
+    return again ? begin(attempt.number + 1) : end(); // another spray right away would have no better odds
   }
 
   function onBest(): void {
