@@ -1412,7 +1412,7 @@ function createTraversal(
     const ours = takenFor(nat, peerNat, { number, isFirst: isFirst() });
     const theirs = takenFor(peerNat, nat, { number, isFirst: !isFirst() }), cell = CELLS[`${ours} x ${theirs}`];
     end();
-    if (!mayAttempt(io.now) || !cell || !host.hasSockets(cell.sockets)) return;
+    if (!c.canBeDirect || !mayAttempt(io.now) || !cell || !host.hasSockets(cell.sockets)) return;
     if (number === RENEWAL ? nats().some(isRandom) : number > MAX_ATTEMPT) return; // no spray each minute
     // Behind our own NAT, which does not hairpin: nothing that is sent to its public address arrives.
     if (to && hostOf(to) === hostOf(c.server()!.public) && discovery.hairpin() === false) return;
@@ -1459,7 +1459,6 @@ function createTraversal(
 
   function onPlan(peerPlan: Plan): void {
     const path = best(), { attempt: number } = peerPlan;
-    if (!c.canBeDirect) return;
     if (path?.state === "good" && (number !== RENEWAL || io.now - path.bornAt <= RENEWED_MS)) return; // it will do
     if (!attempt || number > attempt.number) begin(number);
     if (!attempt || attempt.peerPlan || number !== attempt.number) return;
@@ -1490,16 +1489,14 @@ function createTraversal(
   }
 
   function sendVolley(mine: Attempt, isFirstOne: boolean): void {
-    const ttl = mine.opens && (isFirstOne || mine.careful) ? OPENER_TTL : undefined;
-    const probe = on.newProbe(), ports = mine.peerPlan?.ports ?? [];
+    const probe = on.newProbe(), ttl = mine.opens && (isFirstOne || mine.careful) ? OPENER_TTL : undefined;
+    const told = mine.peerPlan?.ports ?? [], ports = mine.opens ? [told[0] ?? portOf(target())] : told;
     // Against another counter: ours may be off by foreign flows, hence one side guesses how many there were.
     const guesses = c.peer()!.nat.allocation === "sequential" &&
       (discovery.nat().allocation === "preserving" || isFirst());
     for (const [i, { socket }] of (mine.sockets.length > 0 ? mine.sockets : [{ socket: 0 }]).entries()) {
-      const ith = i + (guesses ? i % FOREIGN_FLOWS : 0);
-      const announced = mine.ours === "EIM" ? ports : ports.slice(ith, ith + 1);
-      const targets = mine.opens ? [ports[0] ?? portOf(target())] : announced;
-      for (const port of targets) sendProbe(port, { probe, socket, ttl });
+      const ith = i + (guesses ? i % FOREIGN_FLOWS : 0), isAny = mine.opens || mine.ours === "EIM";
+      for (const port of isAny ? ports : ports.slice(ith, ith + 1)) sendProbe(port, { probe, socket, ttl });
     }
   }
 
@@ -1515,17 +1512,15 @@ function createTraversal(
     sprayTurn.takenAt = io.now;
     mine.isSpraying = true;
     mine.endAt = io.now + SPRAY_MS;
-    const ofBlock = Math.max(0, high - low + 1), first = randomNumber(io, 16);
+    const first = randomNumber(io, 16), inBlock = Math.max(0, high - low + 1);
     let stride = randomNumber(io, 16) | 1, at = io.now - SPRAY_AHEAD_MS;
     while (stride % 3 === 0 || stride % 7 === 0) stride += 2; // so it visits each of the 64,512 = 2^10 x 3^2 x 7 ports
+    const portAt = (n: number) => n < inBlock ? low + n : LOWEST_PORT + (first + n * stride) % (65_536 - LOWEST_PORT);
     for (let next = 0; next < SPRAY_PORTS;) {
       yield at;
       const probe = on.newProbe(), isFirstHalf = next < SPRAY_PORTS / 2;
       if (!target()) return; // the peer is not there any more
-      for (let sent = 0; sent < SPRAY_BURST; sent++, next++) {
-        const port = next < ofBlock ? low + next : LOWEST_PORT + (first + next * stride) % (65_536 - LOWEST_PORT);
-        if (!sendProbe(port, { probe, socket: 0 })) break;
-      }
+      for (let sent = 0; sent < SPRAY_BURST && sendProbe(portAt(next), { probe, socket: 0 }); sent++) next++;
       at += isFirstHalf && next >= SPRAY_PORTS / 2 ? SPRAY_PAUSE_MS : SPRAY_BURST_MS;
     }
   }
