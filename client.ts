@@ -1134,8 +1134,8 @@ const QUESTION_MS = 250, QUESTION_TRIES = 4;
 const SAMPLES = 4; // three random ports lie within a block by chance once in 80 times, four once in a thousand
 /** Ports of successive mappings this near to each other are a sequence, or this near, a block. */
 const SEQUENCE_STEP = 8, BLOCK_SPAN = 4_096;
-/** How far a block may reach beyond what we have seen of it, and where the ports begin that a NAT gives away. */
-const BLOCK_GUESS = 512, LOWEST_PORT = 1_024;
+const BLOCK_GUESS = 512; // how far a block may reach beyond what we have seen of it
+const LOWEST_PORT = 1_024, PORTS = 65_536 - LOWEST_PORT; // that a NAT gives away
 
 /** `changeIp`, `changePort`: to be answered from the server's other address, or from another port of it. */
 type Question = { socket: number; to: Endpoint; changeIp?: boolean; changePort?: boolean };
@@ -1361,7 +1361,7 @@ const newAttempt = (start: Start, now: number) => ({
   endAt: now + start.cell.endMs,
   sockets: [] as { socket: number; port: number }[], // opened for it
   plan: null as Plan | null, // ours
-  tellAt: Infinity, // when it is told (again); Infinity: not before there is a session
+  tellAt: 0, // when it is told (again); Infinity: not before there is a session
   isSending: false,
   isSpraying: false, // or has sprayed
 });
@@ -1393,27 +1393,26 @@ function createTraversal(
   const isSettled = () => best()?.state === "good" && !isOld(best()); // nothing is left for an attempt to do
   const isFirst = () => isLower(host.ownKey, c.peer()!.key); // of the two of us, where both would do the same
   const target = () => c.peer()!.candidates.findLast((endpoint) => !isIPv6(endpoint)); // as the server sees the peer
-  const nats = () => [discovery.nat(), c.peer()!.nat] as const;
+  const nat = () => discovery.nat(), peerNat = () => c.peer()!.nat;
 
   function onIntroduction(): void {
-    const [nat, peerNat] = nats(), symmetric = isSymmetric(nat);
-    const isPermissive = ["EIF", "ADF"].includes(symmetric ? peerNat.filtering : nat.filtering);
-    if (best() || !(symmetric || isSymmetric(peerNat)) || isPermissive) return; // plain punches will do
+    const symmetric = isSymmetric(nat()), { filtering } = symmetric ? peerNat() : nat();
+    if (best() || !(symmetric || isSymmetric(peerNat()))) return; // plain punches will do,
+    if (filtering === "EIF" || filtering === "ADF") return; // as they do if the other one lets in any port
     if (!attempt) return begin(0);
-    const { number, ours, theirs } = attempt;
-    if (number > 1 || ((ours !== "EIM") === symmetric && (theirs !== "EIM") === isSymmetric(peerNat))) return;
+    const fits = (attempt.ours !== "EIM") === symmetric && (attempt.theirs !== "EIM") === isSymmetric(peerNat());
+    if (attempt.number > 1 || fits) return;
     // Begun before somebody's class of NAT was known: with other sockets, or other targets.
-    if (symmetric) begin(number + 1);
-    else if (!attempt.isSpraying) begin(number, attempt.peerPlan);
+    if (symmetric) begin(attempt.number + 1);
+    else if (!attempt.isSpraying) begin(attempt.number, attempt.peerPlan);
   }
 
   function begin(number: number, peerPlan: Plan | null = null): void { // begins an attempt, if it is not hopeless
-    const [nat, peerNat] = nats(), to = target();
-    const ours = takenFor(nat, peerNat, { number, isFirst: isFirst() });
-    const theirs = takenFor(peerNat, nat, { number, isFirst: !isFirst() }), cell = CELLS[`${ours} x ${theirs}`];
+    const ours = takenFor(nat(), peerNat(), { number, isFirst: isFirst() }), to = target();
+    const theirs = takenFor(peerNat(), nat(), { number, isFirst: !isFirst() }), cell = CELLS[`${ours} x ${theirs}`];
     end();
-    if (!c.canBeDirect || !mayAttempt(io.now) || !cell || !host.hasSockets(cell.sockets)) return;
-    if (number === RENEWAL ? nats().some(isRandom) : number > MAX_ATTEMPT) return; // no spray each minute
+    if (!mayAttempt(io.now) || !cell || !host.hasSockets(cell.sockets)) return;
+    if (number === RENEWAL ? isRandom(nat()) || isRandom(peerNat()) : number > MAX_ATTEMPT) return; // never by a spray
     // Behind our own NAT, which does not hairpin: nothing that is sent to its public address arrives.
     if (to && hostOf(to) === hostOf(c.server()!.public) && discovery.hairpin() === false) return;
     const careful = ours === "random" && !on.isRetry();
@@ -1432,13 +1431,13 @@ function createTraversal(
 
   /** Which outside ports our next packets to the peer will have, each from a socket that has sent nothing yet. */
   function makePlan(mine: Attempt): void {
-    const own = c.server()!, { allocation } = discovery.nat(), [first] = mine.sockets;
+    const own = c.server()!, { allocation } = nat(), [first] = mine.sockets;
     const askOutside = (socket: number, then: (port: number) => void) =>
       discovery.ask({ socket, to: own.server }, (answer) => then(portOf(answer?.mapped)));
     // Nothing to predict; but the peer, who has something, must hear that the path is to be replaced.
     if (!first) return mine.number === RENEWAL ? announce(mine, [portOf(own.public)]) : undefined;
     if (mine.ours === "EIM") return askOutside(first.socket, (port) => port > 0 && announce(mine, [port]));
-    if (mine.ours === "random") return announce(mine, allocation === "block" ? discovery.block() : [], 1);
+    if (mine.ours === "random") return announce(mine, allocation === "block" ? discovery.block() : []);
     if (allocation === "preserving") return announce(mine, mine.sockets.map(({ port }) => port));
     // A socket that is good for nothing else shows the counter as it stands now.
     io.open((socket) =>
@@ -1450,16 +1449,16 @@ function createTraversal(
     );
   }
 
-  function announce(mine: Attempt, ports: number[], spray = 0): void {
+  function announce(mine: Attempt, ports: number[]): void {
     if (attempt !== mine) return;
-    mine.plan = { type: "P2PPLAN", attempt: mine.number, spray, ports };
-    mine.tellAt = io.now;
+    mine.plan = { type: "P2PPLAN", attempt: mine.number, spray: Number(mine.ours === "random"), ports };
     goOn(mine);
   }
 
   function onPlan(peerPlan: Plan): void {
     const path = best(), { attempt: number } = peerPlan;
-    if (path?.state === "good" && (number !== RENEWAL || io.now - path.bornAt <= RENEWED_MS)) return; // it will do
+    const isWanted = path?.state !== "good" || (number === RENEWAL && io.now - path.bornAt > RENEWED_MS);
+    if (!c.canBeDirect || !isWanted) return;
     if (!attempt || number > attempt.number) begin(number);
     if (!attempt || attempt.peerPlan || number !== attempt.number) return;
     attempt.peerPlan = peerPlan;
@@ -1472,7 +1471,7 @@ function createTraversal(
 
   /** Tells our plan when that is due, and sends as soon as both sides know where. */
   function goOn(mine: Attempt): void {
-    if (io.now >= mine.tellAt) mine.tellAt = on.tell(mine.plan!) ? io.now + TELL_PLAN_MS : Infinity;
+    if (mine.plan && io.now >= mine.tellAt) mine.tellAt = on.tell(mine.plan) ? io.now + TELL_PLAN_MS : Infinity;
     if (mine.isSending || !(mine.plan || mine.cell.sockets === 0) || !(mine.peerPlan || mine.opens)) return;
     mine.isSending = true;
     sending.begin(send(mine));
@@ -1492,8 +1491,7 @@ function createTraversal(
     const probe = on.newProbe(), ttl = mine.opens && (isFirstOne || mine.careful) ? OPENER_TTL : undefined;
     const told = mine.peerPlan?.ports ?? [], ports = mine.opens ? [told[0] ?? portOf(target())] : told;
     // Against another counter: ours may be off by foreign flows, hence one side guesses how many there were.
-    const guesses = c.peer()!.nat.allocation === "sequential" &&
-      (discovery.nat().allocation === "preserving" || isFirst());
+    const guesses = peerNat().allocation === "sequential" && (nat().allocation === "preserving" || isFirst());
     for (const [i, { socket }] of (mine.sockets.length > 0 ? mine.sockets : [{ socket: 0 }]).entries()) {
       const ith = i + (guesses ? i % FOREIGN_FLOWS : 0), isAny = mine.opens || mine.ours === "EIM";
       for (const port of isAny ? ports : ports.slice(ith, ith + 1)) sendProbe(port, { probe, socket, ttl });
@@ -1512,10 +1510,10 @@ function createTraversal(
     sprayTurn.takenAt = io.now;
     mine.isSpraying = true;
     mine.endAt = io.now + SPRAY_MS;
-    const first = randomNumber(io, 16), inBlock = Math.max(0, high - low + 1);
+    const first = randomNumber(io, 16);
     let stride = randomNumber(io, 16) | 1, at = io.now - SPRAY_AHEAD_MS;
     while (stride % 3 === 0 || stride % 7 === 0) stride += 2; // so it visits each of the 64,512 = 2^10 x 3^2 x 7 ports
-    const portAt = (n: number) => n < inBlock ? low + n : LOWEST_PORT + (first + n * stride) % (65_536 - LOWEST_PORT);
+    const portAt = (n: number) => n <= high - low ? low + n : LOWEST_PORT + (first + n * stride) % PORTS;
     for (let next = 0; next < SPRAY_PORTS;) {
       yield at;
       const probe = on.newProbe(), isFirstHalf = next < SPRAY_PORTS / 2;
@@ -1537,7 +1535,7 @@ function createTraversal(
     goOn(attempt);
     if (io.now >= sendAt()) sending.wake();
     if (io.now < attempt.endAt) return;
-    const again = !best() && attempt.number < RENEWAL && !nats().some(isRandom);
+    const again = !best() && attempt.number < RENEWAL && !isRandom(nat()) && !isRandom(peerNat());
     return again ? begin(attempt.number + 1) : end(); // another spray right away would have no better odds
   }
 
@@ -1546,7 +1544,7 @@ function createTraversal(
   }
 
   const sendAt = () => attempt?.isSpraying && isSettled() ? Infinity : sending.wakeAt(); // a spray waits meanwhile
-  const wakeAt = () => attempt ? Math.min(attempt.endAt, attempt.tellAt, sendAt()) : Infinity;
+  const wakeAt = () => attempt ? Math.min(attempt.endAt, attempt.plan ? attempt.tellAt : Infinity, sendAt()) : Infinity;
   const isOn = () => attempt !== null, made = (path: Path) => isOld(best()) && !isOld(path);
   const holds = (socket: number) => attempt?.sockets.some((one) => one.socket === socket) ?? false;
   return { begin, close: end, onIntroduction, onSessionReady, onPlan, onBest, isOn, holds, made, wake, wakeAt };
