@@ -1210,8 +1210,7 @@ type Discovery = ReturnType<typeof createDiscovery>;
 function createDiscovery(io: Io, on: { isOwn(host: string): boolean; changed(): void }, observer?: Endpoint) {
   let known = UNKNOWN_NAT, canHairpin: boolean | null = null;
   let isNews = false; // what can be tried has changed, and the server, which tells our peers, has not confirmed it yet
-  let ports: number[] = []; // what successive mappings have got outside
-  let current: Facts | null = null; // the discovery under way
+  let ports: number[] = [], current: Facts | null = null; // of successive mappings, outside; the discovery under way
   const asked = new Map<string, { tries: ReturnType<typeof createScript>; done(answer: Stun | null): void }>();
   const waiting: (() => void)[] = [];
 
@@ -1295,8 +1294,7 @@ function createDiscovery(io: Io, on: { isOwn(host: string): boolean; changed(): 
 
   const whenDone = (tell: () => void) => current ? void waiting.push(tell) : tell(); // calls back, perhaps at once
   const isAsking = () => asked.size > 0, nat = () => known, hairpin = () => canHairpin;
-  /** What comes next: the step of a sequence; the lowest and the highest port that may belong to our block. */
-  const stride = () => stepOf(ports) || 1;
+  const stride = () => stepOf(ports) || 1; // from one port of a sequence to the next
   const inRange = (port: number) => Math.min(65_535, Math.max(LOWEST_PORT, port));
   const block = () => [Math.max(...ports) - BLOCK_GUESS, Math.min(...ports) + BLOCK_GUESS].map(inRange);
   const wake = () => asked.forEach(({ tries }) => tries.wake());
