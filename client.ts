@@ -1166,10 +1166,9 @@ function* questions(facts: Facts, observer: Endpoint | undefined): Generator<[To
     yield ["unknown address", { socket: samples[0]!.socket, to: server, changeIp: true, changePort: true }];
   }
   // Both ways at once, since the mappings filter: a hairpin is a hole punched towards oneself.
-  const last = [...answers.keys()].findLast((topic) => topic.startsWith("sample") && answers.get(topic));
-  const lastSeen = last && answeredSamples(facts).length === SAMPLES && answers.get(last)?.mapped;
-  if (!lastSeen) return;
-  yield ["hairpin 0", { socket: samples[Number(last.slice(-1))]!.socket, to: seen }];
+  const lastSeen = answers.get(`sample ${SAMPLES - 1}`)?.mapped;
+  if (!lastSeen || answeredSamples(facts).length < SAMPLES) return;
+  yield ["hairpin 0", { socket: samples.at(-1)!.socket, to: seen }];
   yield ["hairpin 1", { socket: 0, to: lastSeen }];
 }
 
@@ -1260,7 +1259,6 @@ function createDiscovery(io: Io, on: { isOwn(host: string): boolean; changed(): 
       answers.set(topic, undefined);
       if (topic === "hairpin 0") canHairpin = false;
       ask(question, (answer) => {
-        answers.delete(topic);
         answers.set(topic, answer);
         goOn(facts);
       });
