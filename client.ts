@@ -756,7 +756,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     handshake: () => delivery.onHandshake(),
     handshakeOver: (dueAt) => delivery.onHandshakeOver(dueAt),
     stream: (stream) => delivery.openStream(stream),
-    session: () => identity.onSession(),
+    session: () => identity.onProof(),
     answered: () => delivery.owesAck(),
     untrusted: () => identity.warn(),
     ready: onSessionReady,
@@ -1660,40 +1660,40 @@ function createIdentity(
   on: { otherLogin(): void; untrusted(): void; mayWarn(): boolean },
 ) {
   let peer: Introduced | null = known ? { ...known, candidates: [], nat: UNKNOWN_NAT, punchAfterMs: 0 } : null;
-  /** It has another key than the verified one, or does not know our secret; and the login that we warned of. */
-  let untrusted = peer !== null && !isTrusted(peer.key), warnedOf: string | null = null;
+  let isImpostor = false; // it does not know what it must know
+  let warnedOf: string | null = null; // the login of an impostor that the user has heard of
+
+  const isUntrusted = () => peer !== null && (isImpostor || !isTrusted(peer.key));
 
   function renew(now: Introduced): boolean { // takes the server's word on who the peer is now; false if it cannot be
-    const key = hex(now.key), before = peer && hex(peer.key);
-    if (key === hex(ownKey) && !isSelf) return false; // our own messages would come back as somebody else's
-    if (before !== null && before !== key) {
+    if (sameKey(now.key, ownKey) && !isSelf) return false; // our own messages would come back as somebody else's
+    const hasOtherKey = peer !== null && !sameKey(now.key, peer.key);
+    if (hasOtherKey) {
       const message = `The key of "${name}" has changed: it was started again, or somebody else is in its place. ` +
         `Compare again with: verify ${name}`;
       io.emit({ event: "error", code: "key-changed", message, notice: true });
     }
-    if (peer && (peer.nonce !== now.nonce || before !== key)) on.otherLogin();
+    if (hasOtherKey || (peer && peer.nonce !== now.nonce)) on.otherLogin();
     peer = now;
-    untrusted = !isTrusted(peer.key);
-    if (untrusted) on.untrusted();
-    return !untrusted;
+    isImpostor = false;
+    if (isUntrusted()) on.untrusted();
+    return !isUntrusted();
   }
 
   return {
     renew,
     peer: () => peer,
-    isUntrusted: () => untrusted,
-    onSession: () => void (untrusted = !isTrusted(peer!.key)),
-    onVerified: () => void (untrusted = false),
-    onUser(user: User): void {
-      if (peer && peer.nonce !== user.nonce) renew({ ...peer, nonce: user.nonce, key: user.key });
+    isUntrusted,
+    onProof: () => void (isImpostor = false), // a session with it, or the user's word
+    onUser({ nonce, key }: User): void {
+      if (peer && peer.nonce !== nonce) renew({ ...peer, nonce, key });
     },
-    warn(): void { // somebody who passes for the peer does not know what it must know
-      untrusted = true;
+    warn(): void { // somebody passes for the peer
+      isImpostor = true;
       if (warnedOf === peer!.nonce || !on.mayWarn()) return;
       warnedOf = peer!.nonce;
-      const message =
-        `"${name}" tries to talk to us but holds other keys or another secret: compare your --secret-file`;
-      io.emit({ event: "error", code: "untrusted", message, notice: true });
+      const what = "tries to talk to us but holds other keys or another secret: compare your --secret-file";
+      io.emit({ event: "error", code: "untrusted", message: `"${name}" ${what}`, notice: true });
     },
   };
 }
@@ -2243,50 +2243,45 @@ function createPing(
   { name, way, hasSession }: Context,
   on: { needSession(): void; newProbe(way: Way): number; send(probe: number, way: Way): void; timeout(): void },
 ) {
-  let ping: { since: number; left: number; lost: number; nextAt: number; waiting: number | null } | null = null;
+  let left = 0, lost = 0, since = 0, nextAt = 0, waiting: number | null = null; // the probe that has no echo yet
 
-  function tell(current: NonNullable<typeof ping>, way: Way, rttMs: number | null): void {
-    io.emit({
-      event: "ping",
-      peer: name,
-      path: way.kind,
-      rttMs: rttMs === null ? null : tenths(rttMs),
-      lost: current.lost,
-    });
-    current.waiting = null;
-    current.nextAt = rttMs === null ? io.now : io.now + PING_INTERVAL_MS;
-    if (--current.left === 0) ping = null;
-  }
-
-  function wake(): void {
-    if (!ping || io.now < ping.nextAt) return;
-    if (!hasSession()) {
-      if (io.now - ping.since > GIVE_UP_MS) return on.timeout();
-      on.needSession();
-      ping.nextAt = io.now + RTO_MIN_MS;
-    } else if (ping.waiting !== null) {
-      ping.lost++;
-      tell(ping, way(), null);
-      wake();
-    } else {
-      ping.nextAt = io.now + PING_LOST_MS;
-      ping.waiting = on.newProbe(way());
-      on.send(ping.waiting, way());
-    }
+  function tell({ kind: path }: Way, rttMs: number | null): void { // null: it is lost
+    if (rttMs === null) lost++;
+    io.emit({ event: "ping", peer: name, path, rttMs: rttMs === null ? null : tenths(rttMs), lost });
+    left--;
+    waiting = null;
+    nextAt = rttMs === null ? io.now : io.now + PING_INTERVAL_MS;
   }
 
   return {
-    wake,
-    wakeAt: () => ping?.nextAt ?? Infinity,
-    isOn: () => ping !== null,
-    begin: (count: number) => void (ping = { since: io.now, left: count, lost: 0, nextAt: io.now, waiting: null }),
+    isOn: () => left > 0,
+    begin(count: number): void {
+      left = count;
+      lost = 0;
+      waiting = null;
+      since = nextAt = io.now;
+    },
     onEcho(probe: number, way: Way, rttMs: number): void {
-      if (ping?.waiting === probe) tell(ping, way, rttMs);
+      if (left > 0 && probe === waiting) tell(way, rttMs);
     },
     fail(reason: Reason): void {
-      if (ping) io.emit({ event: "error", code: reason, message: `"${name}" is not there` });
-      ping = null;
+      if (left > 0) io.emit({ event: "error", code: reason, message: `"${name}" is not there` });
+      left = 0;
     },
+    wake(): void {
+      if (left === 0 || io.now < nextAt) return;
+      if (!hasSession()) {
+        if (io.now - since > GIVE_UP_MS) return on.timeout();
+        nextAt = io.now + RTO_MIN_MS;
+        return on.needSession();
+      }
+      if (waiting !== null) tell(way(), null);
+      if (left === 0) return;
+      nextAt = io.now + PING_LOST_MS;
+      waiting = on.newProbe(way());
+      on.send(waiting, way());
+    },
+    wakeAt: () => left > 0 ? nextAt : Infinity,
   };
 }
 
@@ -2297,63 +2292,53 @@ function createPing(
 const LIST_RETRY_MS = 500, LIST_TRIES = 8;
 const MAX_LISTED = 1_000_000;
 
-const newListing = (prefix: string, done: (users: User[]) => void, now: number) => ({
-  prefix,
-  after: "", // those up to here have come
-  users: [] as User[],
-  pages: new Map<number, User[]>(), // of the last question
-  asked: 0,
-  tries: 0,
-  dueAt: now,
-  done,
-});
-
 function createList(io: Io, link: Link) {
-  const listings: ReturnType<typeof newListing>[] = [];
+  const listings: { prefix: string; users: User[]; done(users: User[]): void }[] = [];
+  /** Of the first listing: its latest question to the server, and the pages that have come in answer. */
+  let asked = 0, tries = 0, dueAt = 0;
+  const pages = new Map<number, User[]>();
+
+  const lastName = (users: User[]) => users.at(-1)?.name ?? "";
 
   function wake(): void {
     const [listing] = listings;
-    if (!listing || !link.session() || io.now < listing.dueAt) return;
-    if (listing.tries++ >= LIST_TRIES) {
+    if (!listing || !link.session() || io.now < dueAt) return;
+    if (tries++ >= LIST_TRIES) {
       listings.shift();
       io.emit({ event: "error", code: "unreachable", message: "The server does not answer with the list of users" });
-      return wake();
+      return askNext();
     }
-    listing.pages.clear();
-    listing.asked = link.toServer({ type: "GETALLUSER", prefix: listing.prefix, after: listing.after });
-    listing.dueAt = io.now + LIST_RETRY_MS;
+    pages.clear();
+    asked = link.toServer({ type: "GETALLUSER", prefix: listing.prefix, after: lastName(listing.users) });
+    dueAt = io.now + LIST_RETRY_MS;
+  }
+
+  function askNext(): void {
+    tries = 0;
+    dueAt = io.now;
+    wake();
   }
 
   return {
-    wake,
-    wakeAt: () => link.session() ? listings[0]?.dueAt ?? Infinity : Infinity,
     ask(prefix: string, done: (users: User[]) => void): void {
-      listings.push(newListing(prefix, done, io.now));
-      wake();
+      if (listings.push({ prefix, users: [], done }) === 1) askNext();
     },
-    askAgain(): void { // we are in again: what was asked before is lost
-      for (const listing of listings) listing.dueAt = io.now;
-    },
+    askAgain: () => void (dueAt = io.now), // we are in again: what was asked before is lost
     onUsers(message: Control & { type: "USERS" }): void {
       const [listing] = listings;
-      if (!listing || message.asked !== listing.asked) return;
-      listing.pages.set(message.page, message.users);
+      if (!listing || message.asked !== asked) return;
+      pages.set(message.page, message.users);
       // Pages without a gap before them count, even if a later one was lost.
-      for (let page = 0; listing.pages.has(page); page++) {
-        const users = listing.pages.get(page)!.filter(({ name }) => listing.after === "" || name > listing.after);
-        listing.users.push(...users);
-        listing.after = users.at(-1)?.name ?? listing.after;
+      for (let page = 0; pages.has(page); page++) {
+        const after = lastName(listing.users);
+        listing.users.push(...pages.get(page)!.filter(({ name }) => name > after));
         if (page < message.last) continue;
-        if (message.more && listing.users.length < MAX_LISTED) {
-          listing.tries = 0;
-          listing.dueAt = io.now;
-        } else {
-          listings.shift();
-          listing.done(listing.users);
-        }
-        return wake();
+        if (!message.more || listing.users.length >= MAX_LISTED) listings.shift()!.done(listing.users);
+        return askNext();
       }
     },
+    wake,
+    wakeAt: () => listings.length > 0 && link.session() ? dueAt : Infinity,
   };
 }
 
@@ -2525,7 +2510,7 @@ export function createClient(options: ClientOptions): Client {
     conversationTo: (typed) => userName(typed) === null ? null : conversationWith(userName(typed)!),
     verified(peer, key) {
       verified.set(peer, key);
-      conversations.get(peer)?.onVerified();
+      conversations.get(peer)?.onProof();
     },
     exit: close,
   });
