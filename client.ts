@@ -761,7 +761,6 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     untrusted: () => identity.warn(),
     ready: onSessionReady,
     frame: onFrame,
-    punch: (probe, origin) => paths.onPunch(probe, origin),
   });
   const delivery = createDelivery(io, c, channel.stream, {
     carry(part, isLate) {
@@ -1718,8 +1717,7 @@ interface PeerSession {
   keys: NoiseKeys;
   window: ReplayWindow;
   sent: number;
-  peerNonce: string; // the peer's login and key when it began
-  peerKey: Uint8Array;
+  peer: Introduced; // when it began
   stream: string; // what numbers the peer's parts
   second: Uint8Array | null; // we answered, and the peer has not shown yet that it knows: all that we send carries this
 }
@@ -1727,38 +1725,22 @@ interface PeerSession {
 /** We are opening a session: first by asking the server who that is, then with a handshake. */
 type Opening = { tries: number; dueAt: number; handshake: { index: number; initiation: Initiation } | null };
 
-type Party = Pick<User, "name" | "nonce">; // one side of a handshake
 type First = Handshake & { type: "P2PFIRST" };
 type Second = Handshake & { type: "P2PSECOND" };
 
-interface Intake { // what a channel takes from the peer
-  onSecond(second: Second): void;
-  onSealed(session: PeerSession, data: Uint8Array, origin: Origin): void;
-  onCopy(session: PeerSession, probe: number, origin: Origin): void;
-  onReady(): void;
-}
-
-interface Line { // whom a peer's datagram is for, and in which session; null: there is only a handshake
-  intake: Intake;
-  session: PeerSession | null;
-}
-
-/** Finds the line of a datagram: by the index that we chose, or for the first one by its ephemeral key. */
-const createSwitchboard = () => ({ byIndex: new Map<number, Line>(), byEphemeral: new Map<string, Line>() });
+/** Whose a datagram is: that says the index that we chose, or for a first message its ephemeral key. */
+const createSwitchboard = () => ({ byIndex: new Map<number, Line>(), byEphemeral: new Map<string, OnCopy>() });
 type Switchboard = ReturnType<typeof createSwitchboard>;
-
-/** What a handshake is about: who with whom, in which login of each. Names have no blanks. */
-const prologue = (initiator: Party, responder: Party) =>
-  utf8.encode(`punch ${initiator.name} ${initiator.nonce} ${responder.name} ${responder.nonce}`);
+type Line = { onSecond(message: Second, origin: Origin): void; onSealed(data: Uint8Array, origin: Origin): void };
+type OnCopy = (probe: number, origin: Origin) => void; // another copy of a first message that we have had
 const ephemeralOf = ({ noise }: First) => hex(noise.subarray(0, 32));
 
-type ChannelEvent = "handshake" | "session" | "answered" | "untrusted" | "ready";
 function createChannel(
   io: Io,
   { relay, server, peer, isTrusted }: Context,
   options: ClientOptions,
   { byIndex, byEphemeral }: Switchboard,
-  on: Record<ChannelEvent, () => void> & {
+  on: Record<"handshake" | "session" | "answered" | "untrusted" | "ready", () => void> & {
     payload(): Peer; // what travels inside the first message
     isNeeded(tries: number): boolean; // whether anything still waits for a session
     sendOpening(message: Uint8Array, tries: number): void;
@@ -1766,10 +1748,9 @@ function createChannel(
     handshakeOver(dueAt: number): void; // who has waited for it is due then
     stream(stream: string): void;
     frame(frame: Peer, origin: Origin, stream: string): void;
-    punch(probe: number, origin: Origin): void;
   },
 ) {
-  const { keys, psk = new Uint8Array(32) } = options;
+  const { name, keys, psk = new Uint8Array(32) } = options;
   const ownStream = io.random(STREAM_BYTES), mayBegin = createLimit(HANDSHAKES_PER_PEER);
   const sessions: PeerSession[] = []; // those that the peer may still use, newest first
   let inUse: PeerSession | null = null; // the one that we use
@@ -1777,7 +1758,7 @@ function createChannel(
 
   function current(): PeerSession | null { // the session that we seal with; none if the peer has logged in again since
     const now = peer();
-    return inUse && now && inUse.peerNonce === now.nonce && sameKey(inUse.peerKey, now.key) ? inUse : null;
+    return inUse && now && inUse.peer.nonce === now.nonce && sameKey(inUse.peer.key, now.key) ? inUse : null;
   }
 
   // -- opening
@@ -1787,7 +1768,14 @@ function createChannel(
     return byIndex.has(index) ? newIndex() : index;
   }
 
-  function dropHandshake(): void {
+  /** A handshake succeeds if both mean the same: who with whom, in which login of each. Names have no blanks. */
+  function handshakeWith(them: Introduced, isOurs: boolean) {
+    const us = { name, nonce: server()!.nonce }, [from, to] = isOurs ? [us, them] : [them, us];
+    const prologue = utf8.encode(`punch ${from.name} ${from.nonce} ${to.name} ${to.nonce}`);
+    return { own: keys, peer: them.key, psk, prologue, ephemeral: options.generateKeys() };
+  }
+
+  function dropHandshake(): void { // another one follows at once
     if (!opening?.handshake) return;
     byIndex.delete(opening.handshake.index);
     opening = { tries: 0, dueAt: io.now, handshake: null };
@@ -1795,47 +1783,38 @@ function createChannel(
   }
 
   function open(): void { // opens a session if there is none, or if it is worn
-    if (opening || !server() || (current() && inUse!.sent <= REKEY_AFTER)) return;
-    opening = { tries: 0, dueAt: io.now, handshake: null };
-    sendOpening(opening);
+    if (!opening && (!current() || inUse!.sent > REKEY_AFTER)) sendOpening();
   }
 
-  function sendOpening(opening: Opening): void {
+  function sendOpening(): void {
+    if (!server()) return;
     const now = peer();
+    opening ??= { tries: 0, dueAt: io.now, handshake: null };
     opening.handshake ??= now && beginHandshake(now);
     opening.dueAt = io.now + timeout(relay.rtt, ++opening.tries);
-    on.sendOpening(firstMessage(), opening.tries);
+    on.sendOpening(firstMessage() ?? NO_BYTES, opening.tries);
   }
 
   function beginHandshake(now: Introduced): Opening["handshake"] {
-    const own = { name: options.name, nonce: server()!.nonce }, payload = encodeInner(on.payload());
-    const ephemeral = options.generateKeys();
-    const handshake = { own: keys, peer: now.key, psk, prologue: prologue(own, now), ephemeral };
-    const initiation = initiate(handshake, concat(ownStream, payload));
+    const payload = concat(ownStream, encodeInner(on.payload()));
+    const initiation = initiate(handshakeWith(now, true), payload);
     if (!initiation) return null;
     on.handshake();
     const index = newIndex();
-    byIndex.set(index, { intake, session: null });
+    byIndex.set(index, line);
     return { index, initiation };
   }
 
-  function firstMessage(probe = 0): Uint8Array { // no bytes if there is no handshake under way
-    if (!opening?.handshake) return NO_BYTES;
+  function firstMessage(probe = 0): Uint8Array | null {
+    if (!opening?.handshake) return null;
     const { index, initiation } = opening.handshake;
     return encodeHandshake({ type: "P2PFIRST", from: index, probe, noise: initiation.message });
   }
 
   function onFirst(message: First): void {
-    const now = peer(), login = server();
-    if (!now || !login || !isTrusted(now.key) || !mayBegin(io.now)) return;
-    const ephemeral = options.generateKeys();
-    const response = respond({
-      own: keys,
-      peer: now.key,
-      psk,
-      prologue: prologue(now, { name: options.name, nonce: login.nonce }),
-      ephemeral,
-    }, message.noise);
+    const now = peer();
+    if (!now || !server() || !isTrusted(now.key) || !mayBegin(io.now)) return;
+    const response = respond(handshakeWith(now, false), message.noise);
     const inner = response && decodeInner(response.payload.subarray(STREAM_BYTES));
     if (!response || !inner) return on.untrusted();
     const stream = hex(response.payload.subarray(0, STREAM_BYTES));
@@ -1848,38 +1827,28 @@ function createChannel(
       opening = null;
     }
     if (byEphemeral.size >= MAX_EPHEMERALS) byEphemeral.delete(byEphemeral.keys().next().value!);
-    byEphemeral.set(ephemeralOf(message), { intake, session });
+    byEphemeral.set(ephemeralOf(message), (probe, origin) => session && onCopy(session, probe, origin));
     on.stream(stream);
     on.frame(inner, null, stream);
     if (session && session !== inUse) on.acknowledge(session);
   }
 
-  /**
-   * A session that the peer began replaces a working one only when the peer has used it: its first message may have
-   * been long on the way, and the peer have forgotten it.
-   */
-  function newSession(made: Pick<PeerSession, "index" | "theirs" | "keys" | "stream" | "second">): PeerSession {
-    const { nonce: peerNonce, key: peerKey } = peer()!;
-    const session: PeerSession = { ...made, window: replayWindow(), sent: 0, peerNonce, peerKey };
-    const works = current() && !inUse!.second;
+  function onCopy(session: PeerSession, probe: number, origin: Origin): void {
+    if (!session.second) return; // the peer has our answer
+    if (!origin) on.acknowledge(session); // our answer was lost
+    else if (session === inUse) on.frame({ type: "P2PTRASH", probe }, origin, session.stream);
+  }
+
+  // A session that the peer began replaces a working one only when the peer has used it: its first message may have
+  // been long on the way, and the peer have forgotten it.
+  function newSession(made: Omit<PeerSession, "window" | "sent" | "peer">): PeerSession {
+    const session = { ...made, window: replayWindow(), sent: 0, peer: peer()! }, works = current() && !inUse!.second;
     sessions.unshift(session);
     for (const { index } of sessions.splice(MAX_SESSIONS)) byIndex.delete(index);
     if (!session.second || !works) inUse = session;
-    byIndex.set(session.index, { intake, session });
+    byIndex.set(session.index, line);
     on.session();
     return session;
-  }
-
-  function onSecond(message: Second): void {
-    if (opening?.handshake?.index !== message.to) return;
-    const finished = opening.handshake.initiation.finish(message.noise);
-    if (finished?.payload.length !== STREAM_BYTES) return;
-    const { keys, payload } = finished, stream = hex(payload);
-    opening = null;
-    newSession({ index: message.to, theirs: message.from, keys, stream, second: null });
-    on.stream(stream);
-    on.answered(); // the peer takes the new session when we have used it, see `newSession`
-    on.handshakeOver(io.now + timeout(relay.rtt, 1));
   }
 
   // -- sealing
@@ -1890,50 +1859,61 @@ function createChannel(
     return noise ? encodeHandshake({ type: "P2PSECOND", to, from, noise, sealed }) : sealed;
   }
 
-  function onSealed(session: PeerSession, data: Uint8Array, origin: Origin): void {
-    if (!isTrusted(session.peerKey)) return;
-    const frame = openPeer(data, session.keys.receive);
-    if (!frame || !accept(session.window, peerHeader(data)!.counter)) return;
-    if (session.second) inUse = session;
-    session.second = null;
-    on.frame(frame, origin, session.stream);
-    on.ready();
-  }
+  const line: Line = {
+    onSecond({ to, from, noise, sealed }, origin) {
+      const finished = opening?.handshake?.index === to ? opening.handshake.initiation.finish(noise) : null;
+      if (finished?.payload.length === STREAM_BYTES) {
+        const stream = hex(finished.payload);
+        opening = null;
+        newSession({ index: to, theirs: from, keys: finished.keys, stream, second: null });
+        on.stream(stream);
+        on.answered(); // the peer takes the new session when we have used it, see `newSession`
+        on.handshakeOver(io.now + timeout(relay.rtt, 1));
+      }
+      line.onSealed(sealed, origin);
+      on.ready();
+    },
+    onSealed(data, origin) {
+      const header = peerHeader(data), session = sessions.find(({ index }) => index === header?.index);
+      if (!header || !session || !isTrusted(session.peer.key)) return;
+      const frame = openPeer(data, session.keys.receive);
+      if (!frame || !accept(session.window, header.counter)) return;
+      if (session.second) inUse = session;
+      session.second = null;
+      on.frame(frame, origin, session.stream);
+      on.ready();
+    },
+  };
 
-  /** Another copy of the first message of a session. */
-  function onCopy(session: PeerSession, probe: number, origin: Origin): void {
-    if (!session.second) return; // the peer has our answer
-    if (!origin) on.acknowledge(session); // our answer was lost
-    else if (session === inUse) on.punch(probe, origin);
-  }
-
-  const intake: Intake = { onSecond, onSealed, onCopy, onReady: on.ready };
   return {
-    ...{ current, dropHandshake, open, onFirst, seal, stream: hex(ownStream) },
-    firstMessage: () => opening?.handshake ? firstMessage() : null,
+    open,
+    current,
+    seal,
+    onFirst,
+    firstMessage,
+    dropHandshake,
+    stream: hex(ownStream),
     wasOpen: () => inUse !== null,
     canPunch: () => current() !== null || !!opening?.handshake,
     /** A punch. Until the peer has answered the handshake it is a copy of the first message. */
     punch(probe: number): Uint8Array | null {
       const session = current();
-      return session ? seal({ type: "P2PTRASH", probe }, session) : opening?.handshake ? firstMessage(probe) : null;
+      return session ? seal({ type: "P2PTRASH", probe }, session) : firstMessage(probe);
     },
     hurry(): void { // sends the first message again at once, if there is no session yet
-      if (current()) return;
-      if (opening) sendOpening(opening);
-      else open();
+      if (!current()) sendOpening();
     },
     close(): void {
       dropHandshake();
       for (const { index } of sessions) byIndex.delete(index);
     },
     wake(): void {
-      if (!opening || !server() || io.now < opening.dueAt) return;
-      if (on.isNeeded(opening.tries)) return sendOpening(opening);
+      if (!opening || io.now < opening.dueAt) return;
+      if (on.isNeeded(opening.tries)) return sendOpening();
       dropHandshake();
       opening = null;
     },
-    wakeAt: () => server() ? opening?.dueAt ?? Infinity : Infinity,
+    wakeAt: () => opening?.dueAt ?? Infinity,
   };
 }
 
@@ -2570,22 +2550,13 @@ export function createClient(options: ClientOptions): Client {
   /** `caller` is who the server says it is, if it came over the relay. */
   function onPeerDatagram(data: Uint8Array, origin: Origin, caller?: Conversation): void {
     const handshake = decodeHandshake(data);
-    if (!handshake) onSealed(data, origin);
-    else if (handshake.type === "P2PSECOND") {
-      const line = byIndex.get(handshake.to);
-      line?.intake.onSecond(handshake);
-      onSealed(handshake.sealed, origin);
-      line?.intake.onReady();
-    } else {
-      const copyOf = byEphemeral.get(ephemeralOf(handshake));
-      if (!copyOf) caller?.onFirst(handshake);
-      else if (copyOf.session) copyOf.intake.onCopy(copyOf.session, handshake.probe, origin);
+    if (!handshake) byIndex.get(peerHeader(data)?.index ?? -1)?.onSealed(data, origin);
+    else if (handshake.type === "P2PSECOND") byIndex.get(handshake.to)?.onSecond(handshake, origin);
+    else {
+      const onCopy = byEphemeral.get(ephemeralOf(handshake));
+      if (onCopy) onCopy(handshake.probe, origin);
+      else caller?.onFirst(handshake);
     }
-  }
-
-  function onSealed(data: Uint8Array, origin: Origin): void {
-    const header = peerHeader(data), line = header && byIndex.get(header.index);
-    if (line?.session) line.intake.onSealed(line.session, data, origin);
   }
 
   /** Whether nobody whom we know can have sent that: then it costs no more than this look, however many we know. */
