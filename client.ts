@@ -1945,27 +1945,26 @@ interface Part { // A piece of a message, which fits into a datagram.
   message: { id: string; startedAt: number };
   tries: number;
   sentAt: number;
-  dueAt: number; // when to send it again; Infinity: it has arrived, or travels in a handshake, which sees to it
+  dueAt: number; // when to send it again; Infinity: not sent yet, arrived, or in a handshake, which sees to it
   over: Way | null; // which way it went last
   arrival: PathKind | null; // the peer has it; how its first copy came
 }
+const UNSENT = { tries: 0, sentAt: 0, dueAt: Infinity, over: null, arrival: null };
 
 const newIncoming = (stream: string) => ({
-  stream, // of the peer's program: a new run numbers its parts from 0 again
+  stream, // of the peer's program, "" before we know it: a new run numbers its parts from 0 again
   next: 0, // all before this has been delivered or given up
   parts: new Map<number, { left: number; part: Uint8Array }>(),
   arrivals: new Map<number, PathKind>(), // how the first copy of each recent part came
   message: [] as Uint8Array[], // the parts so far of the message that comes next
 });
-type Incoming = ReturnType<typeof newIncoming>;
 
 type MessageFrame = Peer & { type: "P2PMESSAGE" };
 type AckFrame = Peer & { type: "P2PMESSAGEACK" };
 
 /** The last part has none behind it whose acknowledgement would tell of its loss: it is sent again sooner, once. */
-function tailTimeout({ srtt, rttvar }: Estimator): number {
-  return srtt === null ? RTO_FIRST_MS : Math.min(RTO_MAX_MS, Math.max(TAIL_MIN_MS, 2 * srtt, srtt + 4 * rttvar));
-}
+const tailTimeout = ({ srtt, rttvar }: Estimator) =>
+  srtt === null ? RTO_FIRST_MS : Math.min(RTO_MAX_MS, Math.max(TAIL_MIN_MS, 2 * srtt, srtt + 4 * rttvar));
 
 /** Two bits for each part from `from`. */
 function packArrivals(arrivals: Map<number, PathKind>, from: number): Uint8Array {
@@ -1981,13 +1980,8 @@ const arrivalOf = ({ states, from }: AckFrame, { seq }: Part): PathKind | null =
   seq < from ? null : ARRIVALS[(states[(seq - from) >> 2] ?? 0) >> 2 * ((seq - from) & 3) & 3]!;
 
 const isInFlight = ({ tries, arrival }: Part) => tries > 0 && arrival === null;
-const isInHandshake = ({ dueAt, arrival }: Part) => dueAt === Infinity && arrival === null;
 
-/**
- * Makes the delivery to and from one peer.
- *
- * @ignore
- */
+/** @ignore Exported for its own test. */
 export function createDelivery(
   io: Pick<Io, "now" | "emit">,
   { name, relay, way, hasSession }: Pick<Context, "name" | "relay" | "way" | "hasSession">,
@@ -2001,31 +1995,15 @@ export function createDelivery(
 ) {
   let nextSeq = 0, parts: Part[] = [], window = WINDOW_FIRST;
   let progressAt = io.now; // when something was acknowledged last
-  let incoming: Incoming | null = null;
+  let incoming = newIncoming("");
   let ackDue = false; // to be acknowledged as soon as there is a session
 
   const oldest = () => parts.find(({ arrival }) => arrival === null); // the part that all others wait for
-  const asFrame = ({ seq, left, bytes }: Part): MessageFrame => ({
-    type: "P2PMESSAGE",
-    seq,
-    base: parts[0]!.seq,
-    left,
-    part: bytes,
-  });
+  function frameOf({ seq, left, bytes: part }: Part): MessageFrame {
+    return { type: "P2PMESSAGE", seq, base: parts[0]!.seq, left, part };
+  }
 
   // -- outwards
-
-  function push(text: Uint8Array): void {
-    if (parts.length === 0) progressAt = io.now;
-    on.talk();
-    const count = Math.ceil(text.length / MAX_PART_BYTES);
-    const message: Part["message"] = { id: `${stream.slice(0, 8)}-${nextSeq + count - 1}`, startedAt: io.now };
-    for (let left = count - 1, at = 0; left >= 0; left--, at += MAX_PART_BYTES) {
-      const bytes = text.subarray(at, at + MAX_PART_BYTES);
-      parts.push({ seq: nextSeq++, left, bytes, message, tries: 0, sentAt: 0, dueAt: 0, over: null, arrival: null });
-    }
-    pump();
-  }
 
   function pump(): void { // sends what may be sent now: what is due again, and what is new as far as the window allows
     if (parts.length === 0) return;
@@ -2050,7 +2028,7 @@ export function createDelivery(
     // The one that all others wait for: where so much is lost, copies are what gets it through.
     const copies = part === oldest() ? Math.min(MAX_COPIES, Math.max(1, part.tries)) : 1;
     let over: Way | null = null;
-    for (let copy = 0; copy < copies; copy++) over = on.carry(asFrame(part), part.tries > 0);
+    for (let copy = 0; copy < copies; copy++) over = on.carry(frameOf(part), part.tries > 0);
     if (!over) return;
     const isTail = part.tries === 0 && part === parts.at(-1);
     mark(part, over, isTail ? tailTimeout(over.rtt) : timeout(over.rtt, Math.max(1, part.tries)));
@@ -2063,97 +2041,27 @@ export function createDelivery(
     part.dueAt = io.now + waitMs;
   }
 
-  /** Sends again what was sent before that time and has not been acknowledged. */
-  function resend(sentBefore: number): void {
-    for (const part of parts) {
-      if (part.sentAt < sentBefore && part.dueAt !== Infinity) part.dueAt = Math.min(part.dueAt, io.now);
-    }
-    pump();
-  }
-
   /** The peer does not have any more what it has acknowledged: that is sent again. */
   function unacknowledge(those: Part[], dueAt = io.now): void {
     for (const part of those) if (part.arrival) Object.assign(part, { arrival: null, dueAt });
   }
 
-  function onAck(ack: AckFrame, via: Way): void {
-    const news = parts.filter((part) => isInFlight(part) && (part.seq < ack.next || arrivalOf(ack, part) !== null));
-    if (news.length > 0) {
-      progressAt = io.now;
-      window = Math.min(WINDOW_MAX, window + news.length / 4);
-      on.progress();
-    }
-    const newest = Math.max(...news.map(({ sentAt }) => sentAt)) - REORDERING * (via.rtt.srtt ?? RTO_FIRST_MS);
-    for (const part of news) {
-      const { tries, sentAt, over } = part;
-      if (tries === 1 && over === via) sample(via.rtt, io.now - sentAt); // Karn's algorithm
-      part.arrival = arrivalOf(ack, part) ?? over!.kind;
-      part.dueAt = Infinity;
-    }
-    for (const part of parts.filter(isInFlight)) {
-      if (part.sentAt < newest) part.dueAt = Math.min(part.dueAt, io.now);
-    }
-    // What the peer has not shown to its user is kept, even if it has arrived: the parts of a message that is not
-    // whole, and what is behind a gap. A new run of the peer needs it, and so does the peer itself if the gap is given
-    // up.
-    for (let last; (last = parts.find(({ left }) => left === 0)) && last.arrival && last.seq < ack.next;) {
-      parts.splice(0, parts.indexOf(last) + 1);
-      const { id, startedAt } = last.message;
-      io.emit({ event: "sent", to: name, id, ok: true, ms: tenths(io.now - startedAt), path: last.arrival });
-    }
-    // The part that the peer waits for has arrived, and yet is not counted: what came before was given up, or the peer
-    // has forgotten it, and then all that it does not name any more.
-    const awaited = parts.find(({ seq }) => seq >= ack.next);
-    if (!awaited?.arrival) return;
-    const gone = parts.filter((part) => part === awaited || (part.seq > ack.next && arrivalOf(ack, part) === null));
-    unacknowledge(gone, io.now + timeout(way().rtt, 1));
-  }
-
-  function fail(message: Part["message"], reason: Reason): void {
+  function failFirst(reason: Reason): void {
+    const [{ message }] = parts as [Part], { id, startedAt } = message, path = way().kind;
     parts = parts.filter((part) => part.message !== message);
     if (parts[0]?.arrival) progressAt = io.now;
     unacknowledge(parts.slice(0, 1));
-    const { id, startedAt } = message, path = way().kind;
     io.emit({ event: "sent", to: name, id, ok: false, ms: tenths(io.now - startedAt), path, reason });
   }
 
-  const giveUpAt = ([first] = parts) => first ? Math.max(first.message.startedAt, progressAt) + GIVE_UP_MS : Infinity;
+  const giveUpAt = () => parts[0] ? Math.max(parts[0].message.startedAt, progressAt) + GIVE_UP_MS : Infinity;
 
   // -- inwards
 
-  function openStream(stream: string): void {
-    if (incoming?.stream !== stream) incoming = newIncoming(stream);
-  }
-
-  function onPart(
-    { seq, base, left, part }: MessageFrame,
-    { kind, stream, back }: { kind: PathKind; stream: string; back: (ack: AckFrame) => boolean },
-  ): void {
-    if (incoming?.stream !== stream || base > seq || part.length > MAX_PART_BYTES) return;
-    if (left > 0 && part.length < MAX_PART_BYTES) return; // only the last part of a message may be short
-    if (incoming.next < base) skipTo(incoming, base); // what came before was given up, or was for a run before ours
-    if (seq >= incoming.next + 2 * WINDOW_MAX) return;
-    if (seq >= incoming.next && !incoming.parts.has(seq)) {
-      incoming.parts.set(seq, { left, part });
-      incoming.arrivals.set(seq, kind);
-      on.talk();
-    }
-    deliver(incoming);
-    acknowledge(back);
-  }
-
-  function skipTo(incoming: Incoming, base: number): void {
-    incoming.message = [];
-    incoming.next = base;
-    for (const seq of incoming.parts.keys()) if (seq < base) incoming.parts.delete(seq);
-    for (const seq of incoming.arrivals.keys()) if (seq < base - WINDOW_MAX) incoming.arrivals.delete(seq);
-  }
-
-  function deliver(incoming: Incoming): void {
+  function deliver(): void {
     const { stream, parts, arrivals } = incoming;
     for (let found; (found = parts.get(incoming.next)); incoming.next++) {
       parts.delete(incoming.next);
-      arrivals.delete(incoming.next - WINDOW_MAX);
       incoming.message.push(found.part);
       // All parts but the last are full, see `onPart`.
       const isTooLong = (incoming.message.length - 1) * MAX_PART_BYTES + found.part.length > MAX_MESSAGE_BYTES;
@@ -2164,50 +2072,114 @@ export function createDelivery(
       }
       incoming.message = [];
     }
+    for (const seq of arrivals.keys()) if (seq < incoming.next - WINDOW_MAX) arrivals.delete(seq);
   }
 
   /** `back` is the way back to where a part came from; false: there is no session yet. */
   function acknowledge(back: (ack: AckFrame) => boolean): void {
-    const { next, arrivals } = incoming!, from = Math.max(0, next - WINDOW_MAX);
+    const { next, arrivals } = incoming, from = Math.max(0, next - WINDOW_MAX);
     ackDue = !back({ type: "P2PMESSAGEACK", next, from, states: packArrivals(arrivals, from) });
     if (ackDue) on.needSession();
   }
 
   return {
-    ...{ push, resend, onAck, openStream, onPart, acknowledge, wake: pump },
-    isIdle: () => parts.length === 0,
-    hasSent: () => nextSeq > 0,
-    hasHeard: () => incoming !== null,
-    isAckDue: () => ackDue,
-    owesAck: () => void (ackDue = true), // the peer is to hear from us in the new session
-    triesOfOldest: () => oldest()?.tries ?? 0,
+    // outwards
+    push(text: Uint8Array): void {
+      on.talk();
+      const last = nextSeq + Math.ceil(text.length / MAX_PART_BYTES) - 1;
+      const message = { id: `${stream.slice(0, 8)}-${last}`, startedAt: io.now };
+      for (let at = 0; nextSeq <= last; nextSeq++, at += MAX_PART_BYTES) {
+        const bytes = text.subarray(at, at + MAX_PART_BYTES);
+        parts.push({ seq: nextSeq, left: last - nextSeq, bytes, message, ...UNSENT });
+      }
+      pump();
+    },
+    onAck(ack: AckFrame, via: Way): void {
+      const news = parts.filter((part) => isInFlight(part) && (part.seq < ack.next || arrivalOf(ack, part)));
+      if (news.length > 0) {
+        progressAt = io.now;
+        window = Math.min(WINDOW_MAX, window + news.length / 4);
+        on.progress();
+      }
+      const newest = Math.max(...news.map(({ sentAt }) => sentAt)) - REORDERING * (via.rtt.srtt ?? RTO_FIRST_MS);
+      for (const part of news) {
+        if (part.tries === 1 && part.over === via) sample(via.rtt, io.now - part.sentAt); // Karn's algorithm
+        part.arrival = arrivalOf(ack, part) ?? part.over!.kind;
+        part.dueAt = Infinity;
+      }
+      for (const part of parts) if (isInFlight(part) && part.sentAt < newest) part.dueAt = io.now;
+      // What the peer has not shown to its user is kept, even if it has arrived: the parts of a message that is not
+      // whole, and what is behind a gap. A new run of the peer needs it, and so does the peer itself if the gap is
+      // given up.
+      for (let last; (last = parts.find(({ left }) => left === 0)) && last.arrival && last.seq < ack.next;) {
+        parts.splice(0, parts.indexOf(last) + 1);
+        const { id, startedAt } = last.message;
+        io.emit({ event: "sent", to: name, id, ok: true, ms: tenths(io.now - startedAt), path: last.arrival });
+      }
+      // The part that the peer waits for has arrived, and yet is not counted: what came before was given up, or the
+      // peer has forgotten it, and then all that it does not name any more.
+      const awaited = parts.find(({ seq }) => seq >= ack.next);
+      if (!awaited?.arrival) return;
+      const gone = parts.filter((part) => part === awaited || (part.seq > ack.next && !arrivalOf(ack, part)));
+      unacknowledge(gone, io.now + timeout(way().rtt, 1));
+    },
+    resend(sentBefore: number): void { // what was sent before that time and has not been acknowledged
+      for (const part of parts) if (part.sentAt < sentBefore && part.dueAt < Infinity) part.dueAt = io.now;
+      pump();
+    },
     resendInFlight(): void {
       for (const part of parts.filter(isInFlight)) send(part);
     },
-
+    isIdle: () => parts.length === 0,
+    hasSent: () => nextSeq > 0,
+    triesOfOldest: () => oldest()?.tries ?? 0,
     // A handshake takes the oldest part along, and sees to it until it is over.
-    oldestPart(): MessageFrame | null {
-      const part = oldest();
-      return part ? asFrame(part) : null;
-    },
+    oldestPart: () => oldest() ? frameOf(oldest()!) : null,
     onHandshake(): void {
       const part = oldest();
       if (part) mark(part, relay, Infinity);
     },
     onHandshakeOver(dueAt: number): void {
-      for (const part of parts.filter(isInHandshake)) part.dueAt = dueAt;
+      for (const part of parts.filter(isInFlight)) if (part.dueAt === Infinity) part.dueAt = dueAt;
     },
-
+    // inwards
+    openStream(stream: string): void {
+      if (incoming.stream !== stream) incoming = newIncoming(stream);
+    },
+    onPart(
+      { seq, base, left, part }: MessageFrame,
+      { kind, stream, back }: { kind: PathKind; stream: string; back: (ack: AckFrame) => boolean },
+    ): void {
+      const { parts, arrivals } = incoming;
+      if (incoming.stream !== stream || base > seq || part.length > MAX_PART_BYTES) return;
+      if (left > 0 && part.length < MAX_PART_BYTES) return; // only the last part of a message may be short
+      if (incoming.next < base) { // what came before was given up, or was for a run before ours
+        incoming.next = base;
+        incoming.message = [];
+        for (const seq of parts.keys()) if (seq < base) parts.delete(seq);
+      }
+      if (seq >= incoming.next + 2 * WINDOW_MAX) return;
+      if (seq >= incoming.next && !parts.has(seq)) {
+        parts.set(seq, { left, part });
+        arrivals.set(seq, kind);
+        on.talk();
+      }
+      deliver();
+      acknowledge(back);
+    },
+    acknowledge,
+    isAckDue: () => ackDue,
+    owesAck: () => void (ackDue = true), // the peer is to hear from us in the new session
+    hasHeard: () => incoming.stream !== "",
+    // time
+    wake: pump,
+    wakeAt: () => hasSession() ? parts.reduce((at, { dueAt }) => Math.min(at, dueAt), giveUpAt()) : giveUpAt(),
     onJump: () => void (progressAt = io.now), // the clock has jumped: the time that it left out does not count
-    failAll(reason: Reason): void {
-      for (const message of new Set(parts.map(({ message }) => message))) fail(message, reason);
-    },
     giveUp(reason: () => Reason): void {
-      while (io.now >= giveUpAt()) fail(parts[0]!.message, reason());
+      while (io.now >= giveUpAt()) failFirst(reason());
     },
-    wakeAt(): number {
-      const sent = hasSession() ? parts.filter(({ tries }) => tries > 0) : [];
-      return sent.reduce((at, { dueAt }) => Math.min(at, dueAt), giveUpAt());
+    failAll(reason: Reason): void {
+      while (parts.length > 0) failFirst(reason);
     },
   };
 }
