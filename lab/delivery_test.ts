@@ -321,7 +321,10 @@ test("on a line where nothing is lost no part is sent twice", () => {
 test("no text is no message", () => {
   const { alice } = createWorld("nothing", CALM);
   alice.push("");
-  assert.ok(alice.delivery.isIdle() && alice.delivery.wakeAt() === Infinity && alice.told.length === 0);
+  assert.ok(
+    alice.delivery.isIdle() && !alice.delivery.hasSent() && alice.delivery.wakeAt() === Infinity &&
+      alice.told.length === 0,
+  );
 });
 
 /** One delivery whose peer is the test. Its clock starts at 0 in `io.now`. */
@@ -501,8 +504,8 @@ test("a peer that sends whatever it likes makes nothing grow", () => {
 
 test("what has arrived is told in order, with how long it took and the way of the first copy", () => {
   const { told, push, ack, delivery, calls, io } = createLone();
-  push(4);
-  io.now = 70.06;
+  push(4, 30);
+  io.now = 100.06;
   ack(0, { 1: 2, 2: 3 });
   assert.deepEqual(told, [], "the first one is missing");
   assert.equal(calls.progress, 1);
@@ -515,6 +518,24 @@ test("what has arrived is told in order, with how long it took and the way of th
   const outcome = { event: "sent", to: "peer", ok: true, ms: 70.1 };
   assert.deepEqual(told, rows.map(([seq, path]) => ({ ...outcome, id: `00000000-${seq}`, path })));
   assert.ok(delivery.isIdle() && delivery.hasSent() && delivery.wakeAt() === Infinity);
+});
+
+test("an acknowledgement counts its parts from the one that it begins with", () => {
+  const { told, push, ack } = createLone();
+  push(16);
+  ack(8, {}, { from: 8 });
+  ack(9, { 8: 2, 10: 3, 15: 3 }, { from: 8 });
+  ack(16, { 9: 2, 15: 1 }, { from: 8 });
+  const paths = told.slice(8).map(({ path }) => path);
+  assert.deepEqual(paths, ["direct", "direct", "lan", "relay", "relay", "relay", "relay", "lan"]);
+});
+
+test("an acknowledgement that another one has overtaken takes nothing back", () => {
+  const { push, ack, sentAt } = createLone();
+  push(3);
+  ack(0, { 1: 1, 2: 1 });
+  ack(0, { 1: 1 });
+  assert.deepEqual([...new Set([...sentAt(200), ...sentAt(1_000)])], [0]);
 });
 
 test("an acknowledgement for another part does not count for the one that the peer waits for", () => {
@@ -660,6 +681,18 @@ test("without a session nothing is sent, and one is asked for; without messages 
   assert.deepEqual(sentAt(2_000), []);
   io.hasSession = true;
   assert.deepEqual([sentAt(2_001), delivery.triesOfOldest()], [[0], 2]);
+});
+
+test("what falls due without a session does not close the window", () => {
+  const { delivery, frames, sentAt, io } = createLone();
+  delivery.push(new Uint8Array(MAX_MESSAGE_BYTES));
+  io.hasSession = false;
+  for (let at = 1_000; at < 5_000; at += 1_000) sentAt(at);
+  delivery.failAll("offline");
+  io.hasSession = true;
+  frames.length = 0;
+  delivery.push(new Uint8Array(MAX_MESSAGE_BYTES));
+  assert.equal(frames.length, 16);
 });
 
 test("resend() takes what was sent before some time and has not arrived; resendInFlight() all of it, at once", () => {
