@@ -756,12 +756,11 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     handshake: () => delivery.onHandshake(),
     handshakeOver: (dueAt) => delivery.onHandshakeOver(dueAt),
     stream: (stream) => delivery.openStream(stream),
-    session: () => identity.onSession(),
+    session: () => identity.onProof(),
     answered: () => delivery.owesAck(),
     untrusted: () => identity.warn(),
     ready: onSessionReady,
     frame: onFrame,
-    punch: (probe, origin) => paths.onPunch(probe, origin),
   });
   const delivery = createDelivery(io, c, channel.stream, {
     carry(part, isLate) {
@@ -1561,40 +1560,40 @@ function createIdentity(
   on: { otherLogin(): void; untrusted(): void; mayWarn(): boolean },
 ) {
   let peer: Introduced | null = known ? { ...known, candidates: [], nat: UNKNOWN_NAT, punchAfterMs: 0 } : null;
-  /** It has another key than the verified one, or does not know our secret; and the login that we warned of. */
-  let untrusted = peer !== null && !isTrusted(peer.key), warnedOf: string | null = null;
+  let isImpostor = false; // it does not know what it must know
+  let warnedOf: string | null = null; // the login of an impostor that the user has heard of
+
+  const isUntrusted = () => peer !== null && (isImpostor || !isTrusted(peer.key));
 
   function renew(now: Introduced): boolean { // takes the server's word on who the peer is now; false if it cannot be
-    const key = hex(now.key), before = peer && hex(peer.key);
-    if (key === hex(ownKey) && !isSelf) return false; // our own messages would come back as somebody else's
-    if (before !== null && before !== key) {
+    if (sameKey(now.key, ownKey) && !isSelf) return false; // our own messages would come back as somebody else's
+    const hasOtherKey = peer !== null && !sameKey(now.key, peer.key);
+    if (hasOtherKey) {
       const message = `The key of "${name}" has changed: it was started again, or somebody else is in its place. ` +
         `Compare again with: verify ${name}`;
       io.emit({ event: "error", code: "key-changed", message, notice: true });
     }
-    if (peer && (peer.nonce !== now.nonce || before !== key)) on.otherLogin();
+    if (hasOtherKey || (peer && peer.nonce !== now.nonce)) on.otherLogin();
     peer = now;
-    untrusted = !isTrusted(peer.key);
-    if (untrusted) on.untrusted();
-    return !untrusted;
+    isImpostor = false;
+    if (isUntrusted()) on.untrusted();
+    return !isUntrusted();
   }
 
   return {
     renew,
     peer: () => peer,
-    isUntrusted: () => untrusted,
-    onSession: () => void (untrusted = !isTrusted(peer!.key)),
-    onVerified: () => void (untrusted = false),
-    onUser(user: User): void {
-      if (peer && peer.nonce !== user.nonce) renew({ ...peer, nonce: user.nonce, key: user.key });
+    isUntrusted,
+    onProof: () => void (isImpostor = false), // a session with it, or the user's word
+    onUser({ nonce, key }: User): void {
+      if (peer && peer.nonce !== nonce) renew({ ...peer, nonce, key });
     },
-    warn(): void { // somebody who passes for the peer does not know what it must know
-      untrusted = true;
+    warn(): void { // somebody passes for the peer
+      isImpostor = true;
       if (warnedOf === peer!.nonce || !on.mayWarn()) return;
       warnedOf = peer!.nonce;
-      const message =
-        `"${name}" tries to talk to us but holds other keys or another secret: compare your --secret-file`;
-      io.emit({ event: "error", code: "untrusted", message, notice: true });
+      const what = "tries to talk to us but holds other keys or another secret: compare your --secret-file";
+      io.emit({ event: "error", code: "untrusted", message: `"${name}" ${what}`, notice: true });
     },
   };
 }
@@ -1619,8 +1618,7 @@ interface PeerSession {
   keys: NoiseKeys;
   window: ReplayWindow;
   sent: number;
-  peerNonce: string; // the peer's login and key when it began
-  peerKey: Uint8Array;
+  peer: Introduced; // when it began
   stream: string; // what numbers the peer's parts
   second: Uint8Array | null; // we answered, and the peer has not shown yet that it knows: all that we send carries this
 }
@@ -1628,38 +1626,22 @@ interface PeerSession {
 /** We are opening a session: first by asking the server who that is, then with a handshake. */
 type Opening = { tries: number; dueAt: number; handshake: { index: number; initiation: Initiation } | null };
 
-type Party = Pick<User, "name" | "nonce">; // one side of a handshake
 type First = Handshake & { type: "P2PFIRST" };
 type Second = Handshake & { type: "P2PSECOND" };
 
-interface Intake { // what a channel takes from the peer
-  onSecond(second: Second): void;
-  onSealed(session: PeerSession, data: Uint8Array, origin: Origin): void;
-  onCopy(session: PeerSession, probe: number, origin: Origin): void;
-  onReady(): void;
-}
-
-interface Line { // whom a peer's datagram is for, and in which session; null: there is only a handshake
-  intake: Intake;
-  session: PeerSession | null;
-}
-
-/** Finds the line of a datagram: by the index that we chose, or for the first one by its ephemeral key. */
-const createSwitchboard = () => ({ byIndex: new Map<number, Line>(), byEphemeral: new Map<string, Line>() });
+/** Whose a datagram is: that says the index that we chose, or for a first message its ephemeral key. */
+const createSwitchboard = () => ({ byIndex: new Map<number, Line>(), byEphemeral: new Map<string, OnCopy>() });
 type Switchboard = ReturnType<typeof createSwitchboard>;
-
-/** What a handshake is about: who with whom, in which login of each. Names have no blanks. */
-const prologue = (initiator: Party, responder: Party) =>
-  utf8.encode(`punch ${initiator.name} ${initiator.nonce} ${responder.name} ${responder.nonce}`);
+type Line = { onSecond(message: Second, origin: Origin): void; onSealed(data: Uint8Array, origin: Origin): void };
+type OnCopy = (probe: number, origin: Origin) => void; // another copy of a first message that we have had
 const ephemeralOf = ({ noise }: First) => hex(noise.subarray(0, 32));
 
-type ChannelEvent = "handshake" | "session" | "answered" | "untrusted" | "ready";
 function createChannel(
   io: Io,
   { relay, server, peer, isTrusted }: Context,
   options: ClientOptions,
   { byIndex, byEphemeral }: Switchboard,
-  on: Record<ChannelEvent, () => void> & {
+  on: Record<"handshake" | "session" | "answered" | "untrusted" | "ready", () => void> & {
     payload(): Peer; // what travels inside the first message
     isNeeded(tries: number): boolean; // whether anything still waits for a session
     sendOpening(message: Uint8Array, tries: number): void;
@@ -1667,10 +1649,9 @@ function createChannel(
     handshakeOver(dueAt: number): void; // who has waited for it is due then
     stream(stream: string): void;
     frame(frame: Peer, origin: Origin, stream: string): void;
-    punch(probe: number, origin: Origin): void;
   },
 ) {
-  const { keys, psk = new Uint8Array(32) } = options;
+  const { name, keys, psk = new Uint8Array(32) } = options;
   const ownStream = io.random(STREAM_BYTES), mayBegin = createLimit(HANDSHAKES_PER_PEER);
   const sessions: PeerSession[] = []; // those that the peer may still use, newest first
   let inUse: PeerSession | null = null; // the one that we use
@@ -1678,7 +1659,7 @@ function createChannel(
 
   function current(): PeerSession | null { // the session that we seal with; none if the peer has logged in again since
     const now = peer();
-    return inUse && now && inUse.peerNonce === now.nonce && sameKey(inUse.peerKey, now.key) ? inUse : null;
+    return inUse && now && inUse.peer.nonce === now.nonce && sameKey(inUse.peer.key, now.key) ? inUse : null;
   }
 
   // -- opening
@@ -1688,7 +1669,14 @@ function createChannel(
     return byIndex.has(index) ? newIndex() : index;
   }
 
-  function dropHandshake(): void {
+  /** A handshake succeeds if both mean the same: who with whom, in which login of each. Names have no blanks. */
+  function handshakeWith(them: Introduced, isOurs: boolean) {
+    const us = { name, nonce: server()!.nonce }, [from, to] = isOurs ? [us, them] : [them, us];
+    const prologue = utf8.encode(`punch ${from.name} ${from.nonce} ${to.name} ${to.nonce}`);
+    return { own: keys, peer: them.key, psk, prologue, ephemeral: options.generateKeys() };
+  }
+
+  function dropHandshake(): void { // another one follows at once
     if (!opening?.handshake) return;
     byIndex.delete(opening.handshake.index);
     opening = { tries: 0, dueAt: io.now, handshake: null };
@@ -1696,47 +1684,38 @@ function createChannel(
   }
 
   function open(): void { // opens a session if there is none, or if it is worn
-    if (opening || !server() || (current() && inUse!.sent <= REKEY_AFTER)) return;
-    opening = { tries: 0, dueAt: io.now, handshake: null };
-    sendOpening(opening);
+    if (!opening && (!current() || inUse!.sent > REKEY_AFTER)) sendOpening();
   }
 
-  function sendOpening(opening: Opening): void {
+  function sendOpening(): void {
+    if (!server()) return;
     const now = peer();
+    opening ??= { tries: 0, dueAt: io.now, handshake: null };
     opening.handshake ??= now && beginHandshake(now);
     opening.dueAt = io.now + timeout(relay.rtt, ++opening.tries);
-    on.sendOpening(firstMessage(), opening.tries);
+    on.sendOpening(firstMessage() ?? NO_BYTES, opening.tries);
   }
 
   function beginHandshake(now: Introduced): Opening["handshake"] {
-    const own = { name: options.name, nonce: server()!.nonce }, payload = encodeInner(on.payload());
-    const ephemeral = options.generateKeys();
-    const handshake = { own: keys, peer: now.key, psk, prologue: prologue(own, now), ephemeral };
-    const initiation = initiate(handshake, concat(ownStream, payload));
+    const payload = concat(ownStream, encodeInner(on.payload()));
+    const initiation = initiate(handshakeWith(now, true), payload);
     if (!initiation) return null;
     on.handshake();
     const index = newIndex();
-    byIndex.set(index, { intake, session: null });
+    byIndex.set(index, line);
     return { index, initiation };
   }
 
-  function firstMessage(probe = 0): Uint8Array { // no bytes if there is no handshake under way
-    if (!opening?.handshake) return NO_BYTES;
+  function firstMessage(probe = 0): Uint8Array | null {
+    if (!opening?.handshake) return null;
     const { index, initiation } = opening.handshake;
     return encodeHandshake({ type: "P2PFIRST", from: index, probe, noise: initiation.message });
   }
 
   function onFirst(message: First): void {
-    const now = peer(), login = server();
-    if (!now || !login || !isTrusted(now.key) || !mayBegin(io.now)) return;
-    const ephemeral = options.generateKeys();
-    const response = respond({
-      own: keys,
-      peer: now.key,
-      psk,
-      prologue: prologue(now, { name: options.name, nonce: login.nonce }),
-      ephemeral,
-    }, message.noise);
+    const now = peer();
+    if (!now || !server() || !isTrusted(now.key) || !mayBegin(io.now)) return;
+    const response = respond(handshakeWith(now, false), message.noise);
     const inner = response && decodeInner(response.payload.subarray(STREAM_BYTES));
     if (!response || !inner) return on.untrusted();
     const stream = hex(response.payload.subarray(0, STREAM_BYTES));
@@ -1749,38 +1728,28 @@ function createChannel(
       opening = null;
     }
     if (byEphemeral.size >= MAX_EPHEMERALS) byEphemeral.delete(byEphemeral.keys().next().value!);
-    byEphemeral.set(ephemeralOf(message), { intake, session });
+    byEphemeral.set(ephemeralOf(message), (probe, origin) => session && onCopy(session, probe, origin));
     on.stream(stream);
     on.frame(inner, null, stream);
     if (session && session !== inUse) on.acknowledge(session);
   }
 
-  /**
-   * A session that the peer began replaces a working one only when the peer has used it: its first message may have
-   * been long on the way, and the peer have forgotten it.
-   */
-  function newSession(made: Pick<PeerSession, "index" | "theirs" | "keys" | "stream" | "second">): PeerSession {
-    const { nonce: peerNonce, key: peerKey } = peer()!;
-    const session: PeerSession = { ...made, window: replayWindow(), sent: 0, peerNonce, peerKey };
-    const works = current() && !inUse!.second;
+  function onCopy(session: PeerSession, probe: number, origin: Origin): void {
+    if (!session.second) return; // the peer has our answer
+    if (!origin) on.acknowledge(session); // our answer was lost
+    else if (session === inUse) on.frame({ type: "P2PTRASH", probe }, origin, session.stream);
+  }
+
+  // A session that the peer began replaces a working one only when the peer has used it: its first message may have
+  // been long on the way, and the peer have forgotten it.
+  function newSession(made: Omit<PeerSession, "window" | "sent" | "peer">): PeerSession {
+    const session = { ...made, window: replayWindow(), sent: 0, peer: peer()! }, works = current() && !inUse!.second;
     sessions.unshift(session);
     for (const { index } of sessions.splice(MAX_SESSIONS)) byIndex.delete(index);
     if (!session.second || !works) inUse = session;
-    byIndex.set(session.index, { intake, session });
+    byIndex.set(session.index, line);
     on.session();
     return session;
-  }
-
-  function onSecond(message: Second): void {
-    if (opening?.handshake?.index !== message.to) return;
-    const finished = opening.handshake.initiation.finish(message.noise);
-    if (finished?.payload.length !== STREAM_BYTES) return;
-    const { keys, payload } = finished, stream = hex(payload);
-    opening = null;
-    newSession({ index: message.to, theirs: message.from, keys, stream, second: null });
-    on.stream(stream);
-    on.answered(); // the peer takes the new session when we have used it, see `newSession`
-    on.handshakeOver(io.now + timeout(relay.rtt, 1));
   }
 
   // -- sealing
@@ -1791,50 +1760,61 @@ function createChannel(
     return noise ? encodeHandshake({ type: "P2PSECOND", to, from, noise, sealed }) : sealed;
   }
 
-  function onSealed(session: PeerSession, data: Uint8Array, origin: Origin): void {
-    if (!isTrusted(session.peerKey)) return;
-    const frame = openPeer(data, session.keys.receive);
-    if (!frame || !accept(session.window, peerHeader(data)!.counter)) return;
-    if (session.second) inUse = session;
-    session.second = null;
-    on.frame(frame, origin, session.stream);
-    on.ready();
-  }
+  const line: Line = {
+    onSecond({ to, from, noise, sealed }, origin) {
+      const finished = opening?.handshake?.index === to ? opening.handshake.initiation.finish(noise) : null;
+      if (finished?.payload.length === STREAM_BYTES) {
+        const stream = hex(finished.payload);
+        opening = null;
+        newSession({ index: to, theirs: from, keys: finished.keys, stream, second: null });
+        on.stream(stream);
+        on.answered(); // the peer takes the new session when we have used it, see `newSession`
+        on.handshakeOver(io.now + timeout(relay.rtt, 1));
+      }
+      line.onSealed(sealed, origin);
+      on.ready();
+    },
+    onSealed(data, origin) {
+      const header = peerHeader(data), session = sessions.find(({ index }) => index === header?.index);
+      if (!header || !session || !isTrusted(session.peer.key)) return;
+      const frame = openPeer(data, session.keys.receive);
+      if (!frame || !accept(session.window, header.counter)) return;
+      if (session.second) inUse = session;
+      session.second = null;
+      on.frame(frame, origin, session.stream);
+      on.ready();
+    },
+  };
 
-  /** Another copy of the first message of a session. */
-  function onCopy(session: PeerSession, probe: number, origin: Origin): void {
-    if (!session.second) return; // the peer has our answer
-    if (!origin) on.acknowledge(session); // our answer was lost
-    else if (session === inUse) on.punch(probe, origin);
-  }
-
-  const intake: Intake = { onSecond, onSealed, onCopy, onReady: on.ready };
   return {
-    ...{ current, dropHandshake, open, onFirst, seal, stream: hex(ownStream) },
-    firstMessage: () => opening?.handshake ? firstMessage() : null,
+    open,
+    current,
+    seal,
+    onFirst,
+    firstMessage,
+    dropHandshake,
+    stream: hex(ownStream),
     wasOpen: () => inUse !== null,
     canPunch: () => current() !== null || !!opening?.handshake,
     /** A punch. Until the peer has answered the handshake it is a copy of the first message. */
     punch(probe: number): Uint8Array | null {
       const session = current();
-      return session ? seal({ type: "P2PTRASH", probe }, session) : opening?.handshake ? firstMessage(probe) : null;
+      return session ? seal({ type: "P2PTRASH", probe }, session) : firstMessage(probe);
     },
     hurry(): void { // sends the first message again at once, if there is no session yet
-      if (current()) return;
-      if (opening) sendOpening(opening);
-      else open();
+      if (!current()) sendOpening();
     },
     close(): void {
       dropHandshake();
       for (const { index } of sessions) byIndex.delete(index);
     },
     wake(): void {
-      if (!opening || !server() || io.now < opening.dueAt) return;
-      if (on.isNeeded(opening.tries)) return sendOpening(opening);
+      if (!opening || io.now < opening.dueAt) return;
+      if (on.isNeeded(opening.tries)) return sendOpening();
       dropHandshake();
       opening = null;
     },
-    wakeAt: () => server() ? opening?.dueAt ?? Infinity : Infinity,
+    wakeAt: () => opening?.dueAt ?? Infinity,
   };
 }
 
@@ -1866,27 +1846,26 @@ interface Part { // A piece of a message, which fits into a datagram.
   message: { id: string; startedAt: number };
   tries: number;
   sentAt: number;
-  dueAt: number; // when to send it again; Infinity: it has arrived, or travels in a handshake, which sees to it
+  dueAt: number; // when to send it again; Infinity: not sent yet, arrived, or in a handshake, which sees to it
   over: Way | null; // which way it went last
   arrival: PathKind | null; // the peer has it; how its first copy came
 }
+const UNSENT = { tries: 0, sentAt: 0, dueAt: Infinity, over: null, arrival: null };
 
 const newIncoming = (stream: string) => ({
-  stream, // of the peer's program: a new run numbers its parts from 0 again
+  stream, // of the peer's program, "" before we know it: a new run numbers its parts from 0 again
   next: 0, // all before this has been delivered or given up
   parts: new Map<number, { left: number; part: Uint8Array }>(),
   arrivals: new Map<number, PathKind>(), // how the first copy of each recent part came
   message: [] as Uint8Array[], // the parts so far of the message that comes next
 });
-type Incoming = ReturnType<typeof newIncoming>;
 
 type MessageFrame = Peer & { type: "P2PMESSAGE" };
 type AckFrame = Peer & { type: "P2PMESSAGEACK" };
 
 /** The last part has none behind it whose acknowledgement would tell of its loss: it is sent again sooner, once. */
-function tailTimeout({ srtt, rttvar }: Estimator): number {
-  return srtt === null ? RTO_FIRST_MS : Math.min(RTO_MAX_MS, Math.max(TAIL_MIN_MS, 2 * srtt, srtt + 4 * rttvar));
-}
+const tailTimeout = ({ srtt, rttvar }: Estimator) =>
+  srtt === null ? RTO_FIRST_MS : Math.min(RTO_MAX_MS, Math.max(TAIL_MIN_MS, 2 * srtt, srtt + 4 * rttvar));
 
 /** Two bits for each part from `from`. */
 function packArrivals(arrivals: Map<number, PathKind>, from: number): Uint8Array {
@@ -1902,13 +1881,8 @@ const arrivalOf = ({ states, from }: AckFrame, { seq }: Part): PathKind | null =
   seq < from ? null : ARRIVALS[(states[(seq - from) >> 2] ?? 0) >> 2 * ((seq - from) & 3) & 3]!;
 
 const isInFlight = ({ tries, arrival }: Part) => tries > 0 && arrival === null;
-const isInHandshake = ({ dueAt, arrival }: Part) => dueAt === Infinity && arrival === null;
 
-/**
- * Makes the delivery to and from one peer.
- *
- * @ignore
- */
+/** @ignore Exported for its own test. */
 export function createDelivery(
   io: Pick<Io, "now" | "emit">,
   { name, relay, way, hasSession }: Pick<Context, "name" | "relay" | "way" | "hasSession">,
@@ -1922,31 +1896,15 @@ export function createDelivery(
 ) {
   let nextSeq = 0, parts: Part[] = [], window = WINDOW_FIRST;
   let progressAt = io.now; // when something was acknowledged last
-  let incoming: Incoming | null = null;
+  let incoming = newIncoming("");
   let ackDue = false; // to be acknowledged as soon as there is a session
 
   const oldest = () => parts.find(({ arrival }) => arrival === null); // the part that all others wait for
-  const asFrame = ({ seq, left, bytes }: Part): MessageFrame => ({
-    type: "P2PMESSAGE",
-    seq,
-    base: parts[0]!.seq,
-    left,
-    part: bytes,
-  });
+  function frameOf({ seq, left, bytes: part }: Part): MessageFrame {
+    return { type: "P2PMESSAGE", seq, base: parts[0]!.seq, left, part };
+  }
 
   // -- outwards
-
-  function push(text: Uint8Array): void {
-    if (parts.length === 0) progressAt = io.now;
-    on.talk();
-    const count = Math.ceil(text.length / MAX_PART_BYTES);
-    const message: Part["message"] = { id: `${stream.slice(0, 8)}-${nextSeq + count - 1}`, startedAt: io.now };
-    for (let left = count - 1, at = 0; left >= 0; left--, at += MAX_PART_BYTES) {
-      const bytes = text.subarray(at, at + MAX_PART_BYTES);
-      parts.push({ seq: nextSeq++, left, bytes, message, tries: 0, sentAt: 0, dueAt: 0, over: null, arrival: null });
-    }
-    pump();
-  }
 
   function pump(): void { // sends what may be sent now: what is due again, and what is new as far as the window allows
     if (parts.length === 0) return;
@@ -1971,7 +1929,7 @@ export function createDelivery(
     // The one that all others wait for: where so much is lost, copies are what gets it through.
     const copies = part === oldest() ? Math.min(MAX_COPIES, Math.max(1, part.tries)) : 1;
     let over: Way | null = null;
-    for (let copy = 0; copy < copies; copy++) over = on.carry(asFrame(part), part.tries > 0);
+    for (let copy = 0; copy < copies; copy++) over = on.carry(frameOf(part), part.tries > 0);
     if (!over) return;
     const isTail = part.tries === 0 && part === parts.at(-1);
     mark(part, over, isTail ? tailTimeout(over.rtt) : timeout(over.rtt, Math.max(1, part.tries)));
@@ -1984,97 +1942,27 @@ export function createDelivery(
     part.dueAt = io.now + waitMs;
   }
 
-  /** Sends again what was sent before that time and has not been acknowledged. */
-  function resend(sentBefore: number): void {
-    for (const part of parts) {
-      if (part.sentAt < sentBefore && part.dueAt !== Infinity) part.dueAt = Math.min(part.dueAt, io.now);
-    }
-    pump();
-  }
-
   /** The peer does not have any more what it has acknowledged: that is sent again. */
   function unacknowledge(those: Part[], dueAt = io.now): void {
     for (const part of those) if (part.arrival) Object.assign(part, { arrival: null, dueAt });
   }
 
-  function onAck(ack: AckFrame, via: Way): void {
-    const news = parts.filter((part) => isInFlight(part) && (part.seq < ack.next || arrivalOf(ack, part) !== null));
-    if (news.length > 0) {
-      progressAt = io.now;
-      window = Math.min(WINDOW_MAX, window + news.length / 4);
-      on.progress();
-    }
-    const newest = Math.max(...news.map(({ sentAt }) => sentAt)) - REORDERING * (via.rtt.srtt ?? RTO_FIRST_MS);
-    for (const part of news) {
-      const { tries, sentAt, over } = part;
-      if (tries === 1 && over === via) sample(via.rtt, io.now - sentAt); // Karn's algorithm
-      part.arrival = arrivalOf(ack, part) ?? over!.kind;
-      part.dueAt = Infinity;
-    }
-    for (const part of parts.filter(isInFlight)) {
-      if (part.sentAt < newest) part.dueAt = Math.min(part.dueAt, io.now);
-    }
-    // What the peer has not shown to its user is kept, even if it has arrived: the parts of a message that is not
-    // whole, and what is behind a gap. A new run of the peer needs it, and so does the peer itself if the gap is given
-    // up.
-    for (let last; (last = parts.find(({ left }) => left === 0)) && last.arrival && last.seq < ack.next;) {
-      parts.splice(0, parts.indexOf(last) + 1);
-      const { id, startedAt } = last.message;
-      io.emit({ event: "sent", to: name, id, ok: true, ms: tenths(io.now - startedAt), path: last.arrival });
-    }
-    // The part that the peer waits for has arrived, and yet is not counted: what came before was given up, or the peer
-    // has forgotten it, and then all that it does not name any more.
-    const awaited = parts.find(({ seq }) => seq >= ack.next);
-    if (!awaited?.arrival) return;
-    const gone = parts.filter((part) => part === awaited || (part.seq > ack.next && arrivalOf(ack, part) === null));
-    unacknowledge(gone, io.now + timeout(way().rtt, 1));
-  }
-
-  function fail(message: Part["message"], reason: Reason): void {
+  function failFirst(reason: Reason): void {
+    const [{ message }] = parts as [Part], { id, startedAt } = message, path = way().kind;
     parts = parts.filter((part) => part.message !== message);
     if (parts[0]?.arrival) progressAt = io.now;
     unacknowledge(parts.slice(0, 1));
-    const { id, startedAt } = message, path = way().kind;
     io.emit({ event: "sent", to: name, id, ok: false, ms: tenths(io.now - startedAt), path, reason });
   }
 
-  const giveUpAt = ([first] = parts) => first ? Math.max(first.message.startedAt, progressAt) + GIVE_UP_MS : Infinity;
+  const giveUpAt = () => parts[0] ? Math.max(parts[0].message.startedAt, progressAt) + GIVE_UP_MS : Infinity;
 
   // -- inwards
 
-  function openStream(stream: string): void {
-    if (incoming?.stream !== stream) incoming = newIncoming(stream);
-  }
-
-  function onPart(
-    { seq, base, left, part }: MessageFrame,
-    { kind, stream, back }: { kind: PathKind; stream: string; back: (ack: AckFrame) => boolean },
-  ): void {
-    if (incoming?.stream !== stream || base > seq || part.length > MAX_PART_BYTES) return;
-    if (left > 0 && part.length < MAX_PART_BYTES) return; // only the last part of a message may be short
-    if (incoming.next < base) skipTo(incoming, base); // what came before was given up, or was for a run before ours
-    if (seq >= incoming.next + 2 * WINDOW_MAX) return;
-    if (seq >= incoming.next && !incoming.parts.has(seq)) {
-      incoming.parts.set(seq, { left, part });
-      incoming.arrivals.set(seq, kind);
-      on.talk();
-    }
-    deliver(incoming);
-    acknowledge(back);
-  }
-
-  function skipTo(incoming: Incoming, base: number): void {
-    incoming.message = [];
-    incoming.next = base;
-    for (const seq of incoming.parts.keys()) if (seq < base) incoming.parts.delete(seq);
-    for (const seq of incoming.arrivals.keys()) if (seq < base - WINDOW_MAX) incoming.arrivals.delete(seq);
-  }
-
-  function deliver(incoming: Incoming): void {
+  function deliver(): void {
     const { stream, parts, arrivals } = incoming;
     for (let found; (found = parts.get(incoming.next)); incoming.next++) {
       parts.delete(incoming.next);
-      arrivals.delete(incoming.next - WINDOW_MAX);
       incoming.message.push(found.part);
       // All parts but the last are full, see `onPart`.
       const isTooLong = (incoming.message.length - 1) * MAX_PART_BYTES + found.part.length > MAX_MESSAGE_BYTES;
@@ -2085,50 +1973,114 @@ export function createDelivery(
       }
       incoming.message = [];
     }
+    for (const seq of arrivals.keys()) if (seq < incoming.next - WINDOW_MAX) arrivals.delete(seq);
   }
 
   /** `back` is the way back to where a part came from; false: there is no session yet. */
   function acknowledge(back: (ack: AckFrame) => boolean): void {
-    const { next, arrivals } = incoming!, from = Math.max(0, next - WINDOW_MAX);
+    const { next, arrivals } = incoming, from = Math.max(0, next - WINDOW_MAX);
     ackDue = !back({ type: "P2PMESSAGEACK", next, from, states: packArrivals(arrivals, from) });
     if (ackDue) on.needSession();
   }
 
   return {
-    ...{ push, resend, onAck, openStream, onPart, acknowledge, wake: pump },
-    isIdle: () => parts.length === 0,
-    hasSent: () => nextSeq > 0,
-    hasHeard: () => incoming !== null,
-    isAckDue: () => ackDue,
-    owesAck: () => void (ackDue = true), // the peer is to hear from us in the new session
-    triesOfOldest: () => oldest()?.tries ?? 0,
+    // outwards
+    push(text: Uint8Array): void {
+      on.talk();
+      const last = nextSeq + Math.ceil(text.length / MAX_PART_BYTES) - 1;
+      const message = { id: `${stream.slice(0, 8)}-${last}`, startedAt: io.now };
+      for (let at = 0; nextSeq <= last; nextSeq++, at += MAX_PART_BYTES) {
+        const bytes = text.subarray(at, at + MAX_PART_BYTES);
+        parts.push({ seq: nextSeq, left: last - nextSeq, bytes, message, ...UNSENT });
+      }
+      pump();
+    },
+    onAck(ack: AckFrame, via: Way): void {
+      const news = parts.filter((part) => isInFlight(part) && (part.seq < ack.next || arrivalOf(ack, part)));
+      if (news.length > 0) {
+        progressAt = io.now;
+        window = Math.min(WINDOW_MAX, window + news.length / 4);
+        on.progress();
+      }
+      const newest = Math.max(...news.map(({ sentAt }) => sentAt)) - REORDERING * (via.rtt.srtt ?? RTO_FIRST_MS);
+      for (const part of news) {
+        if (part.tries === 1 && part.over === via) sample(via.rtt, io.now - part.sentAt); // Karn's algorithm
+        part.arrival = arrivalOf(ack, part) ?? part.over!.kind;
+        part.dueAt = Infinity;
+      }
+      for (const part of parts) if (isInFlight(part) && part.sentAt < newest) part.dueAt = io.now;
+      // What the peer has not shown to its user is kept, even if it has arrived: the parts of a message that is not
+      // whole, and what is behind a gap. A new run of the peer needs it, and so does the peer itself if the gap is
+      // given up.
+      for (let last; (last = parts.find(({ left }) => left === 0)) && last.arrival && last.seq < ack.next;) {
+        parts.splice(0, parts.indexOf(last) + 1);
+        const { id, startedAt } = last.message;
+        io.emit({ event: "sent", to: name, id, ok: true, ms: tenths(io.now - startedAt), path: last.arrival });
+      }
+      // The part that the peer waits for has arrived, and yet is not counted: what came before was given up, or the
+      // peer has forgotten it, and then all that it does not name any more.
+      const awaited = parts.find(({ seq }) => seq >= ack.next);
+      if (!awaited?.arrival) return;
+      const gone = parts.filter((part) => part === awaited || (part.seq > ack.next && !arrivalOf(ack, part)));
+      unacknowledge(gone, io.now + timeout(way().rtt, 1));
+    },
+    resend(sentBefore: number): void { // what was sent before that time and has not been acknowledged
+      for (const part of parts) if (part.sentAt < sentBefore && part.dueAt < Infinity) part.dueAt = io.now;
+      pump();
+    },
     resendInFlight(): void {
       for (const part of parts.filter(isInFlight)) send(part);
     },
-
+    isIdle: () => parts.length === 0,
+    hasSent: () => nextSeq > 0,
+    triesOfOldest: () => oldest()?.tries ?? 0,
     // A handshake takes the oldest part along, and sees to it until it is over.
-    oldestPart(): MessageFrame | null {
-      const part = oldest();
-      return part ? asFrame(part) : null;
-    },
+    oldestPart: () => oldest() ? frameOf(oldest()!) : null,
     onHandshake(): void {
       const part = oldest();
       if (part) mark(part, relay, Infinity);
     },
     onHandshakeOver(dueAt: number): void {
-      for (const part of parts.filter(isInHandshake)) part.dueAt = dueAt;
+      for (const part of parts.filter(isInFlight)) if (part.dueAt === Infinity) part.dueAt = dueAt;
     },
-
+    // inwards
+    openStream(stream: string): void {
+      if (incoming.stream !== stream) incoming = newIncoming(stream);
+    },
+    onPart(
+      { seq, base, left, part }: MessageFrame,
+      { kind, stream, back }: { kind: PathKind; stream: string; back: (ack: AckFrame) => boolean },
+    ): void {
+      const { parts, arrivals } = incoming;
+      if (incoming.stream !== stream || base > seq || part.length > MAX_PART_BYTES) return;
+      if (left > 0 && part.length < MAX_PART_BYTES) return; // only the last part of a message may be short
+      if (incoming.next < base) { // what came before was given up, or was for a run before ours
+        incoming.next = base;
+        incoming.message = [];
+        for (const seq of parts.keys()) if (seq < base) parts.delete(seq);
+      }
+      if (seq >= incoming.next + 2 * WINDOW_MAX) return;
+      if (seq >= incoming.next && !parts.has(seq)) {
+        parts.set(seq, { left, part });
+        arrivals.set(seq, kind);
+        on.talk();
+      }
+      deliver();
+      acknowledge(back);
+    },
+    acknowledge,
+    isAckDue: () => ackDue,
+    owesAck: () => void (ackDue = true), // the peer is to hear from us in the new session
+    hasHeard: () => incoming.stream !== "",
+    // time
+    wake: pump,
+    wakeAt: () => hasSession() ? parts.reduce((at, { dueAt }) => Math.min(at, dueAt), giveUpAt()) : giveUpAt(),
     onJump: () => void (progressAt = io.now), // the clock has jumped: the time that it left out does not count
-    failAll(reason: Reason): void {
-      for (const message of new Set(parts.map(({ message }) => message))) fail(message, reason);
-    },
     giveUp(reason: () => Reason): void {
-      while (io.now >= giveUpAt()) fail(parts[0]!.message, reason());
+      while (io.now >= giveUpAt()) failFirst(reason());
     },
-    wakeAt(): number {
-      const sent = hasSession() ? parts.filter(({ tries }) => tries > 0) : [];
-      return sent.reduce((at, { dueAt }) => Math.min(at, dueAt), giveUpAt());
+    failAll(reason: Reason): void {
+      while (parts.length > 0) failFirst(reason);
     },
   };
 }
@@ -2144,50 +2096,45 @@ function createPing(
   { name, way, hasSession }: Context,
   on: { needSession(): void; newProbe(way: Way): number; send(probe: number, way: Way): void; timeout(): void },
 ) {
-  let ping: { since: number; left: number; lost: number; nextAt: number; waiting: number | null } | null = null;
+  let left = 0, lost = 0, since = 0, nextAt = 0, waiting: number | null = null; // the probe that has no echo yet
 
-  function tell(current: NonNullable<typeof ping>, way: Way, rttMs: number | null): void {
-    io.emit({
-      event: "ping",
-      peer: name,
-      path: way.kind,
-      rttMs: rttMs === null ? null : tenths(rttMs),
-      lost: current.lost,
-    });
-    current.waiting = null;
-    current.nextAt = rttMs === null ? io.now : io.now + PING_INTERVAL_MS;
-    if (--current.left === 0) ping = null;
-  }
-
-  function wake(): void {
-    if (!ping || io.now < ping.nextAt) return;
-    if (!hasSession()) {
-      if (io.now - ping.since > GIVE_UP_MS) return on.timeout();
-      on.needSession();
-      ping.nextAt = io.now + RTO_MIN_MS;
-    } else if (ping.waiting !== null) {
-      ping.lost++;
-      tell(ping, way(), null);
-      wake();
-    } else {
-      ping.nextAt = io.now + PING_LOST_MS;
-      ping.waiting = on.newProbe(way());
-      on.send(ping.waiting, way());
-    }
+  function tell({ kind: path }: Way, rttMs: number | null): void { // null: it is lost
+    if (rttMs === null) lost++;
+    io.emit({ event: "ping", peer: name, path, rttMs: rttMs === null ? null : tenths(rttMs), lost });
+    left--;
+    waiting = null;
+    nextAt = rttMs === null ? io.now : io.now + PING_INTERVAL_MS;
   }
 
   return {
-    wake,
-    wakeAt: () => ping?.nextAt ?? Infinity,
-    isOn: () => ping !== null,
-    begin: (count: number) => void (ping = { since: io.now, left: count, lost: 0, nextAt: io.now, waiting: null }),
+    isOn: () => left > 0,
+    begin(count: number): void {
+      left = count;
+      lost = 0;
+      waiting = null;
+      since = nextAt = io.now;
+    },
     onEcho(probe: number, way: Way, rttMs: number): void {
-      if (ping?.waiting === probe) tell(ping, way, rttMs);
+      if (left > 0 && probe === waiting) tell(way, rttMs);
     },
     fail(reason: Reason): void {
-      if (ping) io.emit({ event: "error", code: reason, message: `"${name}" is not there` });
-      ping = null;
+      if (left > 0) io.emit({ event: "error", code: reason, message: `"${name}" is not there` });
+      left = 0;
     },
+    wake(): void {
+      if (left === 0 || io.now < nextAt) return;
+      if (!hasSession()) {
+        if (io.now - since > GIVE_UP_MS) return on.timeout();
+        nextAt = io.now + RTO_MIN_MS;
+        return on.needSession();
+      }
+      if (waiting !== null) tell(way(), null);
+      if (left === 0) return;
+      nextAt = io.now + PING_LOST_MS;
+      waiting = on.newProbe(way());
+      on.send(waiting, way());
+    },
+    wakeAt: () => left > 0 ? nextAt : Infinity,
   };
 }
 
@@ -2198,63 +2145,53 @@ function createPing(
 const LIST_RETRY_MS = 500, LIST_TRIES = 8;
 const MAX_LISTED = 1_000_000;
 
-const newListing = (prefix: string, done: (users: User[]) => void, now: number) => ({
-  prefix,
-  after: "", // those up to here have come
-  users: [] as User[],
-  pages: new Map<number, User[]>(), // of the last question
-  asked: 0,
-  tries: 0,
-  dueAt: now,
-  done,
-});
-
 function createList(io: Io, link: Link) {
-  const listings: ReturnType<typeof newListing>[] = [];
+  const listings: { prefix: string; users: User[]; done(users: User[]): void }[] = [];
+  /** Of the first listing: its latest question to the server, and the pages that have come in answer. */
+  let asked = 0, tries = 0, dueAt = 0;
+  const pages = new Map<number, User[]>();
+
+  const lastName = (users: User[]) => users.at(-1)?.name ?? "";
 
   function wake(): void {
     const [listing] = listings;
-    if (!listing || !link.session() || io.now < listing.dueAt) return;
-    if (listing.tries++ >= LIST_TRIES) {
+    if (!listing || !link.session() || io.now < dueAt) return;
+    if (tries++ >= LIST_TRIES) {
       listings.shift();
       io.emit({ event: "error", code: "unreachable", message: "The server does not answer with the list of users" });
-      return wake();
+      return askNext();
     }
-    listing.pages.clear();
-    listing.asked = link.toServer({ type: "GETALLUSER", prefix: listing.prefix, after: listing.after });
-    listing.dueAt = io.now + LIST_RETRY_MS;
+    pages.clear();
+    asked = link.toServer({ type: "GETALLUSER", prefix: listing.prefix, after: lastName(listing.users) });
+    dueAt = io.now + LIST_RETRY_MS;
+  }
+
+  function askNext(): void {
+    tries = 0;
+    dueAt = io.now;
+    wake();
   }
 
   return {
-    wake,
-    wakeAt: () => link.session() ? listings[0]?.dueAt ?? Infinity : Infinity,
     ask(prefix: string, done: (users: User[]) => void): void {
-      listings.push(newListing(prefix, done, io.now));
-      wake();
+      if (listings.push({ prefix, users: [], done }) === 1) askNext();
     },
-    askAgain(): void { // we are in again: what was asked before is lost
-      for (const listing of listings) listing.dueAt = io.now;
-    },
+    askAgain: () => void (dueAt = io.now), // we are in again: what was asked before is lost
     onUsers(message: Control & { type: "USERS" }): void {
       const [listing] = listings;
-      if (!listing || message.asked !== listing.asked) return;
-      listing.pages.set(message.page, message.users);
+      if (!listing || message.asked !== asked) return;
+      pages.set(message.page, message.users);
       // Pages without a gap before them count, even if a later one was lost.
-      for (let page = 0; listing.pages.has(page); page++) {
-        const users = listing.pages.get(page)!.filter(({ name }) => listing.after === "" || name > listing.after);
-        listing.users.push(...users);
-        listing.after = users.at(-1)?.name ?? listing.after;
+      for (let page = 0; pages.has(page); page++) {
+        const after = lastName(listing.users);
+        listing.users.push(...pages.get(page)!.filter(({ name }) => name > after));
         if (page < message.last) continue;
-        if (message.more && listing.users.length < MAX_LISTED) {
-          listing.tries = 0;
-          listing.dueAt = io.now;
-        } else {
-          listings.shift();
-          listing.done(listing.users);
-        }
-        return wake();
+        if (!message.more || listing.users.length >= MAX_LISTED) listings.shift()!.done(listing.users);
+        return askNext();
       }
     },
+    wake,
+    wakeAt: () => listings.length > 0 && link.session() ? dueAt : Infinity,
   };
 }
 
@@ -2424,7 +2361,7 @@ export function createClient(options: ClientOptions): Client {
     conversationTo: (typed) => userName(typed) === null ? null : conversationWith(userName(typed)!),
     verified(peer, key) {
       verified.set(peer, key);
-      conversations.get(peer)?.onVerified();
+      conversations.get(peer)?.onProof();
     },
     exit: close,
   });
@@ -2484,22 +2421,13 @@ export function createClient(options: ClientOptions): Client {
   /** `caller` is who the server says it is, if it came over the relay. */
   function onPeerDatagram(data: Uint8Array, origin: Origin, caller?: Conversation): void {
     const handshake = decodeHandshake(data);
-    if (!handshake) onSealed(data, origin);
-    else if (handshake.type === "P2PSECOND") {
-      const line = byIndex.get(handshake.to);
-      line?.intake.onSecond(handshake);
-      onSealed(handshake.sealed, origin);
-      line?.intake.onReady();
-    } else {
-      const copyOf = byEphemeral.get(ephemeralOf(handshake));
-      if (!copyOf) caller?.onFirst(handshake);
-      else if (copyOf.session) copyOf.intake.onCopy(copyOf.session, handshake.probe, origin);
+    if (!handshake) byIndex.get(peerHeader(data)?.index ?? -1)?.onSealed(data, origin);
+    else if (handshake.type === "P2PSECOND") byIndex.get(handshake.to)?.onSecond(handshake, origin);
+    else {
+      const onCopy = byEphemeral.get(ephemeralOf(handshake));
+      if (onCopy) onCopy(handshake.probe, origin);
+      else caller?.onFirst(handshake);
     }
-  }
-
-  function onSealed(data: Uint8Array, origin: Origin): void {
-    const header = peerHeader(data), line = header && byIndex.get(header.index);
-    if (line?.session) line.intake.onSealed(line.session, data, origin);
   }
 
   /** Whether nobody whom we know can have sent that: then it costs no more than this look, however many we know. */
