@@ -23,21 +23,14 @@ import { randomBytes, timingSafeEqual } from "node:crypto";
 import process from "node:process";
 import { addressBytes, type Endpoint, formatEndpoint, hostOf, isIPv6, parseEndpoint, scopeOf } from "./protocol.ts";
 import { CONTROL, type Control, type ControlBody, controlHeader, decode, encode, isFromClient } from "./protocol.ts";
-import {
-  hex,
-  type Introduced,
-  MAX_NAME_BYTES,
-  MAX_RELAYED_BYTES,
-  MIN_CLIENT_BYTES,
-  type NatClass,
-} from "./protocol.ts";
+import { hex, type Introduced, MAX_NAME_BYTES, MAX_RELAYED_BYTES, MIN_CLIENT_BYTES, userName } from "./protocol.ts";
 import { accept, isSeen, type ReplayWindow, replayWindow, sipHash, verifies } from "./protocol.ts";
 import { controlKeys, diffieHellman, type KeyPair, loginKey, passwordProof, publicNonce } from "./protocol.ts";
-import { conform, createLimit, type Rate } from "./protocol.ts";
+import { conform, createLimit, type NatClass, type Rate, type User } from "./protocol.ts";
 import { decodeStun, encodeStunResponse, STUN_CHANGE_REQUEST, STUN_RESPONSE_PORT } from "./protocol.ts";
 import { type Datagram, type Effect, listen, listenOrFail, type Machine } from "./protocol.ts";
 import { clock, createTrace, DEFAULT_PORT, exitWith, jsonLine, secretWords, UsageError } from "./protocol.ts";
-import { generateKeys, keyFromWords, type User, userName } from "./protocol.ts";
+import { generateKeys, keyFromWords } from "./protocol.ts";
 
 // ---------------------------------------------------------------------------------------------------- options, events
 
@@ -439,14 +432,15 @@ const LIMITS = {
 const STUN_ALTOGETHER: Rate = { perSecond: 2_000, burst: 2_000 }, STRANGERS: Rate = { perSecond: 5_000, burst: 5_000 };
 
 /** A limit for each key, by the same rule. What a key has used is forgotten when its limit is whole again. */
-function createLimiter({ maxKeys = Infinity, whenFull, ...rate }: Rule) {
+function createLimiter(rule: Rule) {
+  const { maxKeys = Infinity, whenFull } = rule;
   const arrivals = new Map<string, number>(); // by key: the theoretical arrival time
   const newcomers = whenFull ? createLimit(whenFull) : () => false;
   return {
     allows(key: string, now: number, cost = 1): boolean {
       const arrival = arrivals.get(key);
       if (arrival === undefined && arrivals.size >= maxKeys) return newcomers(now, cost);
-      const next = conform(arrival ?? 0, rate, now, cost);
+      const next = conform(arrival ?? 0, rule, now, cost);
       if (next !== null) arrivals.set(key, next);
       return next !== null;
     },
