@@ -7,7 +7,7 @@
  *       |---------------------------->|   P2PSOMEONEWANTTOCALLYOU   |
  *       |        INTRODUCTION         |---------------------------->|  bob has "hi" after one server hop
  *       |<----------------------------|                             |
- *       | punch ------->|~~~~~~~~~~~> X              |              |  bob's NAT knows no alice yet ...
+ *       | punch ------->|~~~~~~~~~~~~~~~~~~~~~~~~~~> X              |  bob's NAT knows no alice yet ...
  *       |               |             |              |<------ punch |
  *       |<--------------|<~~~~~~~~~~~~~~~~~~~~~~~~~~~|              |  ... but alice's NAT has seen alice write to bob:
  *       | echo -------->|~~~~~~~~~~~~~~~~~~~~~~~~~~~>|------------->|  both holes are open
@@ -307,7 +307,7 @@ function createLink(
     if (login && message.id === login.id && message.counter === login.clock) {
       const shared = diffieHellman(keys.secret, message.key);
       if (!shared || login.challenges++ >= MAX_CHALLENGES) return;
-      if (login.tries === 1) sample(rtt, io.now - login.askedAt);
+      if (login.tries === 1) sample(rtt, io.now - login.askedAt); // sent once: so we know which one is answered
       login.cookie = { cookie: message.cookie, server: from, shared };
       sendLogin();
     } else if (session && message.id === session.token) {
@@ -329,7 +329,7 @@ function createLink(
     if (!login?.cookie || message.id !== login.id) return;
     const next = newServerSession(login, message), { server, public: endpoint } = next, isAgain = session !== null;
     if (!verifies(data, next.keys.toClient)) return;
-    if (login.tries === 2) sample(rtt, io.now - login.askedAt);
+    if (login.tries === 2) sample(rtt, io.now - login.askedAt); // once without the cookie, once with it
     session = next;
     session.keepaliveAt = io.now + spread(io, KEEPALIVE_MS.idle);
     login = null;
@@ -432,10 +432,7 @@ function createLink(
   const loginAt = ({ nextAt, since }: Login) => session || patient ? nextAt : Math.min(nextAt, since + FIRST_LOGIN_MS);
 
   return {
-    rtt,
-    toServer,
-    receive,
-    wake,
+    ...{ rtt, toServer, receive, wake },
     wakeAt: () => login ? loginAt(login) : session?.keepaliveAt ?? Infinity,
     session: () => session,
     forgottenAt: () => forgottenAt, // when the server has last been restarted, as far as we can tell
@@ -455,11 +452,11 @@ function createLink(
 // ---------------------------------------------------------------------------------------------------- calls
 //
 // To call somebody is to ask the server for an introduction. It tells both sides, in the same tick, where the server
-// has seen the other one, because both must punch at once: a NAT lets a packet in only after one has left for where it
-// comes from. The first message travels with the first call. This room knows how often we have asked and when we ask
-// again, but not what becomes of it.
+// has seen the other one, because both must punch at once (why: see "paths"). The first message travels with the first
+// call. This room knows how often we have asked and when we ask again, but not what becomes of it. The Context `c`,
+// what it may ask of its conversation, is declared there.
 
-const MAX_ROUNDS = 5; // rounds of "ask the server to have the other side punch, then send again", as in 2004
+const MAX_ROUNDS = 5; // rounds of "ask the server to have the other side punch, then send again"
 /** After so many seconds on the relay a direct path is tried again. */
 const RETRY_DIRECT_MS = [2_000, 5_000, 15_000, 60_000, 300_000];
 /** So many tries of the part that all others wait for, over the relay: the peer may have forgotten the session. */
@@ -469,7 +466,7 @@ function createCalls(
   io: Io,
   c: Context,
   link: Link,
-  has: { triesOfOldest(): number; firstMessage(): Uint8Array | null; isPunching(): boolean },
+  has: { triesOfOldest(): number; firstHandshake(): Uint8Array | null; isPunching(): boolean },
 ) {
   /** The search for a path: since when, how often we have asked, and when we ask again for a missing answer. */
   let since = io.now, rounds = 0, askAt = Infinity;
@@ -498,7 +495,7 @@ function createCalls(
   }
 
   function ask(): void {
-    if (link.session() && c.canBeDirect) passOn((!c.hasSession() && has.firstMessage()) || NO_BYTES, true);
+    if (link.session() && c.canBeDirect) passOn((!c.hasSession() && has.firstHandshake()) || NO_BYTES, true);
   }
 
   function retryLater(): void {
@@ -545,16 +542,24 @@ function createCalls(
 
 // ---------------------------------------------------------------------------------------------------- conversation
 //
-//                    introduced               echo: onBest              no answer: onSuspect
+//                    introduced               echo: best                no answer: suspect
 //     over the relay ----------> ... and punch ----------> over the path -----------------> over both
 //          ^                                                     ^                            |  |
 //          |                                                     '---- echo: good again ------'  |
-//          '------------------------------------------------- no echo of six probes: onLost -----'
+//          '------------------------------------------------- no echo of six probes: lost -------'
 //
 // All that goes on with one other user. The first message goes over the relay at once, because nobody should wait for a
 // hole; the path takes over when it has proved itself. No move loses a message: delivery numbers the parts, keeps what
 // has not been acknowledged, and sends it again when the way changes; the peer takes the first copy of each. Knows whom
 // we talk to and by which way, and wires the rooms together; it looks into no datagram.
+//
+// A punch is a sealed P2PTRASH, which asks for an echo. Before there is a session to seal it with, a copy of
+// P2PFIRST takes its place, the handshake with the first message in it, which the peer has had over the relay. A punch
+// on a path in use is called a probe; one that the user asks for, a ping. Three rooms of the reference take part:
+//
+//     identity   whom the server takes the peer for (`peer`, `renew`), and whether the user trusts that key
+//     channel    opens a session with it (`open`), seals for it (`seal`, `punch`), and hands over what it has opened
+//     delivery   takes messages (`push`), has their parts carried, again and again (`resend`), until they have arrived
 
 const WARM_MS = 300_000; // A message went either way so recently: the conversation is warm, its path is kept open.
 /** So long after its restart the last client may come back to the server: one whose keepalive was due only then. */
@@ -595,7 +600,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
   const { options, link, hostMayPunch } = shared, isSelf = name === options.name;
   const mayBeIntroduced = createLimit(INTRODUCTIONS_PER_PEER);
   let lastError: Reason | null = null, talkedAt = -Infinity;
-  /** When this conversation is due; null: to be computed again, because a room has looked at the clock since. */
+  /** When this conversation is due; null: stale, since every room that reads the time may set a deadline. */
   let dueAt: number | null = null;
   const io: Io = {
     ...clientIo,
@@ -621,7 +626,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     punch: (probe) => channel.punch(probe),
   };
 
-  // -- the heart: send by the way in use, by both while that is in doubt
+  // -- the heart: send by the way in use, by both while that is suspect
 
   function waysInUse(): Way[] {
     const path = c.best();
@@ -662,7 +667,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
   }
 
   /** The peer can be reached again: no need to wait out a time-out that has grown meanwhile. */
-  const resendLate = () => delivery.resend(io.now - (c.relay.rtt.srtt ?? RTO_FIRST_MS));
+  const resendOverdue = () => delivery.resend(io.now - (c.relay.rtt.srtt ?? RTO_FIRST_MS));
 
   function resendAll(): void {
     channel.hurry();
@@ -704,18 +709,18 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
   });
   const calls = createCalls(io, c, link, {
     triesOfOldest: () => delivery.triesOfOldest(),
-    firstMessage: () => channel.firstMessage(),
+    firstHandshake: () => channel.firstHandshake(),
     isPunching: () => paths.isPunching(),
   });
   const attempt = { holds: (socket: number) => traversal.holds(socket), made: (path: Path) => traversal.made(path) };
   const paths = createPaths(io, c, attempt, {
     // This is the whole upgrade from relay to path, and the way back. An echo over a path proves that it works in both
-    // directions, and only then does it carry messages alone: until then, and again from the first doubt on, the relay
-    // carries them. What may have been lost on the old way goes at once by the new one.
+    // directions, and only then does it carry messages alone. Until then the relay does; it helps while the path is
+    // suspect. What may have been lost on the old way goes at once by the new one.
     best() {
       traversal.onBest();
       calls.onPath();
-      resendLate();
+      resendOverdue();
       tellPath();
     },
     suspect() {
@@ -819,7 +824,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
       // What we sent was for another login, or empty: the peer could do nothing with it, so it does not punch yet.
       if (isCurrent && channel.canPunch()) startPunching();
       else resendAll();
-      resendLate();
+      resendOverdue();
     },
     /** The peer has asked for an introduction; `unwrap` takes what it sends us with that. */
     onCall(peer: Introduced, unwrap: (() => void) | null): void {
@@ -830,9 +835,9 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
       if ((unwrap || channel.wasOpen()) && !c.hasSession() && !identity.isUntrusted()) channel.open();
       if (!mayBeIntroduced(io.now)) return;
       startPunching();
-      resendLate();
+      resendOverdue();
     },
-    onPunched: paths.punchAgain, // the word of the six-step flow: the peer's hole is open, so our next punch will pass
+    onPunched: paths.punchAgain, // the peer's hole is open, so our next punch will pass
     onError(reason: "unknown" | "offline"): void { // the server cannot pass something on
       // After the server's restart "unknown" only means that the peer is not back yet.
       const isNew = !channel.wasOpen() && !delivery.hasHeard() && io.now - link.forgottenAt() > ALL_BACK_MS;
@@ -853,12 +858,16 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
 
 // ---------------------------------------------------------------------------------------------------- paths
 //
-//     trying -- echo of our own punch --> good -- no answer in max(3 SRTT, 400 ms) --> suspect -- six probes --> gone
+//     trying -- echo of our own punch --> good -- no answer in max(3 SRTT, 400 ms) --> suspect -- six probes --> lost
 //                                          ^----------------- echo ----------------------'
 //
 // A path leads from one of our sockets to one endpoint of the peer. This room punches, holds the hole open while it is
-// wanted, and notices when it is gone. Both sides punch at the same instant, because the first packet of each opens its
-// own NAT for the other's: a packet that comes before is dropped, or taken by the NAT for a flow of its own.
+// wanted, and notices when it is gone.
+//
+// Why both punch at once: the first packet of each opens its own NAT for the other's. One that comes earlier is dropped
+// at best. A Linux router whose inside host has not sent yet may record it as a flow of its own; when our packet then
+// leaves for there, that tuple is taken, and the NAT gives ours another port: the hole is where nobody looks. So first
+// packets should cross (`punchAfterMs`), openers die on the way (OPENER_TTL), and a fresh socket gets a fresh port.
 //
 // Where a punch comes from beats what the server has told of the peer's endpoint: a NAT that gives each destination a
 // port of its own (symmetric) shows the server another one than us, and the source is the port that is open to us. Only
@@ -866,9 +875,9 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
 //
 // The room gets sealed bytes: it knows no messages, no keys and no classes of NATs.
 
-/** When we punch after an introduction: quickly at first, as both sides do; then until the slowest NAT is ready. */
+/** When we punch after an introduction: in quick succession, as packets get lost; then on, as the peer may be late. */
 const PUNCH_AT_MS = [0, 20, 40, 80, 160, 320, 820, 1320, 1820, 2320, 2820, 3320, 3820, 4320];
-/** A plain punch has so long; then fresh sockets, with fresh mappings, have their try. */
+/** A plain punch has so long; at the next step, which is 1,820 ms, fresh sockets with fresh mappings have their try. */
 const FRESH_SOCKETS_AFTER_MS = 1_500;
 /** A message went either way so recently: the path is checked all the time, and so often. */
 const ACTIVE_MS = 10_000, ACTIVE_PROBE_MS = 400;
@@ -905,7 +914,7 @@ const newPath = (endpoint: Endpoint, socket: number, now: number) => ({
   rtt: newEstimator(),
   endpoint,
   socket,
-  state: "trying" as "trying" | "good" | "suspect", // only the path in use is more than `trying`
+  state: "trying" as "trying" | "good" | "suspect", // trying: not proved, or not in use, although it works
   waitingSince: Infinity, // since when something sent on it waits for an answer
   answeredAt: now,
   bornAt: now,
@@ -1095,7 +1104,7 @@ function createPaths(
       if (io.now - best.answeredAt > STALE_PATH_MS && best.state === "good") suspect(best);
       best.probeAt = Math.min(best.probeAt, io.now + ACTIVE_PROBE_MS);
     },
-    prune(): void { // closes the sockets that nothing came through
+    prune(): void { // gives up every path, even one that works, unless it is in use or over socket 0
       for (const { socket } of paths) if (socket !== best?.socket) io.close(socket);
       paths = paths.filter(({ socket }) => socket === 0 || socket === best?.socket);
     },
@@ -1133,7 +1142,7 @@ const QUESTION_MS = 250, QUESTION_TRIES = 4;
 const SAMPLES = 4; // three random ports lie within a block by chance once in 80 times, four once in a thousand
 /** Ports of successive mappings this near to each other are a sequence, or this near, a block. */
 const SEQUENCE_STEP = 8, BLOCK_SPAN = 4_096;
-const BLOCK_GUESS = 512; // how far a block may reach beyond what we have seen of it
+const BLOCK_GUESS = 512; // we take a block to have so many ports, and those that we have seen lie anywhere in it
 const LOWEST_PORT = 1_024, PORTS = 65_536 - LOWEST_PORT; // that a NAT gives away
 
 /** `changeIp`, `changePort`: to be answered from the server's other address, or from another port of it. */
@@ -1305,29 +1314,37 @@ function createDiscovery(io: Io, on: { isOwn(host: string): boolean; changed(): 
 // peer can reach. What helps depends on both NATs:
 //
 //     ours \ theirs     EIM                        symmetric, predictable        symmetric, random
-//     EIM               a fresh socket each, as    from one socket to all that   spray: to 2,048 ports of theirs,
-//                       early packets spoil NATs   they tell: one is right       of which 256 are open to us
-//     symmetric,        open a few, tell which:    the i-th packet of each to    none: the odds are quadratic
-//     predictable       the first try is to hit    the i-th port of the other
+//     EIM               a fresh socket each: the   from one socket to all that   spray: to 2,048 ports of theirs,
+//                       old port may be spoilt     they tell: one is right       of which 256 are open to us
+//     symmetric,        open a few, tell which:    the i-th packet of each to    none: each try uses up one of our
+//     predictable       the first try is to hit    the i-th port of the other    ports too, so both must match
 //     symmetric,        open 256, so that every    none                          none
-//     random            250th port is right
+//     random            252nd port is right
 //
-// A spray is the birthday problem: 256 of 64,512 ports are open, and each probe hits one with odds of 1 in 252. 200
-// probes a second find one after 1.2 s in the median, and 1,024 of them fail once in 60 times: 1 - (1 - 256/64512)^1024
-// = 98 %. If the ports of both sides are random, both must hit at once: that would take some hundred thousand probes.
+// A spray, at 200 probes a second; each opener makes its socket a mapping that lets in one endpoint of the peer:
 //
-// A symmetric side opens its NAT with packets that die before they arrive: a router with an open INPUT chain would take
-// them for new flows, and lose the very ports that it is about to use.
+//     random side                    its NAT                          EIM side
+//     socket 1   -- opener --> | :50211, for the peer |      X <-- probe to :1024
+//     ...                      | ...                  |      X <-- probe to :7731
+//     socket 256 -- opener --> | :23007, for the peer | <--------- probe to :23007, a hit
+//                -- echo ----> | :23007               | ---------> this is the path
 //
-// An attempt is one cell of the table, as the other side plays it too; plans, told over the relay, see to that. Each
-// attempt that fails is followed by the next one, which believes the classes less. Knows no messages and no keys.
+// 256 of 64,512 ports are open, so a probe hits with odds of 1 in 252. In half of all cases 175 probes are enough
+// (0.9 s), in 1 - (1 - 256/64512)^1024 = 98 % the first half of the spray. If the ports of both sides are random, both
+// must match at once: that would take some hundred thousand probes.
+//
+// An attempt is one cell of the table, as the other side plays it too; plans, told over the relay, see to that. If one
+// fails, the next one may take a NAT for another kind, see `takenFor`. Knows no messages and no keys.
 
-const OPENER_TTL = 8; // opens our NAT, and dies before a Linux router at the far end can take offence at it
+const OPENER_TTL = 8; // opens our NAT, and dies before it can spoil a port of the peer's, see "paths"
 const FOREIGN_FLOWS = 4; // may have taken ports of a sequence since it was sampled: so many are guessed in turn
 const TELL_PLAN_MS = 300; // when a plan is told again
 const MAX_ATTEMPT = 4, RENEWAL = 100; // the last attempt; the number of one that replaces a path which still works
 const ATTEMPTS_PER_PEER: Rate = { perSecond: 0.2, burst: 6 };
-/** A spray: so many ports, 4 each 20 ms, a little ahead at first; half of them, a pause, the other half; never more. */
+/**
+ * A spray: so many ports, 4 each 20 ms, a little ahead at first; half of them, a pause, the other half; never more. In
+ * the pause the random side opens again: openers may be lost, or die inside a NAT of its own that is farther away.
+ */
 const SPRAY_PORTS = 2_048, SPRAY_BURST = 4, SPRAY_BURST_MS = 20, SPRAY_AHEAD_MS = 60, SPRAY_PAUSE_MS = 1_000;
 const SPRAY_MS = 13_000; // 10.2 s of probes, 1 s of pause, and a little for the last echo
 const SPRAY_INTERVAL_MS = 14_000; // one spray at a time on this host, so long one after the other
@@ -1342,16 +1359,17 @@ const CELLS: Partial<Record<`${Kind} x ${Kind}`, Cell>> = {
   "EIM x random": { sockets: 0, sendAtMs: [0, 100, 250], endMs: SPRAY_MS },
   "predictable x EIM": { sockets: 4, sendAtMs: [0, 500], endMs: 1_000 }, // a few do, because the peer tries many ports
   "predictable x predictable": { sockets: 16, sendAtMs: [0, 100, 250], endMs: 1_000 }, // one guess each
-  "random x EIM": { sockets: 256, sendAtMs: [0, 6_200], endMs: SPRAY_MS },
+  // Again at about the end of the pause: after 1,024 ports at 200 a second; the 80 ms are our plan's way to the peer.
+  "random x EIM": { sockets: 256, sendAtMs: [0, 5_120 + SPRAY_PAUSE_MS + 80], endMs: SPRAY_MS },
 };
 
 type Plan = Peer & { type: "P2PPLAN" };
 type SprayTurn = { takenAt: number }; // of all conversations of this host
-/** `careful`: all openers of a spray die on the way; not once that has failed, as our own NAT may be farther away. */
+/** `careful`: a spray's second openers die on the way too; not once that has failed, as our NAT may be farther away. */
 type Start = { number: number; ours: Kind; theirs: Kind; cell: Cell; careful: boolean; peerPlan: Plan | null };
 const newAttempt = (start: Start, now: number) => ({
   ...start,
-  opens: start.ours !== "EIM" && start.theirs === "EIM", // our NAT to one port of the peer, which finds out where
+  opens: start.ours !== "EIM" && start.theirs === "EIM", // our NAT towards one known port of the peer, which finds ours
   startedAt: now,
   endAt: now + start.cell.endMs,
   sockets: [] as { socket: number; port: number }[], // opened for it
@@ -1362,11 +1380,14 @@ const newAttempt = (start: Start, now: number) => ({
 });
 type Attempt = ReturnType<typeof newAttempt>;
 
-/** What an attempt takes a NAT for. Later ones believe the class less: escalation follows packets, not labels. */
+/**
+ * What an attempt takes a NAT for. A known mapping is believed every time. An unknown one (a single server cannot tell
+ * EIM from ADM) is EIM at first. From attempt 2 on it may be symmetric: in 2 and 4 if its ports can be predicted, which
+ * costs little; else random, in 2 or 3, while the other is EIM. `isFirst`: that side has the lower key, and so has 2.
+ */
 function takenFor(who: NatClass, other: NatClass, { number, isFirst }: { number: number; isFirst: boolean }): Kind {
   if (isSymmetric(who)) return isPredictable(who) ? "predictable" : "random";
   if (who.mapping !== "unknown" || number < 2) return "EIM";
-  // A single server could not tell it from ADM. If it is predictable, a try costs little: first, and once more at last.
   if (isPredictable(who)) return number === 3 || isRandom(other) ? "EIM" : "predictable";
   if (isSymmetric(other)) return "EIM";
   const comesFirst = other.mapping !== "unknown" || (!isPredictable(other) && isFirst);
@@ -1467,18 +1488,19 @@ function createTraversal(
   /** Tells our plan when that is due, and sends as soon as both sides know where. */
   function goOn(mine: Attempt): void {
     if (mine.plan && io.now >= mine.tellAt) mine.tellAt = on.tell(mine.plan) ? io.now + TELL_PLAN_MS : Infinity;
-    if (mine.isSending || !(mine.plan || mine.cell.sockets === 0) || !(mine.peerPlan || mine.opens)) return;
+    const hasPlan = mine.plan !== null || mine.cell.sockets === 0, knowsWhere = mine.peerPlan !== null || mine.opens;
+    if (mine.isSending || !hasPlan || !knowsWhere) return;
     mine.isSending = true;
     sending.begin(send(mine));
   }
 
   function* send(mine: Attempt): Generator<number, void> {
-    const startAt = io.now;
+    const startAt = io.now, sprayed = mine.ours === "EIM" && mine.peerPlan?.spray ? mine.peerPlan.ports : null;
     for (const at of mine.cell.sendAtMs) {
       yield startAt + at;
       if (!target() || isSettled()) continue;
-      if (!mine.peerPlan?.spray || mine.ours !== "EIM") sendVolley(mine, at === 0);
-      else if (io.now - sprayTurn.takenAt >= SPRAY_INTERVAL_MS) return yield* sprayPorts(mine, mine.peerPlan.ports);
+      if (!sprayed) sendVolley(mine, at === 0);
+      else if (io.now - sprayTurn.takenAt >= SPRAY_INTERVAL_MS) return yield* sprayPorts(mine, sprayed);
     }
   }
 
@@ -1493,14 +1515,14 @@ function createTraversal(
     }
   }
 
-  /** A punch to a port that nobody has announced as open. False: that would be too many. */
+  /** A punch to a port that may be open to us, beyond the limit for each peer. False: that of the host is reached. */
   function sendProbe(port: number, by: { probe: number; socket: number; ttl?: number | undefined }): boolean {
     const mayPunch = c.hostMayPunch(), data = mayPunch && c.punch(by.probe);
     if (data) io.send(by.socket, formatEndpoint(hostOf(target()!), port), data, by.ttl);
     return mayPunch;
   }
 
-  /** Sends to 2,048 ports in bursts: those of the peer's block first, then any, none twice. */
+  /** Sends to 2,048 ports in bursts: first those of the peer's block, if it told one; then any, none of these twice. */
   function* sprayPorts(mine: Attempt, [low = 0, high = -1]: number[]): Generator<number, void> {
     sprayTurn.takenAt = io.now;
     mine.isSpraying = true;
@@ -1518,7 +1540,7 @@ function createTraversal(
     }
   }
 
-  function end(): void { // closes the sockets that nothing came through
+  function end(): void { // closes the attempt's sockets, all but the one in use
     for (const { socket } of attempt?.sockets ?? []) if (socket !== best()?.socket) io.close(socket);
     if (attempt) on.ended();
     attempt = null;
@@ -1581,9 +1603,8 @@ function createIdentity(
   }
 
   return {
-    renew,
+    ...{ renew, isUntrusted },
     peer: () => peer,
-    isUntrusted,
     onProof: () => void (isImpostor = false), // a session with it, or the user's word
     onUser({ nonce, key }: User): void {
       if (peer && peer.nonce !== nonce) renew({ ...peer, nonce, key });
@@ -1693,7 +1714,7 @@ function createChannel(
     opening ??= { tries: 0, dueAt: io.now, handshake: null };
     opening.handshake ??= now && beginHandshake(now);
     opening.dueAt = io.now + timeout(relay.rtt, ++opening.tries);
-    on.sendOpening(firstMessage() ?? NO_BYTES, opening.tries);
+    on.sendOpening(firstHandshake() ?? NO_BYTES, opening.tries);
   }
 
   function beginHandshake(now: Introduced): Opening["handshake"] {
@@ -1706,7 +1727,7 @@ function createChannel(
     return { index, initiation };
   }
 
-  function firstMessage(probe = 0): Uint8Array | null {
+  function firstHandshake(probe = 0): Uint8Array | null {
     if (!opening?.handshake) return null;
     const { index, initiation } = opening.handshake;
     return encodeHandshake({ type: "P2PFIRST", from: index, probe, noise: initiation.message });
@@ -1787,23 +1808,16 @@ function createChannel(
   };
 
   return {
-    open,
-    current,
-    seal,
-    onFirst,
-    firstMessage,
-    dropHandshake,
+    ...{ open, current, seal, onFirst, firstHandshake, dropHandshake },
     stream: hex(ownStream),
     wasOpen: () => inUse !== null,
     canPunch: () => current() !== null || !!opening?.handshake,
     /** A punch. Until the peer has answered the handshake it is a copy of the first message. */
     punch(probe: number): Uint8Array | null {
       const session = current();
-      return session ? seal({ type: "P2PTRASH", probe }, session) : firstMessage(probe);
+      return session ? seal({ type: "P2PTRASH", probe }, session) : firstHandshake(probe);
     },
-    hurry(): void { // sends the first message again at once, if there is no session yet
-      if (!current()) sendOpening();
-    },
+    hurry: () => current() ? undefined : sendOpening(), // sends the first message again at once, without a session
     close(): void {
       dropHandshake();
       for (const { index } of sessions) byIndex.delete(index);
@@ -2221,7 +2235,7 @@ function createSockets(effect: (effect: Effect<ClientEvent>) => void) {
       opening.get(socket)?.(port);
       opening.delete(socket);
     },
-    hasRoom: (count: number) => open.size + count <= MAX_SOCKETS,
+    hasFree: (count: number) => open.size + count <= MAX_SOCKETS,
   };
 }
 
@@ -2374,7 +2388,7 @@ export function createClient(options: ClientOptions): Client {
     isTrusted: (name, key) => !verified.has(name) || sameKey(verified.get(name)!, key),
     mayWarn: () => mayWarn(io.now),
     hostMayPunch: () => mayPunch(io.now),
-    hasSockets: sockets.hasRoom,
+    hasSockets: sockets.hasFree,
     sprayTurn: { takenAt: -Infinity },
   };
   const { byIndex, byEphemeral } = shared.switchboard;
