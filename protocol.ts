@@ -101,7 +101,8 @@ const introduced: Codec<Introduced> = record(
 
 /**
  * Between a client and the server. The header's `id` is, until WELCOME, the login's, which the client has chosen; from
- * then on it is the session's token, which the server has chosen. Only these two know either.
+ * then on it is the session's token, which the server has chosen. Only these two know either. `known` in COOKIE is 1 if
+ * the server has that session and only the address is new to it.
  */
 export const CONTROL = {
   LOGIN: row(1, "C -> S", { cookie: id, key, proof: id, keepName: u8, rttMs: u16, name: text, local: candidates }),
@@ -120,7 +121,10 @@ export const CONTROL = {
   P2PSOMEONEWANTTOCALLYOU: row(102, "S -> C", { peer: introduced, body: bytes }),
 };
 
-/** Between two clients, encrypted. `states` has two bits for each part: it is missing, or came by relay, direct or lan. */
+/**
+ * Between two clients, encrypted. `states` has two bits for each part: it is missing, or came by relay, direct or lan.
+ * With `spray` the `ports` of P2PPLAN are no list, but none or two: the first and the last one of a range.
+ */
 export const PEER = {
   P2PMESSAGE: row(100, "C <-> C", { seq: u32, base: u32, left: u16, part: rest }),
   P2PMESSAGEACK: row(101, "C <-> C", { next: u32, from: u32, states: rest }),
@@ -202,7 +206,7 @@ export interface Introduced {
   /** Where the peer may be reached: at most twice MAX_CANDIDATES, its own and those of the server. */
   candidates: Endpoint[];
   /** The NAT that the peer has found itself behind. */ nat: NatClass;
-  /** How long to wait with the first punch, so that those of both sides cross on the way. */ punchAfterMs: number;
+  /** How long you who are told this are to wait with your first punch, so that both cross. */ punchAfterMs: number;
 }
 
 /** How a NAT behaves towards UDP (RFC 4787, sections 4 and 5), as far as its client could find out. */
@@ -211,11 +215,11 @@ export interface NatClass {
   /** Who may send to an outside port. */ filtering: (typeof FILTERINGS)[number];
   /** How an outside port is chosen. */ allocation: (typeof ALLOCATIONS)[number];
 }
-/** Endpoint-independent: all of them. Address-dependent: those with the same address. Address and port-dependent: none. */
+/** Whom an outside port serves: everybody (EIM), all ports of one address (ADM), or one port of one address (APDM). */
 export const MAPPINGS = ["unknown", "EIM", "ADM", "APDM"] as const;
-/** Everybody; addresses that have been written to; addresses and ports that have been written to. */
+/** Who comes in: everybody (EIF), who has an address that we have written to (ADF), or that and the port too (APDF). */
 export const FILTERINGS = ["unknown", "EIF", "ADF", "APDF"] as const;
-/** The same as inside; the next one; one of a block that belongs to the subscriber; any. */
+/** The outside port is the one inside; the next one; any of a block that belongs to the subscriber; any. */
 export const ALLOCATIONS = ["unknown", "preserving", "sequential", "block", "random"] as const;
 
 function row<S extends Shape>(code: number, way: Row["way"], fields: S): Row<S> {
@@ -240,9 +244,7 @@ const utf8 = new TextEncoder(), strictUtf8 = new TextDecoder("utf-8", { fatal: t
 const NO_BYTES = new Uint8Array(0);
 
 /** The lower-case hex digits of some bytes. */
-export function hex(data: Uint8Array): string {
-  return data.toHex();
-}
+export const hex = (data: Uint8Array): string => data.toHex();
 
 /** One new array of several. */
 export function concat(...parts: Uint8Array[]): Uint8Array {
@@ -308,9 +310,7 @@ export function hostOf(endpoint: Endpoint): string {
 }
 
 /** Whether this is an IPv6 endpoint. */
-export function isIPv6(endpoint: Endpoint): boolean {
-  return endpoint[0] === "[";
-}
+export const isIPv6 = (endpoint: Endpoint): boolean => endpoint[0] === "[";
 
 /** The 4 or 16 bytes of an IP literal, or null. An IPv4-mapped address counts as the IPv4 address that it is. */
 export function addressBytes(host: string): Uint8Array | null {
@@ -531,9 +531,7 @@ const isWhole = ({ bad, at, end }: Cursor) => !bad && at === end;
 const isOurs = (data: Uint8Array) => data.length >= 2 && data.length <= MAX_DATAGRAM_BYTES && data[0] === MAGIC;
 
 /** Whether a client may say it. Such a message is padded, since a datagram must not be smaller than what answers it. */
-export function isFromClient(type: Control["type"]): boolean {
-  return CONTROL[type].way !== "S -> C";
-}
+export const isFromClient = (type: Control["type"]): boolean => CONTROL[type].way !== "S -> C";
 
 /**
  * Encodes a control message. A client's is padded with zeros to MIN_CLIENT_BYTES.
@@ -584,9 +582,7 @@ export function verifies(data: Uint8Array, key: Uint8Array): boolean {
 }
 
 /** Encodes one of the two messages of the handshake. */
-export function encodeHandshake(message: Handshake): Uint8Array {
-  return scratch.slice(0, write(writer(), message).at);
-}
+export const encodeHandshake = (message: Handshake): Uint8Array => scratch.slice(0, write(writer(), message).at);
 
 /** Decodes one of the two messages of the handshake, or null. */
 export function decodeHandshake(data: Uint8Array): Handshake | null {
@@ -594,9 +590,7 @@ export function decodeHandshake(data: Uint8Array): Handshake | null {
 }
 
 /** The bytes of a peer message as they travel inside the first message of a handshake: code, then fields. */
-export function encodeInner(message: Peer): Uint8Array {
-  return scratch.slice(1, write(writer(), message).at);
-}
+export const encodeInner = (message: Peer): Uint8Array => scratch.slice(1, write(writer(), message).at);
 
 /** Decodes what `encodeInner` has made, or null. */
 export function decodeInner(inner: Uint8Array): Peer | null {
@@ -654,9 +648,7 @@ export function jsonLine(event: unknown): string {
 }
 
 /** A text that others have written, without what could move the cursor of a terminal. */
-export function harmless(text: string): string {
-  return text.replace(/(?!\t)\p{Cc}/gu, "\ufffd");
-}
+export const harmless = (text: string): string => text.replace(/(?!\t)\p{Cc}/gu, "\ufffd");
 
 // ---------------------------------------------------------------------------------------------------- STUN
 //
@@ -874,9 +866,7 @@ export interface ReplayWindow {
 const WINDOW_BITS = 2048;
 
 /** A window that has seen nothing. */
-export function replayWindow(): ReplayWindow {
-  return { highest: -1, seen: new Uint32Array(WINDOW_BITS / 32) };
-}
+export const replayWindow = (): ReplayWindow => ({ highest: -1, seen: new Uint32Array(WINDOW_BITS / 32) });
 
 /** Whether the counter is behind the window, or has been seen: then nobody need look at its seal. */
 export function isSeen({ highest, seen }: ReplayWindow, counter: number): boolean {
@@ -963,9 +953,7 @@ export function keysFrom(secret: Uint8Array): KeyPair {
 }
 
 /** A fresh key pair from the operating system's randomness: any 32 bytes are a secret (RFC 7748, section 5). */
-export function generateKeys(): KeyPair {
-  return keysFrom(new Uint8Array(randomBytes(32)));
-}
+export const generateKeys = (): KeyPair => keysFrom(new Uint8Array(randomBytes(32)));
 
 /** The secret of two key pairs; null for a key of low order and for everything else that node:crypto would throw at. */
 export function diffieHellman(secret: Uint8Array, theirs: Uint8Array): Uint8Array | null {
@@ -1000,9 +988,7 @@ export function loginKey(shared: Uint8Array, id: string): Uint8Array {
  * The nonce by which others know a login. It follows from the id, which only its client and the server know, and the id
  * must not follow from it: whoever knew that could answer a LOGIN in the server's place.
  */
-export function publicNonce(id: string): string {
-  return hex(sha256(utf8.encode(`punch nonce ${id}`)).subarray(0, 8));
-}
+export const publicNonce = (id: string): string => hex(sha256(utf8.encode(`punch nonce ${id}`)).subarray(0, 8));
 
 /** What proves in LOGIN that one knows the server's password: 8 bytes as hex, worthless for any other login. */
 export function passwordProof(shared: Uint8Array, options: { password: Uint8Array; id: string }): string {
@@ -1174,9 +1160,7 @@ export interface ListenOptions<Event> {
 const LONGEST_TIMER_MS = 60_000;
 
 /** Milliseconds since 1970 that never go back while the program runs. */
-export function clock(): number {
-  return performance.timeOrigin + performance.now();
-}
+export const clock = (): number => performance.timeOrigin + performance.now();
 
 /**
  * Runs a machine on UDP sockets of Deno or Bun until it is closed.

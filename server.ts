@@ -26,11 +26,10 @@ import { CONTROL, type Control, type ControlBody, controlHeader, decode, encode,
 import { hex, type Introduced, MAX_NAME_BYTES, MAX_RELAYED_BYTES, MIN_CLIENT_BYTES, userName } from "./protocol.ts";
 import { accept, isSeen, type ReplayWindow, replayWindow, sipHash, verifies } from "./protocol.ts";
 import { controlKeys, diffieHellman, type KeyPair, loginKey, passwordProof, publicNonce } from "./protocol.ts";
-import { conform, createLimit, type NatClass, type Rate, type User } from "./protocol.ts";
+import { conform, createLimit, generateKeys, keyFromWords, type NatClass, type Rate, type User } from "./protocol.ts";
 import { decodeStun, encodeStunResponse, STUN_CHANGE_REQUEST, STUN_RESPONSE_PORT } from "./protocol.ts";
 import { type Datagram, type Effect, listen, listenOrFail, type Machine } from "./protocol.ts";
 import { clock, createTrace, DEFAULT_PORT, exitWith, jsonLine, secretWords, UsageError } from "./protocol.ts";
-import { generateKeys, keyFromWords } from "./protocol.ts";
 
 // ---------------------------------------------------------------------------------------------------- options, events
 
@@ -82,9 +81,9 @@ const utf8 = new TextEncoder();
 // before, so that nobody makes us work hard without working himself. The ladder does not know who is logged in.
 //
 //     rung                                         now we know that the client ...           it has cost us
-//     65 bytes, and there is room for a stranger   (nothing: see "limits")                   a look at them
+//     65 bytes; the strangers' limit lets it pass   (nothing: see "limits")                   a look at them
 //     the cookie, a MAC over its endpoint          receives where it says it is              2 SipHashes, no memory
-//     there is room for a login of its prefix      is not one of thousands                   a number
+//     the limit of its prefix lets it pass         is not one of thousands                   a number
 //     MAC under the key that both agree on         owns the public key in its LOGIN          an X25519
 //     proof of the password, if there is one       has been told the password                an HKDF
 //     nobody else has the name, see `claim`        may have it                               a session
@@ -185,9 +184,10 @@ function createSessions(io: Io, options: ServerOptions, directory: Directory, gr
   //
   //     the name is ...   and is asked for by ...                    claim
   //     a session's       the very login that made the session       again: our WELCOME was lost
-  //     a session's       anybody but its key with a later clock     refused until it has been silent for 60 s
+  //     a session's       another key, or its key, no later clock    refused until it has been silent for 60 s
   //     a former user's   another key                                refused while it is held for the former one
   //     a former user's   its key, with no later clock               refused while it may be a repetition
+  //     anything else     a login that was here already              refused: repeated; others had the name since
   //     anything else     anybody                                    new, or replaces the session
   function claim(login: Login, nonce: string): Claim {
     const holder = directory.find(login.name), former = formerUsers.get(login.name); // never both
@@ -213,7 +213,7 @@ function createSessions(io: Io, options: ServerOptions, directory: Directory, gr
       return void greet(holder, login, at, false);
     }
     const stays = holder && prefixOf(holder.home.endpoint) === prefixOf(at.endpoint);
-    if ((!holder && directory.size() >= maxUsers) || (!stays && !hasRoom(at))) return { reason: "full", seconds: 0 };
+    if ((!holder && directory.size() >= maxUsers) || (!stays && !hasPlace(at))) return { reason: "full", seconds: 0 };
     if (holder) remove(holder, "replaced");
 
     const { id, counter: clock, name, local, rttMs } = login, token = hex(io.random(8));
@@ -245,18 +245,18 @@ function createSessions(io: Io, options: ServerOptions, directory: Directory, gr
     formerUsers.set(name, { key, clock, leftAt: io.now, heldMs });
   }
 
-  /** The client receives there now. Nothing happens if the prefix has no room, or if the client moves all the time. */
+  /** The client receives there now. Nothing happens if the prefix is full, or if the client moves all the time. */
   function move(session: Session, to: Address): void {
     if (isIPv6(to.endpoint) !== isIPv6(session.home.endpoint)) return void (session.other = to);
     const stays = prefixOf(to.endpoint) === prefixOf(session.home.endpoint);
-    if (!stays && !(hasRoom(to) && io.allows(session.token, "moves"))) return;
+    if (!stays && !(hasPlace(to) && io.allows(session.token, "moves"))) return;
     countUser(session.home, -1);
     session.home = to;
     countUser(to, 1);
     io.emit({ event: "moved", name: session.name, public: to.endpoint });
   }
 
-  function hasRoom({ endpoint }: Address): boolean {
+  function hasPlace({ endpoint }: Address): boolean {
     const users = usersAt.get(prefixOf(endpoint)) ?? 0;
     return users < maxPerAddress && (users > 0 || usersAt.size < MAX_PREFIXES);
   }
@@ -325,7 +325,7 @@ function candidatesFor(subject: Session, viewer: Session): Endpoint[] {
 }
 
 // Both introductions leave in the same tick. The nearer peer has its own earlier, by half the difference of the round
-// trips, and waits for so long: a Linux router may give a flow another port if the other side's datagram came first.
+// trips, and waits for so long, so that the first punches cross on the way: why, says "paths" in client.ts.
 function introduction(subject: Session, viewer: Session): Introduced {
   const punchAfterMs = Math.min(MAX_PUNCH_DELAY_MS, Math.max(0, (subject.rttMs - viewer.rttMs) >> 1));
   const { name, nonce, key, nat } = subject;
