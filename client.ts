@@ -1488,19 +1488,20 @@ function createTraversal(
   /** Tells our plan when that is due, and sends as soon as both sides know where. */
   function goOn(mine: Attempt): void {
     if (mine.plan && io.now >= mine.tellAt) mine.tellAt = on.tell(mine.plan) ? io.now + TELL_PLAN_MS : Infinity;
-    const hasPlan = mine.plan !== null || mine.cell.sockets === 0, knowsWhere = mine.peerPlan !== null || mine.opens;
-    if (mine.isSending || !hasPlan || !knowsWhere) return;
+    // We must have our plan, unless socket 0 serves, and know where to: by the peer's plan, or its one known port.
+    if (mine.isSending || !(mine.plan || mine.cell.sockets === 0) || !(mine.peerPlan || mine.opens)) return;
     mine.isSending = true;
     sending.begin(send(mine));
   }
 
   function* send(mine: Attempt): Generator<number, void> {
-    const startAt = io.now, sprayed = mine.ours === "EIM" && mine.peerPlan?.spray ? mine.peerPlan.ports : null;
+    const startAt = io.now;
     for (const at of mine.cell.sendAtMs) {
       yield startAt + at;
       if (!target() || isSettled()) continue;
-      if (!sprayed) sendVolley(mine, at === 0);
-      else if (io.now - sprayTurn.takenAt >= SPRAY_INTERVAL_MS) return yield* sprayPorts(mine, sprayed);
+      // Only the EIM side sprays, and only if the peer's plan asks for that.
+      if (!mine.peerPlan?.spray || mine.ours !== "EIM") sendVolley(mine, at === 0);
+      else if (io.now - sprayTurn.takenAt >= SPRAY_INTERVAL_MS) return yield* sprayPorts(mine, mine.peerPlan.ports);
     }
   }
 
