@@ -6,96 +6,12 @@
  */
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { type Control, type ControlBody, type Datagram, decode, type Effect, encode } from "../protocol.ts";
-import type { Endpoint, User } from "../protocol.ts";
-import { controlKeys, diffieHellman, type KeyPair, keysFrom, publicNonce } from "../protocol.ts";
+import { type Control, type ControlBody, type Effect, keysFrom, publicNonce, type User } from "../protocol.ts";
 import { createServer } from "../server.ts";
-import { dice, like, rogueCrowd, SERVER, takeOver, VICTIM, watchVictim } from "./hostile.ts";
-import { createWorld, DELAY_MS, join, login, type Player, type PlayerOptions, type World } from "./scenario.ts";
+import { evil, rewrite } from "./evil.ts";
+import { dice, like, rogueCrowd, SERVER, VICTIM, watchVictim } from "./hostile.ts";
+import { createWorld, DELAY_MS, join, login, type Player, type PlayerOptions } from "./scenario.ts";
 import { LONG, numbered, texts } from "./testing.ts";
-
-/** A server that says something else than what its machine says, sealed with the right keys. */
-interface Evil {
-  onSend: (message: Control, to: string) => ControlBody[]; // instead of this message to that user: others
-  /** Before the machine hears it: another message, or none. */
-  onHear: (message: Control, from: string) => ControlBody | null;
-  tell(name: string, message: ControlBody): void; // says something of its own
-  nonceOf(name: string): string; // what a user's WELCOME said
-}
-
-function evil(world: World, keys: KeyPair): Evil {
-  interface Prey {
-    name: string;
-    key: Uint8Array;
-    macs: { toServer: Uint8Array; toClient: Uint8Array };
-    at: Endpoint;
-    nonce: string;
-    sent: number;
-  }
-  const byToken = new Map<string, Prey>(), byName = new Map<string, Prey & { token: string }>();
-  const logins = new Map<string, { name: string; key: Uint8Array }>();
-  const sealFor = (token: string, message: ControlBody) => {
-    const prey = byToken.get(token)!;
-    return encode(message, { id: token, counter: ++prey.sent, key: prey.macs.toClient });
-  };
-  const self: Evil = {
-    onSend: (message) => [message],
-    onHear: (message) => message,
-    tell(name, message) {
-      const { token, at } = byName.get(name)!;
-      world.server.perform([{ kind: "send", socket: 0, to: at, data: sealFor(token, message) }]);
-    },
-    nonceOf: (name) => byName.get(name)!.nonce,
-  };
-  takeOver(world, (server) => ({
-    ...server,
-    receive(datagram, now) {
-      const message = decode(datagram.data);
-      if (message?.type === "LOGIN") logins.set(message.id, { name: message.name, key: message.key });
-      const prey = message && byToken.get(message.id);
-      let heard: Datagram | null = datagram;
-      if (prey && message.type !== "LOGIN") {
-        const instead = self.onHear(message, prey.name);
-        if (instead === null) heard = null;
-        else if (instead !== message) {
-          const data = encode(instead, { id: message.id, counter: message.counter, key: prey.macs.toServer });
-          heard = { ...datagram, data };
-        }
-      }
-      return heard === null ? [] : server.receive(heard, now).flatMap((effect) => {
-        const said = effect.kind === "send" ? decode(effect.data) : null;
-        if (effect.kind !== "send" || !said) return [effect];
-        if (said.type === "WELCOME") {
-          const { name, key } = logins.get(said.id)!;
-          const macs = controlKeys(diffieHellman(keys.secret, key)!, said.token);
-          const prey = { name, key, macs, at: effect.to, nonce: publicNonce(said.id), sent: said.counter };
-          byToken.set(said.token, prey);
-          byName.set(name, { ...prey, token: said.token });
-          const [instead] = self.onSend(said, name);
-          return [{ ...effect, data: encode(instead!, { id: said.id, counter: said.counter, key: macs.toClient }) }];
-        }
-        const to = byToken.get(said.id);
-        if (!to) return [effect];
-        return self.onSend(said, to.name).map((message) => ({ ...effect, data: sealFor(said.id, message) }));
-      });
-    },
-  }));
-  return self;
-}
-
-/** What a message says about users, changed. */
-function rewrite(
-  message: Control,
-  change: (user: { name: string; nonce: string; key: Uint8Array }) => object,
-): Control {
-  if ("users" in message) {
-    return { ...message, users: message.users.map((user) => ({ ...user, ...change(user) })) };
-  }
-  if ("peer" in message && typeof message.peer === "object") {
-    return { ...message, peer: { ...message.peer, ...change(message.peer) } } as Control;
-  }
-  return message;
-}
 
 const PSK = Uint8Array.from({ length: 32 }, (_, i) => i);
 const verifyCode = (player: Player) => player.events("verify").at(-1)?.code;
