@@ -70,6 +70,11 @@ process.on("exit", () => {
   for (const program of running) program.signal("SIGKILL");
 });
 
+/** What follows the runtime's name on the command line, before any arguments of the program's own. */
+export function wordsOf(program: "server" | "client", runtime: Runtime = OWN): string[] {
+  return runtime === "deno" ? tasks[program]!.split(" ").slice(1) : [`${program}.ts`];
+}
+
 /** Starts `server.ts` or `client.ts`: on Deno with the permissions of its task in deno.json and no others. */
 export function start(
   program: "server" | "client",
@@ -77,9 +82,8 @@ export function start(
   options: { name?: string; runtime?: Runtime; env?: Record<string, string> } = {},
 ): Program {
   const { name = program, runtime = OWN, env = {} } = options;
-  const deno = tasks[program]!.split(" ").slice(1);
   const { PUNCH_SECRET: _secret, PUNCH_PASSWORD: _password, ...inherited } = process.env;
-  const child = spawn(executable(runtime)!, [...runtime === "deno" ? deno : [`${program}.ts`], ...args], {
+  const child = spawn(executable(runtime)!, [...wordsOf(program, runtime), ...args], {
     cwd: ROOT,
     env: { ...inherited, DENO_NO_UPDATE_CHECK: "1", NO_COLOR: "1", ...env },
   });

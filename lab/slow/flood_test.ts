@@ -20,18 +20,15 @@ import { randomBytes } from "node:crypto";
 import process from "node:process";
 import { setPriority } from "node:os";
 import { dirname, join } from "node:path";
-import { setImmediate } from "node:timers";
 import { fileURLToPath } from "node:url";
 import { type ClientEvent, createClient } from "../../client.ts";
 import { clock, decode, generateKeys, hex, listen, MAGIC, type Running } from "../../protocol.ts";
+import { bare, HOST, percentile, sendEvenly, show, sleep, type Socket } from "../loopback.ts";
 
 const STRICT = process.env["PUNCH_STRICT"] === "1";
 const COUPLES = STRICT ? 100 : 30;
-const HOST = "127.0.0.1";
 const PORTS = 64, WINDOW = 64;
 const ECHO_MS = 1_500, TALK_MS = 2_500, INTERVAL_MS = 250;
-/** Between two small bursts of a flood. */
-const PAUSE_MS = 0.15;
 /** Other jobs on the machine can spoil a measurement: so often each is made, and the best one counts. */
 const ATTEMPTS = 4;
 /** A flood that reaches the server at less than this part of what reached the bare echo is none. */
@@ -46,43 +43,6 @@ const JUNK = "ff".repeat(130);
 const SHARE = 0.5;
 /** Of any helper, should the test die. */
 const ROLE_LIMIT_MS = 600_000;
-
-const sleep = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));
-
-// ---------------------------------------------------------------------------------------------------- bare sockets
-
-interface Socket {
-  port: number;
-  send(data: Uint8Array, port: number): void | Promise<unknown>;
-  close(): void;
-}
-
-/** The shortest loop that the runtime has; without a handler what comes in is left to the kernel, where that goes. */
-async function bare(onData?: (data: Uint8Array, port: number) => void | Promise<unknown>): Promise<Socket> {
-  if (!("Deno" in globalThis)) {
-    const socket = await Bun.udpSocket({
-      hostname: HOST,
-      port: 0,
-      socket: { data: (_socket, data, port) => void onData?.(data, port), error() {} },
-    });
-    return { port: socket.port, send: (data, port) => void socket.send(data, port, HOST), close: () => socket.close() };
-  }
-  const socket = Deno.listenDatagram({ transport: "udp", hostname: HOST, port: 0 });
-  if (onData) {
-    (async () => {
-      const buffer = new Uint8Array(2_048);
-      for (;;) {
-        const [data, from] = await socket.receive(buffer);
-        await onData(data, (from as Deno.NetAddr).port);
-      }
-    })().catch(() => {});
-  }
-  return {
-    port: (socket.addr as Deno.NetAddr).port,
-    send: (data, port) => socket.send(data, { transport: "udp", hostname: HOST, port }),
-    close: () => socket.close(),
-  };
-}
 
 // ---------------------------------------------------------------------------------------------------- other processes
 
@@ -122,24 +82,16 @@ async function flood({ port, rate, ms, samples, fresh: [from, to] }: Orders): Pr
   setPriority(19); // it stands for machines elsewhere, whose work costs those in conversation nothing
   const sockets = await Promise.all(Array.from({ length: PORTS }, () => bare()));
   const noise = randomBytes(65_536), models = samples.map((sample) => Uint8Array.from(Buffer.from(sample, "hex")));
-  const begun = performance.now();
-  const pause = new Int32Array(new SharedArrayBuffer(4));
-  let sent = 0;
-  for (let at = begun; at < begun + ms; at = performance.now()) {
-    // What is overdue is not made up for in one burst that no socket's buffer would hold.
-    for (let due = Math.min(64, (at - begun) / 1_000 * rate - sent); due > 0; due--, sent++) {
-      const start = (sent * 37) % 60_000;
-      const data = models.length > 0
-        ? models[sent % models.length]!.slice()
-        : noise.slice(start, start + 20 + (sent * 13) % 1_180);
-      if (models.length > 0) data.set(noise.subarray(start, start + to - from), from);
-      else if (data[0]! < 4) data[0] = 255;
-      await sockets[sent % PORTS]!.send(data, port);
-    }
-    Atomics.wait(pause, 0, 0, PAUSE_MS); // a timer would come late, and bunch what is to be even
-    await new Promise<void>((resolve) => setImmediate(resolve));
-  }
-  console.log(JSON.stringify({ sent, rate: Math.round(sent / (performance.now() - begun) * 1_000) }));
+  const reached = await sendEvenly({ rate, ms }, (sent) => {
+    const start = (sent * 37) % 60_000;
+    const data = models.length > 0
+      ? models[sent % models.length]!.slice()
+      : noise.slice(start, start + 20 + (sent * 13) % 1_180);
+    if (models.length > 0) data.set(noise.subarray(start, start + to - from), from);
+    else if (data[0]! < 4) data[0] = 255;
+    return sockets[sent % PORTS]!.send(data, port);
+  });
+  console.log(JSON.stringify({ rate: reached }));
   process.exit(0);
 }
 
@@ -196,15 +148,6 @@ interface Friend {
   outcomes: { ok: boolean }[];
   sentAt: Map<string, number>;
 }
-
-const percentile = (values: number[], share: number) =>
-  values.toSorted((a, b) => a - b)[Math.min(values.length - 1, Math.floor(values.length * share))] ?? NaN;
-
-const show = (values: number[]) => ({
-  "p50 ms": Number(percentile(values, 0.5).toFixed(2)),
-  "p95 ms": Number(percentile(values, 0.95).toFixed(2)),
-  "max ms": Number(Math.max(...values).toFixed(1)),
-});
 
 /** What comes back from a bare echo, which is asked as often as the couples write: the latencies. */
 async function knock(port: number): Promise<number[]> {
