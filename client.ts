@@ -38,8 +38,17 @@ import { createInterface } from "node:readline";
 import type { Control, ControlBody, Datagram, Effect, Handshake, Introduced, Machine, Peer, User } from "./protocol.ts";
 import { controlHeader, decode, decodeHandshake, decodeInner, encode, encodeHandshake } from "./protocol.ts";
 import { encodeInner, MAX_CANDIDATES, MAX_NAME_BYTES, MAX_PART_BYTES, MAX_PLANNED_PORTS } from "./protocol.ts";
-import { type Endpoint, formatEndpoint, hostOf, isIPv6, type NatClass, parseEndpoint, scopeOf } from "./protocol.ts";
-import { concat, createLimit, harmless, hex, jsonLine, type Rate, userName } from "./protocol.ts";
+import {
+  type Endpoint,
+  formatEndpoint,
+  hostOf,
+  isIPv6,
+  type NatClass,
+  parseEndpoint,
+  scopeOf,
+  VERSION,
+} from "./protocol.ts";
+import { concat, createLimit, harmless, hex, jsonLine, type Limit, type Rate, userName } from "./protocol.ts";
 // STUN; keys and seals.
 import { decodeStun, encodeStunRequest, type Stun, STUN_COOKIE } from "./protocol.ts";
 import { accept, controlKeys, diffieHellman, generateKeys, type KeyPair, keysFrom, loginKey } from "./protocol.ts";
@@ -55,7 +64,7 @@ import { listen, listenOrFail, secretWords, UsageError } from "./protocol.ts";
 export type PathKind = "relay" | "direct" | "lan";
 
 /** Why a message was not delivered. */
-export type Reason = "unknown" | "offline" | "timeout" | "empty" | "too-long" | "untrusted";
+export type Reason = "unknown" | "offline" | "timeout" | "empty" | "too-long" | "untrusted" | "blocked";
 
 /** What the client tells its user. An error with a `notice` is what others did, not what became of a command. */
 export type ClientEvent =
@@ -67,6 +76,7 @@ export type ClientEvent =
   | { event: "path"; peer: string; path: PathKind; address: Endpoint; rttMs: number | null; ms: number }
   | { event: "ping"; peer: string; path: PathKind; rttMs: number | null; lost: number }
   | { event: "verify"; peer: string; code: string }
+  | { event: "blocked"; peers: string[] }
   | NatEvent
   | { event: "error"; code: string; message: string; fatal?: true; notice?: true }
   | { event: "reconnecting" | "reconnected" | "logout"; name: string; reason: string };
@@ -86,6 +96,8 @@ export type Command =
   | { command: "path"; peer: string | null }
   | { command: "ping"; peer: string; count: number }
   | { command: "verify"; peer: string }
+  | { command: "block"; peer: string | null }
+  | { command: "unblock"; peer: string }
   | { command: "nat" }
   | { command: "exit" };
 
@@ -121,6 +133,8 @@ interface Io { // All that a room can see and do of the world outside. Effects l
   send(socket: number, to: Endpoint, data: Uint8Array, ttl?: number): void;
   open(then: (socket: number, port: number) => void): void; // one more socket; port 0: that has failed
   close(socket: number): void; // socket 0, the first one, stays open
+  /** For what is called later: a bug in it is told, and costs no more than the conversation that it belongs to. */
+  guard<A extends unknown[], R>(act: (...args: A) => R): (...args: A) => R | undefined;
 }
 
 /** A way to the peer: over the server, or a path from one of our sockets to one of the peer's endpoints. */
@@ -244,6 +258,7 @@ const newServerSession = ({ clock, cookie }: Login, { id, token, public: endpoin
   sent: clock, // the counter that we used last
   public: endpoint, // as the server sees us
   secondPort,
+  cookies: new Map<Endpoint, string>(), // by endpoint of the server: what the next KEEPALIVE there must return
   keepaliveAt: Infinity,
   asked: null as { first: number; counter: number; at: number; tries: number } | null, // keepalives without an answer
   challenges: 0, // cookies that we have brought back since the last ALIVE
@@ -294,7 +309,7 @@ function createLink(
       cookie: cookie?.cookie ?? NO_ID,
       key: keys.public,
       proof: cookie && password ? passwordProof(cookie.shared, { password, id }) : NO_ID,
-      keepName: Number(options.keepName ?? false),
+      terms: { version: VERSION, flag: options.keepName ?? false },
       rttMs: rttMs(),
       name,
       local: self.local(),
@@ -305,14 +320,15 @@ function createLink(
 
   function onCookie(message: Control & { type: "COOKIE" }, from: Endpoint): void {
     if (login && message.id === login.id && message.counter === login.clock) {
+      if (message.terms.version !== VERSION) return onOtherVersion(message.terms.version);
       const shared = diffieHellman(keys.secret, message.key);
       if (!shared || login.challenges++ >= MAX_CHALLENGES) return;
       if (login.tries === 1) sample(rtt, io.now - login.askedAt); // sent once: so we know which one is answered
       login.cookie = { cookie: message.cookie, server: from, shared };
       sendLogin();
     } else if (session && message.id === session.token) {
-      if (message.known) { // we have moved
-        if (session.challenges++ < MAX_CHALLENGES) keepalive(message.cookie, from);
+      if (message.terms.flag) { // it knows us, and wants to know that we are here
+        if (session.challenges++ < MAX_CHALLENGES) keepalive(from, message.cookie);
       } else if (!session.asked) keepalive(); // a hint, but anybody on the way could have replayed it
       else if (message.counter >= session.asked.first && !login) { // that answers our question: it does not know us
         const shared = diffieHellman(keys.secret, message.key);
@@ -325,6 +341,15 @@ function createLink(
     }
   }
 
+  /** Nobody has sealed that, so it only ends what has not begun. */
+  function onOtherVersion(theirs: number): void {
+    const [what, who] = theirs < VERSION ? ["an older", "the server"] : ["a newer", "this program"];
+    const text = `The server speaks ${what} version of the protocol (${theirs}, we ${VERSION}): update ${who}`;
+    if (!session) on.refused();
+    else if (login!.tries > 1) return; // that has been said
+    io.emit({ event: "error", code: "version", message: text, ...session ? { notice: true } : { fatal: true } });
+  }
+
   function onWelcome(message: Welcome, data: Uint8Array): void {
     if (!login?.cookie || message.id !== login.id) return;
     const next = newServerSession(login, message), { server, public: endpoint } = next, isAgain = session !== null;
@@ -332,13 +357,14 @@ function createLink(
     if (login.tries === 2) sample(rtt, io.now - login.askedAt); // once without the cookie, once with it
     session = next;
     session.keepaliveAt = io.now + spread(io, KEEPALIVE_MS.idle);
+    session.cookies.set(server, message.cookie);
     login = null;
     on.users(message.users);
     if (isAgain) io.emit({ event: "reconnected", name, reason: "" });
     else io.emit({ event: "login", name, server, public: endpoint, local: self.local(), users: message.total });
     on.endpoint();
     const other = otherVersion();
-    if (other) keepalive(NO_ID, other);
+    if (other) keepalive(other);
     on.session(isAgain);
   }
 
@@ -364,7 +390,7 @@ function createLink(
 
   // -- staying in
 
-  function keepalive(cookie = NO_ID, to = session!.server): void {
+  function keepalive(to = session!.server, cookie = session!.cookies.get(to) ?? NO_ID): void {
     const message = { type: "KEEPALIVE", cookie, rttMs: rttMs(), nat: self.nat(), local: self.local() } as const;
     const counter = toServer(message, to);
     if (to !== session!.server) return;
@@ -375,6 +401,7 @@ function createLink(
 
   function onAlive(message: Control & { type: "ALIVE" }, from: Endpoint): void {
     session!.challenges = 0;
+    session!.cookies.set(from, message.cookie);
     if (from !== session!.server) return;
     const isLatest = session!.asked?.counter === message.asked;
     if (isLatest) sample(rtt, io.now - session!.asked!.at);
@@ -408,7 +435,7 @@ function createLink(
       const other = otherVersion();
       if ((session.asked?.tries ?? 0) >= KEEPALIVE_TRIES) reconnect("the server does not answer");
       else keepalive();
-      if (other && !login && session.asked!.tries === 1 && self.pace() !== "relay") keepalive(NO_ID, other);
+      if (other && !login && session.asked!.tries === 1 && self.pace() !== "relay") keepalive(other);
     }
     if (!login || io.now < loginAt(login)) return;
     const isFirst = !session, where = servers.join(" or ");
@@ -466,7 +493,7 @@ function createCalls(
   io: Io,
   c: Context,
   link: Link,
-  has: { triesOfOldest(): number; firstHandshake(): Uint8Array | null; isPunching(): boolean },
+  has: { triesOfOldest(): number; firstHandshake(): Uint8Array | null; isPunching(): boolean; isFriend(): boolean },
 ) {
   /** The search for a path: since when, how often we have asked, and when we ask again for a missing answer. */
   let since = io.now, rounds = 0, askAt = Infinity;
@@ -485,7 +512,8 @@ function createCalls(
   }
 
   function passOn(body: Uint8Array, call: boolean): void {
-    link.toServer({ type: "P2PTRANS", to: c.name, nonce: c.peer()?.nonce ?? NO_ID, call: Number(call), body });
+    const nonce = c.peer()?.nonce ?? NO_ID, says = Number(call) + 2 * Number(has.isFriend());
+    link.toServer({ type: "P2PTRANS", to: c.name, nonce, call: says, body });
     if (!call) return;
     rounds++;
     askAt = Infinity;
@@ -573,13 +601,14 @@ interface Context { // what the rooms of a conversation may ask
   server(): ServerSession | null;
   peer(): Introduced | null; // the server's latest word on who that is
   isTrusted(key: Uint8Array): boolean; // no other key than the one that the user has verified, if he has
-  talkedAt(): number;
+  /** When a message went either way; when the peer spoke under a session's seal; when the server said where it is. */
+  last: { readonly talk: number; readonly heard: number; readonly attested: number };
   isWarm(): boolean;
   best(): Path | null; // the path in use
   way(): Way; // the way in use
   hasSession(): boolean; // with the peer
   punch(probe: number): Uint8Array | null; // the bytes of a punch
-  hostMayPunch(): boolean;
+  may: Shared["may"];
 }
 
 interface Shared { // what all conversations of a client have in common
@@ -590,36 +619,51 @@ interface Shared { // what all conversations of a client have in common
   sprayTurn: SprayTurn;
   user(name: string): User | undefined; // in the list of users
   isTrusted(name: string, key: Uint8Array): boolean;
-  mayWarn(): boolean;
-  hostMayPunch(): boolean;
+  may(what: keyof typeof HOST_LIMITS): boolean; // of all of this host's conversations together
   hasSockets(count: number): boolean;
+  broken(c: Conversation, error: unknown): void; // a bug has shown in it: it is over
 }
+
+/** The client's, in which a bug shows only once: it ends the conversation. `stale`: somebody has looked at the clock. */
+const conversationIo = (io: Io, stale: () => void, broken: (error: unknown) => void): Io => {
+  const guard: Io["guard"] = (act) => (...args) => {
+    try {
+      return act(...args);
+    } catch (error) {
+      broken(error);
+    }
+  };
+  return {
+    ...io,
+    guard,
+    open: (then) => io.open(guard(then)),
+    get now() {
+      stale();
+      return io.now;
+    },
+  };
+};
+
+/** All these functions, guarded. */
+const guardAll = <T extends object>({ guard }: Io, acts: T): T =>
+  Object.fromEntries(Object.entries(acts).map(([name, act]) => [name, guard(act)])) as T;
 
 type Conversation = ReturnType<typeof createConversation>;
 function createConversation(clientIo: Io, name: string, shared: Shared) {
-  const { options, link, hostMayPunch } = shared, isSelf = name === options.name;
+  const { options, link } = shared, isSelf = name === options.name;
   const mayBeIntroduced = createLimit(INTRODUCTIONS_PER_PEER);
-  let lastError: Reason | null = null, talkedAt = -Infinity;
+  const last = { talk: -Infinity, heard: -Infinity, attested: -Infinity };
+  let lastError: Reason | null = null;
   /** When this conversation is due; null: stale, since every room that reads the time may set a deadline. */
   let dueAt: number | null = null;
-  const io: Io = {
-    ...clientIo,
-    get now() {
-      dueAt = null;
-      return clientIo.now;
-    },
-  };
-
+  const io = conversationIo(clientIo, () => void (dueAt = null), (error) => shared.broken(conversation, error));
   const c: Context = {
-    name,
+    ...{ name, last, server: link.session, may: shared.may },
     relay: { kind: "relay", rtt: newEstimator() },
-    server: link.session,
-    hostMayPunch,
     canBeDirect: options.direct !== false && !isSelf,
     peer: () => identity.peer(),
     isTrusted: (key) => shared.isTrusted(name, key),
-    talkedAt: () => talkedAt,
-    isWarm: () => clientIo.now - talkedAt < WARM_MS, // a question, which sets no deadline
+    isWarm: () => clientIo.now - last.talk < WARM_MS, // a question, which sets no deadline
     best: () => paths.best(),
     way: () => paths.best() ?? c.relay,
     hasSession: () => channel.current() !== null,
@@ -675,7 +719,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
   }
 
   function onTalk(): void { // A message goes either way.
-    talkedAt = io.now;
+    last.talk = io.now;
     if (!c.best()) link.checkSoon();
     paths.onTalk();
   }
@@ -701,16 +745,18 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
 
   const identity = createIdentity(io, c, { known: shared.user(name), isSelf, ownKey: options.keys.public }, {
     otherLogin() {
+      last.heard = -Infinity;
       channel.dropHandshake();
       calls.onOtherLogin();
     },
     untrusted: () => failAll("untrusted"),
-    mayWarn: shared.mayWarn,
+    mayWarn: () => shared.may("warn"),
   });
   const calls = createCalls(io, c, link, {
     triesOfOldest: () => delivery.triesOfOldest(),
     firstHandshake: () => channel.firstHandshake(),
     isPunching: () => paths.isPunching(),
+    isFriend: () => delivery.hasSent(),
   });
   const attempt = { holds: (socket: number) => traversal.holds(socket), made: (path: Path) => traversal.made(path) };
   const paths = createPaths(io, c, attempt, {
@@ -747,6 +793,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
   const traversal = createTraversal(io, c, { ...shared, ownKey: options.keys.public }, {
     newProbe: () => paths.newProbe(c.relay, true),
     isRetry: () => calls.isRetry(),
+    attest: () => calls.ask(),
     tell: (plan) => carry(plan, c.best() ? [c.way(), c.relay] : [c.relay]),
     ended: () => paths.prune(),
   });
@@ -762,6 +809,8 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     handshakeOver: (dueAt) => delivery.onHandshakeOver(dueAt),
     stream: (stream) => delivery.openStream(stream),
     session: () => identity.onProof(),
+    heard: () => void (last.heard = io.now),
+    mayAnswer: () => delivery.hasSent() || shared.may("greet"),
     answered: () => delivery.owesAck(),
     untrusted: () => identity.warn(),
     ready: onSessionReady,
@@ -782,6 +831,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     needSession: () => channel.open(),
     newProbe: (way) => paths.newProbe(way),
     send: (probe, way) => carry({ type: "P2PTRASH", probe }, [way]),
+    talk: onTalk,
     timeout: () => failAll("timeout"),
   });
   const rooms = [channel, paths, traversal, calls, delivery, ping];
@@ -789,23 +839,24 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
   function onPeer(peer: Introduced): boolean { // the server's word on who the peer is; false if it cannot be
     if (!identity.renew(peer)) return false;
     lastError = null;
+    last.attested = io.now;
     calls.onAnswer();
     return true;
   }
 
   // -- what the client hears of the peer, and what the user wants
 
-  return {
-    ...{ ...c, ...identity, tellPath, onFirst: channel.onFirst, onJump: delivery.onJump },
-    ...{ call: calls.ask, callAgain: calls.again },
+  const acts = {
+    ...{ tellPath, failAll, onFirst: channel.onFirst, onJump: delivery.onJump },
+    onPunched: paths.punchAgain, // the peer's hole is open, so our next punch will pass
+    ...{ onProof: identity.onProof, call: calls.ask, startPing: (count: number) => ping.begin(count) },
+    onMoved(): void { // the server knows where we are now, and has not heard what we said meanwhile
+      calls.again();
+      if (!c.best()) resendAll();
+    },
     send(text: Uint8Array): void {
       if (!c.best() && !paths.isPunching() && !(calls.isWaiting() && c.hasSession())) calls.begin();
       delivery.push(text);
-    },
-    startPing(count: number): void {
-      ping.begin(count);
-      onTalk();
-      ping.wake();
     },
     onLogin(isAgain: boolean): void {
       channel.dropHandshake(); // it was begun under the nonce of the login before
@@ -837,7 +888,6 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
       startPunching();
       resendOverdue();
     },
-    onPunched: paths.punchAgain, // the peer's hole is open, so our next punch will pass
     onError(reason: "unknown" | "offline"): void { // the server cannot pass something on
       // After the server's restart "unknown" only means that the peer is not back yet.
       const isNew = !channel.wasOpen() && !delivery.hasHeard() && io.now - link.forgottenAt() > ALL_BACK_MS;
@@ -845,15 +895,21 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
       calls.onAnswer();
       if ((reason === "offline" || !c.peer() || isNew) && !c.best()) failAll(reason);
     },
-    /** How dear it is to us, in order of weight; null: something waits to be sent. */
-    rank: () => delivery.isIdle() ? [Number(delivery.hasSent()), Number(c.best() !== null), talkedAt] : null,
     close: () => [traversal, paths, channel].forEach((room) => room.close()),
     wake(): void {
       delivery.giveUp(() => identity.isUntrusted() ? "untrusted" : lastError ?? "timeout");
       for (const room of rooms) room.wake();
     },
+  };
+  const conversation = {
+    ...c,
+    ...guardAll(io, acts),
+    isUntrusted: identity.isUntrusted,
+    /** How dear it is to us, in order of weight; null: something waits to be sent. */
+    rank: () => delivery.isIdle() ? [Number(delivery.hasSent()), Number(c.best() !== null), last.talk] : null,
     wakeAt: () => dueAt ??= rooms.reduce((at, room) => Math.min(at, room.wakeAt()), Infinity),
   };
+  return conversation;
 }
 
 // ---------------------------------------------------------------------------------------------------- paths
@@ -895,18 +951,20 @@ const ABSOLUTE_LIFETIME_MS = 90_000, RENEWED_MS = 10_000, SAME_LIFETIME = 0.75, 
 /** Of two paths of the same kind the quicker one is taken if it is quicker by this factor and this much. */
 const QUICKER_FACTOR = 0.9, QUICKER_MS = 5;
 const MAX_PATHS = 32, MAX_PROBES = 256;
-/** To one peer, where nothing has come back from yet. Sprays have a limit of their own. */
-const PUNCHES_PER_PEER: Rate = { perSecond: 30, burst: 300 };
+/** To one peer: to hosts that have echoed, and to others. Sprays have a limit of their own. */
+const PUNCHES_PER_PEER: Rate = { perSecond: 30, burst: 300 },
+  FIRST_PUNCHES_PER_PEER: Rate = { perSecond: 10, burst: 60 };
 
 function kindOf(endpoint: Endpoint): "direct" | "lan" {
   const scope = scopeOf(hostOf(endpoint));
   return scope === "private" || scope === "loopback" ? "lan" : "direct";
 }
 
-/** Candidates that may be sent to: nothing on this link, on this host (unless the server sees us there), or nowhere. */
-function isUsable(candidate: Endpoint, own: Endpoint): boolean {
-  const scope = scopeOf(hostOf(candidate));
-  return scope === "public" || scope === "private" || (scope === "loopback" && scopeOf(hostOf(own)) === "loopback");
+/** Whether to send where a server has told us to: to nothing on this link, on this host (unless it is there), or nowhere. */
+function isUsable(endpoint: Endpoint, server: Endpoint): boolean {
+  const scope = scopeOf(hostOf(endpoint));
+  if (!parseEndpoint(endpoint)) return false;
+  return scope === "public" || scope === "private" || (scope === "loopback" && scopeOf(hostOf(server)) === "loopback");
 }
 
 const newPath = (endpoint: Endpoint, socket: number, now: number) => ({
@@ -941,7 +999,11 @@ function createPaths(
   /** How long the last two paths lived, and when to replace this one before it dies too. */
   let lifetimes: number[] = [], renewAt = Infinity;
   const punching = createScript(io), mayPunchMore = createLimit(PUNCHES_PER_PEER);
-  const peerMayPunch = () => mayPunchMore(io.now) && c.hostMayPunch();
+  const mayPunchFirst = createLimit(FIRST_PUNCHES_PER_PEER);
+  /** Hosts that have echoed a probe: so the peer is there, whoever has named them. */
+  const echoed = new Set<string>();
+  const mayPunch = ({ endpoint }: Path) =>
+    echoed.has(hostOf(endpoint)) ? mayPunchMore(io.now) && c.may("probe") : mayPunchFirst(io.now) && c.may("punch");
 
   /** Where the server has seen the peer, and its addresses on our LAN. */
   const candidates = () => c.canBeDirect ? c.peer()?.candidates ?? [] : [];
@@ -981,7 +1043,7 @@ function createPaths(
         yield startAt + at;
         const good = best?.state === "good" ? best : null;
         const wanted = candidates().filter((endpoint) =>
-          isUsable(endpoint, c.server()?.public ?? endpoint) &&
+          isUsable(endpoint, c.server()!.server) &&
           (!good || (kindOf(endpoint) === "lan" && good.kind !== "lan"))
         );
         for (const from of wanted) {
@@ -1005,7 +1067,7 @@ function createPaths(
 
   /** Punches on a path; one in use waits for the echo, even if there is no session any more to seal the punch with. */
   function punch(path: Path): void {
-    if (path.state === "trying" && !peerMayPunch()) return;
+    if (path.state === "trying" && !mayPunch(path)) return;
     const data = c.punch(newProbe(path));
     if (data) io.send(path.socket, path.endpoint, data);
     if (path.state !== "trying") path.waitingSince = Math.min(path.waitingSince, io.now);
@@ -1014,7 +1076,7 @@ function createPaths(
   function onPunch(probe: number, origin: Origin): void {
     const path = origin && pathTo(origin);
     if (origin && !path) return;
-    if (path?.state === "trying" && !peerMayPunch()) return;
+    if (path?.state === "trying" && !mayPunch(path)) return;
     const isSent = on.echo(probe, path ?? c.relay);
     if (isSent && path?.state === "trying") punch(path); // it passed inwards, now ours will pass outwards
   }
@@ -1027,7 +1089,9 @@ function createPaths(
     if (!asked.toManyPorts) probes.delete(probe);
     sample(way.rtt, io.now - asked.at);
     on.pong(probe, way, io.now - asked.at);
-    if (way.kind !== "relay") onAnswer(way);
+    if (way.kind === "relay") return;
+    if (echoed.size < MAX_PATHS) echoed.add(hostOf(way.endpoint));
+    onAnswer(way);
   }
 
   // -- the hole while it holds
@@ -1059,7 +1123,7 @@ function createPaths(
   }
 
   function nextProbeAt(): number {
-    const silence = io.now - c.talkedAt();
+    const silence = io.now - c.last.talk;
     return silence >= WARM_MS ? Infinity : io.now + (silence < ACTIVE_MS ? ACTIVE_PROBE_MS : spread(io, WARM_PROBE_MS));
   }
 
@@ -1114,7 +1178,7 @@ function createPaths(
       if (best) wakeBest(best);
       if (io.now < renewAt) return;
       renewAt = Infinity;
-      if (io.now - c.talkedAt() < ABSOLUTE_LIFETIME_MS) on.ageing();
+      if (io.now - c.last.talk < ABSOLUTE_LIFETIME_MS) on.ageing();
     },
     wakeAt(): number {
       const suspectAt = best?.state === "good" ? best.waitingSince + patience(best) : Infinity;
@@ -1214,7 +1278,11 @@ function stepOf(ports: number[]): number { // the step of a sequence of ports, w
 }
 
 type Discovery = ReturnType<typeof createDiscovery>;
-function createDiscovery(io: Io, on: { isOwn(host: string): boolean; changed(): void }, observer?: Endpoint) {
+function createDiscovery(
+  io: Io,
+  on: { isOwn(host: string): boolean; mayAsk(whom: Endpoint): boolean; changed(): void },
+  observer?: Endpoint,
+) {
   let known = UNKNOWN_NAT, canHairpin: boolean | null = null;
   let isNews = false; // what can be tried has changed, and the server, which tells our peers, has not confirmed it yet
   let ports: number[] = [], current: Facts | null = null; // of successive mappings, outside; the discovery under way
@@ -1229,7 +1297,7 @@ function createDiscovery(io: Io, on: { isOwn(host: string): boolean; changed(): 
     asked.set(transaction, { tries, done });
     tries.begin(function* () {
       for (let i = 0; i < QUESTION_TRIES; i++) {
-        io.send(socket, to, data);
+        if (on.mayAsk(to)) io.send(socket, to, data);
         yield io.now + QUESTION_MS;
       }
       asked.delete(transaction);
@@ -1263,7 +1331,7 @@ function createDiscovery(io: Io, on: { isOwn(host: string): boolean; changed(): 
   function goOn(facts: Facts): void {
     const { samples, answers } = facts;
     for (const [topic, question] of questions(facts, observer)) {
-      if (answers.has(topic)) continue;
+      if (answers.has(topic) || !isUsable(question.to, facts.server)) continue;
       answers.set(topic, undefined);
       if (topic === "hairpin 0") canHairpin = false;
       ask(question, (answer) => {
@@ -1348,6 +1416,7 @@ const ATTEMPTS_PER_PEER: Rate = { perSecond: 0.2, burst: 6 };
 const SPRAY_PORTS = 2_048, SPRAY_BURST = 4, SPRAY_BURST_MS = 20, SPRAY_AHEAD_MS = 60, SPRAY_PAUSE_MS = 1_000;
 const SPRAY_MS = 13_000; // 10.2 s of probes, 1 s of pause, and a little for the last echo
 const SPRAY_INTERVAL_MS = 14_000; // one spray at a time on this host, so long one after the other
+const CONSENT_MS = 3_000, ATTESTED_MS = 20_000; // what the peer, and the server, have said so recently still holds
 
 /** How many sockets we open (none: socket 0 serves), when we send by them, and when the attempt has failed. */
 type Cell = { sockets: number; sendAtMs: number[]; endMs: number };
@@ -1380,6 +1449,10 @@ const newAttempt = (start: Start, now: number) => ({
 });
 type Attempt = ReturnType<typeof newAttempt>;
 
+/** So much goes where a peer says that it is only while the peer goes on saying so, and the server too. */
+const isConsenting = ({ last }: Context, now: number) =>
+  now - last.heard < CONSENT_MS && now - last.attested < ATTESTED_MS;
+
 /**
  * What an attempt takes a NAT for. A known mapping is believed every time. An unknown one (a single server cannot tell
  * EIM from ADM) is EIM at first. From attempt 2 on it may be symmetric: in 2 and 4 if its ports can be predicted, which
@@ -1398,7 +1471,7 @@ function createTraversal(
   io: Io,
   c: Context,
   host: { discovery: Discovery; sprayTurn: SprayTurn; hasSockets(count: number): boolean; ownKey: Uint8Array },
-  on: { newProbe(): number; isRetry(): boolean; tell(plan: Plan): boolean; ended(): void },
+  on: { newProbe(): number; isRetry(): boolean; tell(plan: Plan): boolean; attest(): void; ended(): void },
 ) {
   const { discovery, sprayTurn } = host, { best } = c, mayAttempt = createLimit(ATTEMPTS_PER_PEER);
   const sending = createScript(io);
@@ -1408,7 +1481,9 @@ function createTraversal(
   const isOld = (path: Path | null) => attempt?.number === RENEWAL && path !== null && path.bornAt < attempt.startedAt;
   const isSettled = () => best()?.state === "good" && !isOld(best()); // nothing is left for an attempt to do
   const isFirst = () => isLower(host.ownKey, c.peer()!.key); // of the two of us, where both would do the same
-  const target = () => c.peer()!.candidates.findLast((endpoint) => !isIPv6(endpoint)); // as the server sees the peer
+  const target = () =>
+    // as the server sees the peer
+    c.peer()!.candidates.findLast((endpoint) => !isIPv6(endpoint) && isUsable(endpoint, c.server()!.server));
   const nat = () => discovery.nat(), peerNat = () => c.peer()!.nat;
 
   function onIntroduction(): void {
@@ -1449,7 +1524,7 @@ function createTraversal(
   function makePlan(mine: Attempt): void {
     const own = c.server()!, { allocation } = nat(), [first] = mine.sockets;
     const askOutside = (socket: number, then: (port: number) => void) =>
-      discovery.ask({ socket, to: own.server }, (answer) => then(portOf(answer?.mapped)));
+      discovery.ask({ socket, to: own.server }, io.guard((answer) => then(portOf(answer?.mapped))));
     // Nothing to predict; but the peer, who has something, must hear that the path is to be replaced.
     if (!first) return mine.number === RENEWAL ? announce(mine, [portOf(own.public)]) : undefined;
     if (mine.ours === "EIM") return askOutside(first.socket, (port) => port > 0 && announce(mine, [port]));
@@ -1482,7 +1557,9 @@ function createTraversal(
   }
 
   function onSessionReady(): void { // a plan has waited for it
-    if (attempt?.plan && attempt.tellAt === Infinity) attempt.tellAt = io.now;
+    if (!attempt) return;
+    if (attempt.plan && attempt.tellAt === Infinity) attempt.tellAt = io.now;
+    goOn(attempt);
   }
 
   /** Tells our plan when that is due, and sends as soon as both sides know where. */
@@ -1490,6 +1567,7 @@ function createTraversal(
     if (mine.plan && io.now >= mine.tellAt) mine.tellAt = on.tell(mine.plan) ? io.now + TELL_PLAN_MS : Infinity;
     // We must have our plan, unless socket 0 serves, and know where to: by the peer's plan, or its one known port.
     if (mine.isSending || !(mine.plan || mine.cell.sockets === 0) || !(mine.peerPlan || mine.opens)) return;
+    if (c.last.heard === -Infinity) return; // perhaps only the server says that there is such a peer
     mine.isSending = true;
     sending.begin(send(mine));
   }
@@ -1518,14 +1596,16 @@ function createTraversal(
 
   /** A punch to a port that may be open to us, beyond the limit for each peer. False: that of the host is reached. */
   function sendProbe(port: number, by: { probe: number; socket: number; ttl?: number | undefined }): boolean {
-    const mayPunch = c.hostMayPunch(), data = mayPunch && c.punch(by.probe);
+    if (port === 0) return true; // a peer may name any
+    const mayProbe = c.may("probe"), data = mayProbe && c.punch(by.probe);
     if (data) io.send(by.socket, formatEndpoint(hostOf(target()!), port), data, by.ttl);
-    return mayPunch;
+    return mayProbe;
   }
 
   /** Sends to 2,048 ports in bursts: first those of the peer's block, if it told one; then any, none of these twice. */
   function* sprayPorts(mine: Attempt, [low = 0, high = -1]: number[]): Generator<number, void> {
     sprayTurn.takenAt = io.now;
+    if (io.now - c.last.attested > ATTESTED_MS / 2) on.attest();
     mine.isSpraying = true;
     mine.endAt = io.now + SPRAY_MS;
     const first = randomNumber(io, 16);
@@ -1534,8 +1614,12 @@ function createTraversal(
     const portAt = (n: number) => n <= high - low ? low + n : LOWEST_PORT + (first + n * stride) % PORTS;
     for (let next = 0; next < SPRAY_PORTS;) {
       yield at;
-      const probe = on.newProbe(), isFirstHalf = next < SPRAY_PORTS / 2;
       if (!target()) return; // the peer is not there any more
+      if (!isConsenting(c, io.now)) {
+        at = io.now + SPRAY_BURST_MS;
+        continue;
+      }
+      const probe = on.newProbe(), isFirstHalf = next < SPRAY_PORTS / 2;
       for (let sent = 0; sent < SPRAY_BURST && sendProbe(portAt(next), { probe, socket: 0 }); sent++) next++;
       at += isFirstHalf && next >= SPRAY_PORTS / 2 ? SPRAY_PAUSE_MS : SPRAY_BURST_MS;
     }
@@ -1648,6 +1732,9 @@ interface PeerSession {
 /** We are opening a session: first by asking the server who that is, then with a handshake. */
 type Opening = { tries: number; dueAt: number; handshake: { index: number; initiation: Initiation } | null };
 
+/** What may travel inside a first message. Anything else must wait until the peer has shown that it is there. */
+const IN_FIRST: Peer["type"][] = ["P2PMESSAGE", "P2PTRASH"];
+
 type First = Handshake & { type: "P2PFIRST" };
 type Second = Handshake & { type: "P2PSECOND" };
 
@@ -1671,6 +1758,8 @@ function createChannel(
     handshakeOver(dueAt: number): void; // who has waited for it is due then
     stream(stream: string): void;
     frame(frame: Peer, origin: Origin, stream: string): void;
+    heard(): void; // the peer has shown that it is in the session
+    mayAnswer(): boolean; // a first message: it costs us several X25519
   },
 ) {
   const { name, keys, psk = new Uint8Array(32) } = options;
@@ -1736,10 +1825,10 @@ function createChannel(
 
   function onFirst(message: First): void {
     const now = peer();
-    if (!now || !server() || !isTrusted(now.key) || !mayBegin(io.now)) return;
+    if (!now || !server() || !isTrusted(now.key) || !mayBegin(io.now) || !on.mayAnswer()) return;
     const response = respond(handshakeWith(now, false), message.noise);
     const inner = response && decodeInner(response.payload.subarray(STREAM_BYTES));
-    if (!response || !inner) return on.untrusted();
+    if (!response || !inner || !IN_FIRST.includes(inner.type)) return on.untrusted();
     const stream = hex(response.payload.subarray(0, STREAM_BYTES));
     let session: PeerSession | null = null;
     // If we have begun too, the handshake of the lower key goes on, and the other one only brings its payload.
@@ -1750,7 +1839,7 @@ function createChannel(
       opening = null;
     }
     if (byEphemeral.size >= MAX_EPHEMERALS) byEphemeral.delete(byEphemeral.keys().next().value!);
-    byEphemeral.set(ephemeralOf(message), (probe, origin) => session && onCopy(session, probe, origin));
+    byEphemeral.set(ephemeralOf(message), io.guard((probe, origin) => session && onCopy(session, probe, origin)));
     on.stream(stream);
     on.frame(inner, null, stream);
     if (session && session !== inUse) on.acknowledge(session);
@@ -1783,7 +1872,7 @@ function createChannel(
   }
 
   const line: Line = {
-    onSecond({ to, from, noise, sealed }, origin) {
+    onSecond: io.guard(({ to, from, noise, sealed }, origin) => {
       const finished = opening?.handshake?.index === to ? opening.handshake.initiation.finish(noise) : null;
       if (finished?.payload.length === STREAM_BYTES) {
         const stream = hex(finished.payload);
@@ -1795,17 +1884,18 @@ function createChannel(
       }
       line.onSealed(sealed, origin);
       on.ready();
-    },
-    onSealed(data, origin) {
+    }),
+    onSealed: io.guard((data, origin) => {
       const header = peerHeader(data), session = sessions.find(({ index }) => index === header?.index);
       if (!header || !session || !isTrusted(session.peer.key)) return;
       const frame = openPeer(data, session.keys.receive);
       if (!frame || !accept(session.window, header.counter)) return;
       if (session.second) inUse = session;
       session.second = null;
+      on.heard();
       on.frame(frame, origin, session.stream);
       on.ready();
-    },
+    }),
   };
 
   return {
@@ -2109,7 +2199,10 @@ const PING_INTERVAL_MS = 500, PING_LOST_MS = 2_000;
 function createPing(
   io: Io,
   { name, way, hasSession }: Context,
-  on: { needSession(): void; newProbe(way: Way): number; send(probe: number, way: Way): void; timeout(): void },
+  on: Record<"needSession" | "talk" | "timeout", () => void> & {
+    newProbe(way: Way): number;
+    send(probe: number, way: Way): void;
+  },
 ) {
   let left = 0, lost = 0, since = 0, nextAt = 0, waiting: number | null = null; // the probe that has no echo yet
 
@@ -2121,6 +2214,20 @@ function createPing(
     nextAt = rttMs === null ? io.now : io.now + PING_INTERVAL_MS;
   }
 
+  function wake(): void {
+    if (left === 0 || io.now < nextAt) return;
+    if (!hasSession()) {
+      if (io.now - since > GIVE_UP_MS) return on.timeout();
+      nextAt = io.now + RTO_MIN_MS;
+      return on.needSession();
+    }
+    if (waiting !== null) tell(way(), null);
+    if (left === 0) return;
+    nextAt = io.now + PING_LOST_MS;
+    waiting = on.newProbe(way());
+    on.send(waiting, way());
+  }
+
   return {
     isOn: () => left > 0,
     begin(count: number): void {
@@ -2128,6 +2235,8 @@ function createPing(
       lost = 0;
       waiting = null;
       since = nextAt = io.now;
+      on.talk();
+      wake();
     },
     onEcho(probe: number, way: Way, rttMs: number): void {
       if (left > 0 && probe === waiting) tell(way, rttMs);
@@ -2136,19 +2245,7 @@ function createPing(
       if (left > 0) io.emit({ event: "error", code: reason, message: `"${name}" is not there` });
       left = 0;
     },
-    wake(): void {
-      if (left === 0 || io.now < nextAt) return;
-      if (!hasSession()) {
-        if (io.now - since > GIVE_UP_MS) return on.timeout();
-        nextAt = io.now + RTO_MIN_MS;
-        return on.needSession();
-      }
-      if (waiting !== null) tell(way(), null);
-      if (left === 0) return;
-      nextAt = io.now + PING_LOST_MS;
-      waiting = on.newProbe(way());
-      on.send(waiting, way());
-    },
+    wake,
     wakeAt: () => left > 0 ? nextAt : Infinity,
   };
 }
@@ -2240,19 +2337,80 @@ function createSockets(effect: (effect: Effect<ClientEvent>) => void) {
   };
 }
 
+// ---------------------------------------------------------------------------------------------------- people
+//
+// Whom we know from the list of users, whose key the user has seen, and whom he does not want to hear.
+
+const MAX_KNOWN_USERS = 20_000, MAX_BLOCKED = 1_000;
+
+function createPeople() {
+  const known = new Map<string, User>(), verified = new Map<string, Uint8Array>();
+  const blocked = new Map<string, Uint8Array | undefined>(); // names, and their keys if we know them
+  return {
+    known: (name: string) => known.get(name),
+    learn(user: User): void {
+      known.delete(user.name);
+      if (known.size >= MAX_KNOWN_USERS) known.delete(known.keys().next().value!);
+      known.set(user.name, user);
+    },
+    verify: (name: string, key: Uint8Array) => void verified.set(name, key),
+    /** No other key than the one that was verified counts for that name. */
+    isTrusted: (name: string, key: Uint8Array) => !verified.has(name) || sameKey(verified.get(name)!, key),
+    block(name: string, key = known.get(name)?.key): void {
+      if (blocked.size >= MAX_BLOCKED) blocked.delete(blocked.keys().next().value!);
+      blocked.set(name, key);
+    },
+    unblock: (name: string) => void blocked.delete(name),
+    /** Under his name, or under another one that his key has now. */
+    isBlocked: (name: string, key?: Uint8Array) =>
+      blocked.has(name) || (key !== undefined && [...blocked.values()].some((other) => other && sameKey(other, key))),
+    blocked: () => [...blocked.keys()],
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- faults
+//
+// Bugs of this program that show: each is told once, and the rest goes on.
+
+const MAX_FAULTS = 20;
+
+function createFaults(emit: Io["emit"]) {
+  const told = new Set<string>();
+  let count = 0;
+  function tell(error: unknown, where = ""): void {
+    count++;
+    const stack = String((error as Error | undefined)?.stack ?? error);
+    if (told.has(stack) || told.size >= MAX_FAULTS) return;
+    told.add(stack);
+    const message = `A bug of this program${where}, please report it: ${stack}`;
+    emit({ event: "error", code: "bug", message, notice: true });
+  }
+  const guard: Io["guard"] = (act) => (...args) => {
+    try {
+      return act(...args);
+    } catch (error) {
+      tell(error);
+    }
+  };
+  return { tell, guard, count: () => count };
+}
+
 // ---------------------------------------------------------------------------------------------------- commands
 
+type List = ReturnType<typeof createList>;
+type People = ReturnType<typeof createPeople>;
 type Carrier = { [C in Command["command"]]: (command: Extract<Command, { command: C }>) => void };
 
 /** What the user asks for. */
 function createCommands(
   io: Io,
   { name, keys }: ClientOptions,
-  { link, discovery, list }: { link: Link; discovery: Discovery; list: ReturnType<typeof createList> },
+  { link, discovery, list, people }: { link: Link; discovery: Discovery; list: List; people: People },
   all: Map<string, Conversation>,
   on: {
     conversationTo(typed: string): Conversation | null;
     verified(peer: string, key: Uint8Array): void;
+    block(peer: string): void;
     exit(): void;
   },
 ): Carrier {
@@ -2266,9 +2424,13 @@ function createCommands(
 
   return {
     send({ to, text }) {
-      const bytes = utf8.encode(text), c = on.conversationTo(to), isTooLong = bytes.length > MAX_MESSAGE_BYTES;
+      const bytes = utf8.encode(text),
+        isTooLong = bytes.length > MAX_MESSAGE_BYTES,
+        isBlocked = people.isBlocked(userName(to) ?? "");
+      const c = isBlocked ? null : on.conversationTo(to);
       if (c && bytes.length > 0 && !isTooLong && !c.isUntrusted()) return c.send(bytes);
-      const reason = bytes.length === 0 ? "empty" : isTooLong ? "too-long" : c ? "untrusted" : "unknown";
+      const toNobody = isBlocked ? "blocked" : c ? "untrusted" : "unknown";
+      const reason = bytes.length === 0 ? "empty" : isTooLong ? "too-long" : toNobody;
       io.emit({ event: "sent", to, id: `${hex(io.random(4))}-0`, ok: false, ms: 0, path: "relay", reason });
     },
     getu({ prefix }) {
@@ -2283,9 +2445,22 @@ function createCommands(
       if (peer && found.length === 0) error("unknown", `No conversation with "${peer}" yet: send something first`);
     },
     ping({ peer, count }) {
+      if (people.isBlocked(userName(peer) ?? "")) {
+        return error("blocked", `"${peer}" is blocked: first unblock ${peer}`);
+      }
       const c = on.conversationTo(peer);
       if (c) c.startPing(count);
       else nobody(peer);
+    },
+    block({ peer }) {
+      if (peer && (userName(peer) === null || userName(peer) === name)) return nobody(peer);
+      if (peer) on.block(userName(peer)!);
+      io.emit({ event: "blocked", peers: people.blocked() });
+    },
+    unblock({ peer }) {
+      if (!people.blocked().includes(userName(peer) ?? "")) return error("unknown", `"${peer}" is not blocked`);
+      people.unblock(userName(peer)!);
+      io.emit({ event: "blocked", peers: people.blocked() });
     },
     verify({ peer: typed }) {
       const peer = userName(typed);
@@ -2310,32 +2485,57 @@ function createCommands(
 //
 // Puts the rooms together: tells each datagram's conversation, and each room what others have found out.
 
-const MAX_CONVERSATIONS = 1_000, MAX_KNOWN_USERS = 20_000;
-/** Datagrams to where nothing has come back from yet, whoever named the place. */
-const PUNCHES: Rate = { perSecond: 300, burst: 1_500 };
-const WARNINGS: Rate = { perSecond: 0.2, burst: 10 }; // of peers who do not know what they must know
+const MAX_CONVERSATIONS = 1_000;
+/** What all conversations together may do. */
+const HOST_LIMITS = {
+  punch: { perSecond: 30, burst: 150 }, // where nothing has come back from yet: a server can name any place as a peer's
+  probe: { perSecond: 300, burst: 1_500 }, // sprays and their like, for a peer who has shown that it is in a session
+  greet: { perSecond: 50, burst: 200 }, // answers to first messages of people whom the user has never written to
+  warn: { perSecond: 0.2, burst: 10 }, // of peers who do not know what they must know
+} satisfies Record<string, Rate>;
+
+function hostLimits(): Record<keyof typeof HOST_LIMITS, Limit> {
+  const { punch, probe, greet, warn } = HOST_LIMITS;
+  return { punch: createLimit(punch), probe: createLimit(probe), greet: createLimit(greet), warn: createLimit(warn) };
+}
+const REST_MS = 100; // after a bug that showed when something was due, which would only show again
+
+/** Those that only the other side has spoken in go first; of them those without a path, and the longest silent. */
+function leastDear(all: Iterable<Conversation>): Conversation | undefined {
+  const order = (a: number[], b: number[]) => a.map((n, i) => n - b[i]!).find((difference) => difference) ?? 0;
+  const idle = [...all].flatMap((c) => c.rank() ? [{ c, rank: c.rank()! }] : []);
+  return idle.sort((a, b) => order(a.rank, b.rank))[0]?.c;
+}
 
 /** Makes a client; it logs in as soon as its socket 0 is open. */
 export function createClient(options: ClientOptions): Client {
   const { name, servers, random } = options, conversations = new Map<string, Conversation>();
-  const known = new Map<string, User>(); // from the list of users
-  const verified = new Map<string, Uint8Array>(); // keys that the user has seen: no other one counts for that name
   let addresses: string[] = [], port = 0;
   let isClosed = false; // logged out, refused, or no server found: nothing happens any more
   const close = () => void (isClosed = true);
   let effects: Effect<ClientEvent>[] = []; // what the event that is being handled has led to so far
 
   const sockets = createSockets((effect) => effects.push(effect));
+  const emit = (event: ClientEvent) => void effects.push({ kind: "event", event }), faults = createFaults(emit);
   const io = {
     now: 0,
     random,
-    emit: (event: ClientEvent) => void effects.push({ kind: "event", event }),
+    emit,
     send: (socket: number, to: Endpoint, data: Uint8Array, ttl?: number) =>
       void effects.push({ kind: "send", socket, to, data, ...ttl === undefined ? {} : { ttl } }),
     open: sockets.open,
     close: sockets.close,
+    guard: faults.guard,
   };
-  const mayPunch = createLimit(PUNCHES), mayWarn = createLimit(WARNINGS);
+  const limits = hostLimits(), people = createPeople();
+  const may: Shared["may"] = (what) => limits[what](io.now);
+
+  /** Ends a conversation, whatever state it is in. */
+  function endConversation(c: Conversation, reason: Reason): void {
+    for (const [peer, other] of conversations) if (other === c) conversations.delete(peer);
+    c.failAll(reason);
+    c.close();
+  }
 
   const warm = () => [...conversations.values()].filter((c) => c.isWarm());
   const pace = () => warm().some((c) => !c.best()) ? "relay" : warm().length > 0 ? "warm" : "idle";
@@ -2344,9 +2544,7 @@ export function createClient(options: ClientOptions): Client {
 
   function learn(users: User[]): void {
     for (const user of users) {
-      known.delete(user.name);
-      if (known.size >= MAX_KNOWN_USERS) known.delete(known.keys().next().value!);
-      known.set(user.name, user);
+      people.learn(user);
       conversations.get(user.name)?.onUser(user);
     }
   }
@@ -2361,22 +2559,31 @@ export function createClient(options: ClientOptions): Client {
       for (const c of conversations.values()) c.onLogin(isAgain);
       if (isAgain) list.askAgain();
     },
-    moved() {
-      for (const c of warm()) c.callAgain();
-    },
+    moved: () => warm().forEach((c) => c.onMoved()),
     confirmed() { // the server knows our class of NAT, and tells it to those whom it introduces us to
       if (discovery.confirm()) { for (const c of warm()) if (!c.best()) c.call(); }
     },
     refused: close,
   });
   const isOwn = (host: string) => addresses.includes(host) || scopeOf(host) === "loopback";
-  const discovery = createDiscovery(io, { isOwn, changed: link.report }, options.observer);
+  const discovery = createDiscovery(io, {
+    isOwn,
+    mayAsk: (whom) =>
+      [...servers, options.observer].includes(whom) || hostOf(whom) === hostOf(link.session()!.server) ||
+      may("punch"),
+    changed: link.report,
+  }, options.observer);
   const list = createList(io, link);
-  const commands = createCommands(io, options, { link, discovery, list }, conversations, {
+  const commands = createCommands(io, options, { link, discovery, list, people }, conversations, {
     conversationTo: (typed) => userName(typed) === null ? null : conversationWith(userName(typed)!),
     verified(peer, key) {
-      verified.set(peer, key);
+      people.verify(peer, key);
       conversations.get(peer)?.onProof();
+    },
+    block(peer) {
+      const c = conversations.get(peer);
+      people.block(peer, c?.peer()?.key);
+      if (c) endConversation(c, "blocked");
     },
     exit: close,
   });
@@ -2385,11 +2592,15 @@ export function createClient(options: ClientOptions): Client {
     link,
     discovery,
     switchboard: createSwitchboard(),
-    user: (name) => known.get(name),
-    isTrusted: (name, key) => !verified.has(name) || sameKey(verified.get(name)!, key),
-    mayWarn: () => mayWarn(io.now),
-    hostMayPunch: () => mayPunch(io.now),
+    user: people.known,
+    isTrusted: people.isTrusted,
+    may,
     hasSockets: sockets.hasFree,
+    broken(c, error) {
+      if (![...conversations.values()].includes(c)) return; // it has ended already
+      endConversation(c, "timeout");
+      faults.tell(error, ` has ended the conversation with "${c.name}"`);
+    },
     sprayTurn: { takenAt: -Infinity },
   };
   const { byIndex, byEphemeral } = shared.switchboard;
@@ -2400,20 +2611,14 @@ export function createClient(options: ClientOptions): Client {
   const nameOf = (peer: string) => peer === name ? "" : peer;
 
   function conversationWith(peer: string): Conversation | null {
-    if (!conversations.has(peer) && conversations.size >= MAX_CONVERSATIONS && !forgetOne()) return null;
+    if (!conversations.has(peer) && conversations.size >= MAX_CONVERSATIONS) {
+      const least = leastDear(conversations.values());
+      if (!least) return null;
+      endConversation(least, "offline"); // nothing of ours waits in it
+    }
     const c = conversations.get(peer) ?? createConversation(io, peer || name, shared);
     conversations.set(peer, c);
     return c;
-  }
-
-  /** Those that only the other side has spoken in go first; of them those without a path, and the longest silent. */
-  function forgetOne(): boolean {
-    const idle = [...conversations].flatMap(([peer, c]) => c.rank() ? [{ peer, c, rank: c.rank()! }] : []);
-    const order = (a: number[], b: number[]) => a.map((n, i) => n - b[i]!).find((difference) => difference) ?? 0;
-    const [least] = idle.sort((a, b) => order(a.rank, b.rank));
-    if (!least) return false;
-    least.c.close();
-    return conversations.delete(least.peer);
   }
 
   function onMessage(message: Control): void {
@@ -2422,6 +2627,7 @@ export function createClient(options: ClientOptions): Client {
       list.onUsers(message);
     } else if (message.type === "INTRODUCTION") conversations.get(message.peer.name)?.onIntroduction(message.peer);
     else if (message.type === "P2PSOMEONEWANTTOCALLYOU") {
+      if (people.isBlocked(message.peer.name, message.peer.key)) return;
       const c = conversationWith(nameOf(message.peer.name));
       c?.onCall(message.peer, message.body.length > 0 ? () => onPeerDatagram(message.body, null, c) : null);
     } else if (message.type === "RELAYED") {
@@ -2457,11 +2663,12 @@ export function createClient(options: ClientOptions): Client {
   // -- events in, effects out
 
   let dueAt: number | null = null; // computed once for each event
+  let restsUntil = 0;
   function wakeAt(): number {
     if (dueAt !== null) return dueAt;
     dueAt = Math.min(link.wakeAt(), list.wakeAt(), discovery.wakeAt());
     for (const c of conversations.values()) dueAt = Math.min(dueAt, c.wakeAt());
-    return dueAt = isClosed ? Infinity : dueAt;
+    return dueAt = isClosed ? Infinity : Math.max(dueAt, restsUntil);
   }
 
   /** Handles an event that happened `at` some time; `work` says how. */
@@ -2471,7 +2678,7 @@ export function createClient(options: ClientOptions): Client {
     if (isClosed) return effects;
     if (at - wakeAt() > JUMP_MS) { for (const c of conversations.values()) c.onJump(); }
     dueAt = null;
-    work();
+    io.guard(work)();
     return effects;
   }
 
@@ -2491,8 +2698,10 @@ export function createClient(options: ClientOptions): Client {
       }),
     wake: (at) =>
       step(at, () => {
-        for (const room of [link, list, discovery]) room.wake();
+        const before = faults.count();
+        for (const room of [link, list, discovery]) io.guard(room.wake)();
         for (const c of conversations.values()) if (at >= c.wakeAt()) c.wake();
+        if (faults.count() > before) restsUntil = at + REST_MS;
       }),
     wakeAt,
     command: (command, at) => step(at, () => commands[command.command](command as never)),
@@ -2532,6 +2741,8 @@ Commands, one a line:
   ping NAME [COUNT]   measure the round trip
   nat                 what your NAT is like, and what that means
   verify NAME         a code to compare with the other side, aloud
+  block [NAME]        hear nothing more of somebody; without NAME: who is blocked
+  unblock NAME        hear of somebody again
   sleep SECONDS       wait (in scripts)
   help, exit
 `;
@@ -2548,7 +2759,8 @@ export function parseCommand(line: string): Command | { command: "sleep"; second
   if (verb === "path") return { command: verb, peer: peer ?? null };
   if (verb === "send" && peer) return { command: verb, to: peer, text: line.replace(/^\s*\S+\s+\S+\s?/, "") };
   if (verb === "ping" && peer && isCount) return { command: verb, peer, count };
-  if (verb === "verify" && peer) return { command: verb, peer };
+  if ((verb === "verify" || verb === "unblock") && peer) return { command: verb, peer };
+  if (verb === "block") return { command: verb, peer: peer ?? null };
   if (verb === "sleep" && Number(peer) >= 0) return { command: verb, seconds: Number(peer) };
   const usage = HELP.split("\n").find((row) => row.startsWith(`  ${verb} `))?.slice(2, 22).trimEnd();
   if (usage === undefined) return new UsageError(`Unknown command "${verb}": try help`);
@@ -2577,6 +2789,7 @@ const WORDS: { [Name in ClientEvent["event"]]: (event: ClientEvent & { event: Na
     (rttMs === null ? "" : `, round trip ${rttMs} ms`),
   ping: ({ peer, path, rttMs, lost }) =>
     rttMs === null ? `No answer from ${peer} (${path}), ${lost} lost` : `${peer} answers in ${rttMs} ms (${path})`,
+  blocked: ({ peers }) => peers.length > 0 ? `Blocked: ${peers.join(", ")}` : "Nobody is blocked",
   verify: ({ peer, code }) => `Read this to ${peer}, who must see the same: ${code}`,
   nat: natInWords,
   error: ({ message }) => message,
@@ -2594,6 +2807,7 @@ const FAILURES: Record<Reason, string> = {
   timeout: "no answer in 15 s",
   empty: "an empty message",
   "too-long": `over ${MAX_MESSAGE_BYTES} bytes`,
+  blocked: "is blocked: first unblock",
   untrusted: "the key or the secret is another one; see verify and --secret-file",
 };
 

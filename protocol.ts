@@ -26,7 +26,7 @@
 import { createCipheriv, createDecipheriv, createHash, hkdfSync, randomBytes, scryptSync } from "node:crypto";
 import { createPrivateKey, createPublicKey, diffieHellman as x25519, type KeyObject } from "node:crypto";
 import { createSocket } from "node:dgram";
-import { readFileSync } from "node:fs";
+import { readFileSync, write as writeTo } from "node:fs";
 import { isIP } from "node:net";
 import process from "node:process";
 import { crc32 } from "node:zlib";
@@ -73,6 +73,11 @@ export interface Datagram {
 // to 4 and 100 to 103, and names such as P2PSOMEONEWANTTOCALLYOU, come from the C++ demo of 2004 that this descends
 // from.
 
+/**
+ * The version of this protocol. LOGIN and COOKIE keep their first fields, up to `terms`, in all versions, so that a
+ * program of another version can be told what to do. Those that said nothing of it, before there were two, have 0.
+ */
+export const VERSION = 2;
 /** Most candidates that one client may announce. */
 export const MAX_CANDIDATES = 8;
 /** Most ports that a plan names. */
@@ -82,7 +87,7 @@ const MAX_USERS_ON_PAGE = 32;
 // The kinds of fields; "codecs" below says how they are written and read. Numbers are unsigned, the most significant
 // byte first. An id is 8 bytes, and 16 hex digits in the program. Texts (in UTF-8) and lists begin with their length
 // (u8), `bytes` with theirs (u16); `rest` ends where the seal begins. An endpoint is 4 or 16 (u8), an address of so
-// many bytes, and a port (u16). A NAT class is one byte.
+// many bytes, and a port (u16). A NAT class is one byte, and so are terms: a version and a flag.
 const u8 = uint(1), u16 = uint(2), u32 = uint(4), u48 = uint(6);
 const id: Codec<string> = { put: putDigits, get: (cursor) => hex(readBytes(cursor, 8)) };
 const key: Codec<Uint8Array> = { put: writeBytes, get: (cursor) => readBytes(cursor, 32).slice() }; // receivers keep it
@@ -92,6 +97,7 @@ const text: Codec<string> = { put: putText, get: getText };
 const peerName: Codec<string> = { put: putText, get: getPeerName };
 const endpoint: Codec<Endpoint> = { put: putEndpoint, get: getEndpoint };
 const natClass: Codec<NatClass> = { put: putNatClass, get: getNatClass };
+const terms: Codec<Terms> = { put: putTerms, get: getTerms };
 const ports = list(u16, MAX_PLANNED_PORTS), candidates = list(endpoint, MAX_CANDIDATES);
 const user: Codec<User> = record({ name: peerName, nonce: id, key, public: endpoint });
 const users = list(user, MAX_USERS_ON_PAGE), bothCandidates = list(endpoint, 2 * MAX_CANDIDATES);
@@ -105,14 +111,22 @@ const introduced: Codec<Introduced> = record(
  * the server has that session and only the address is new to it.
  */
 export const CONTROL = {
-  LOGIN: row(1, "C -> S", { cookie: id, key, proof: id, keepName: u8, rttMs: u16, name: text, local: candidates }),
+  LOGIN: row(1, "C -> S", { cookie: id, key, proof: id, terms, rttMs: u16, name: text, local: candidates }),
   LOGOUT: row(2, "C <-> S", {}),
   P2PTRANS: row(3, "C -> S", { to: text, nonce: id, call: u8, body: bytes }),
   GETALLUSER: row(4, "C -> S", { prefix: text, after: text }),
-  COOKIE: row(5, "S -> C", { cookie: id, key, known: u8 }),
-  WELCOME: row(6, "S -> C", { token: id, public: endpoint, secondPort: u16, thirdPort: u16, total: u32, users }),
+  COOKIE: row(5, "S -> C", { cookie: id, key, terms }),
+  WELCOME: row(6, "S -> C", {
+    token: id,
+    cookie: id,
+    public: endpoint,
+    secondPort: u16,
+    thirdPort: u16,
+    total: u32,
+    users,
+  }),
   KEEPALIVE: row(7, "C -> S", { cookie: id, rttMs: u16, nat: natClass, local: candidates }),
-  ALIVE: row(8, "S -> C", { asked: u48, public: endpoint }),
+  ALIVE: row(8, "S -> C", { asked: u48, cookie: id, public: endpoint }),
   USERS: row(9, "S -> C", { asked: u48, page: u16, last: u8, more: u8, total: u32, users }),
   INTRODUCTION: row(10, "S -> C", { peer: introduced }),
   RELAYED: row(11, "S -> C", { from: text, nonce: id, body: bytes }),
@@ -141,27 +155,27 @@ export const HANDSHAKE = {
 
 /** What each message says, for people: the trace and the README show it. */
 const WORDS: Record<(Control | Peer | Handshake)["type"], string> = {
-  LOGIN: "I want this name; the counter is the time of this login",
+  LOGIN: "I want this name; the counter is this login's time",
   LOGOUT: "I am leaving",
-  P2PTRANS: "pass this on to that user and, with `call`, introduce us",
-  GETALLUSER: "list the users with this prefix that come after this name",
-  COOKIE: "prove that you receive here: say it again with this cookie",
-  WELCOME: "you are in, seen at this address; I have these ports as well",
-  KEEPALIVE: "I am still here; with a cookie: and this is my new address",
-  ALIVE: "I have heard you, and I see you at this address",
+  P2PTRANS: "pass this on; `call` 1: introduce us, 2: I know him",
+  GETALLUSER: "list the users with this prefix after this name",
+  COOKIE: "prove that you receive here: say it with this cookie",
+  WELCOME: "you are in, seen here; I have these ports as well",
+  KEEPALIVE: "I am still here: this is your latest cookie",
+  ALIVE: "I see you at this address; next time say this cookie",
   USERS: "one page of the list of users",
   INTRODUCTION: "the user whom you called can be reached here: punch",
   RELAYED: "that user sends you this",
-  PUNCHED: "I have punched towards that user, or that user towards you",
+  PUNCHED: "I have punched towards that user, or he towards you",
   ERROR: "I cannot do that, for this reason",
-  P2PMESSAGE: "part of a message, `left` follow; skip all before `base`",
-  P2PMESSAGEACK: "all before `next` has arrived; how those since `from` came",
+  P2PMESSAGE: "part; `left` follow; skip all before `base`",
+  P2PMESSAGEACK: "arrived: all before `next`; `from` on: how each came",
   P2PSOMEONEWANTTOCALLYOU: "that user calls you and sends you this: punch",
   P2PTRASH: "a punch, and a question: has this reached you?",
   P2PECHO: "your punch has reached me",
-  P2PFIRST: "first half of a handshake and a message; copies are punches",
-  P2PSECOND: "second half of a handshake, with a sealed message behind it",
-  P2PPLAN: "my NAT will use these ports in this order; `spray`: try many",
+  P2PFIRST: "handshake 1 of 2, with a message; copies are punches",
+  P2PSECOND: "handshake 2 of 2, with a sealed message behind it",
+  P2PPLAN: "my NAT will use these ports; `spray`: try many",
 };
 
 /** A row of the tables above. */
@@ -207,6 +221,13 @@ export interface Introduced {
   candidates: Endpoint[];
   /** The NAT that the peer has found itself behind. */ nat: NatClass;
   /** How long you who are told this are to wait with your first punch, so that both cross. */ punchAfterMs: number;
+}
+
+/** What LOGIN and COOKIE say in one byte. */
+export interface Terms {
+  /** The version of the protocol that the sender speaks. */ version: number;
+  /** LOGIN: my key is to hold the name for me. COOKIE: I know your session, but not from where you speak. */
+  flag: boolean;
 }
 
 /** How a NAT behaves towards UDP (RFC 4787, sections 4 and 5), as far as its client could find out. */
@@ -449,6 +470,14 @@ function getNatClass(cursor: Cursor): NatClass {
   const mapping = MAPPINGS[code & 3]!, filtering = FILTERINGS[code >> 2 & 3]!, allocation = ALLOCATIONS[code >> 4];
   cursor.bad ||= allocation === undefined;
   return { mapping, filtering, allocation: allocation ?? "unknown" };
+}
+
+function putTerms(cursor: Cursor, { version, flag }: Terms): void {
+  u8.put(cursor, 2 * version + Number(flag));
+}
+function getTerms(cursor: Cursor): Terms {
+  const code = u8.get(cursor);
+  return { version: code >> 1, flag: code % 2 === 1 };
 }
 
 function list<T>(item: Codec<T>, most: number): Codec<T[]> {
@@ -1158,6 +1187,18 @@ export interface ListenOptions<Event> {
 }
 
 const LONGEST_TIMER_MS = 60_000;
+/** A machine that has failed when its timer fired gets no other one sooner: it would only fail again. */
+const REST_MS = 100;
+
+const MAX_SHOWN = 32, shown = new Set<string>();
+
+/** Shows a bug of ours on stderr, unless it has been shown. */
+function showOnce(error: unknown): void {
+  const text = String((error as Error | undefined)?.stack ?? error);
+  if (shown.has(text) || shown.size >= MAX_SHOWN) return;
+  shown.add(text);
+  writeSome(2, utf8.encode(`${text}\n`));
+}
 
 /** Milliseconds since 1970 that never go back while the program runs. */
 export const clock = (): number => performance.timeOrigin + performance.now();
@@ -1170,47 +1211,73 @@ export const clock = (): number => performance.timeOrigin + performance.now();
 export async function listen<Event>(machine: Machine<Event>, options: ListenOptions<Event>): Promise<Running<Event>> {
   const sockets: (Udp | undefined)[] = [];
   const unwanted = new Set<number>(); // sockets that the machine has closed before they were open
-  let timer: ReturnType<typeof setTimeout> | undefined, dueAt = Infinity, open = true;
+  let timer: ReturnType<typeof setTimeout> | undefined, dueAt = Infinity, open = true, restsUntil = 0;
+
+  /** Whatever goes wrong in a step of ours is shown once, and stops neither the sockets nor the timer. */
+  function isDone(step: () => void): boolean {
+    try {
+      step();
+      return true;
+    } catch (error) {
+      showOnce(error);
+      return false;
+    }
+  }
+
+  /** Tells the machine what has happened, and does what it wants. False: it has failed. */
+  function tell(what: () => Effect<Event>[]): boolean {
+    const done = isDone(() => perform(what()));
+    if (!done) isDone(schedule);
+    return done;
+  }
 
   const receiver = (socket: number): OnData => (data, from) => {
-    try {
-      options.onDatagram?.("in", from, data);
-      perform(machine.receive({ socket, from, data }, clock()));
-    } catch (error) { // a bug of ours is shown, and is no reason to stop listening
-      console.error(error);
-    }
+    if (options.onDatagram) isDone(() => options.onDatagram!("in", from, data));
+    tell(() => machine.receive({ socket, from, data }, clock()));
   };
 
   function perform(effects: Effect<Event>[]): void {
-    for (const effect of effects) {
-      if (!open) return;
-      if (effect.kind === "event") options.onEvent(effect.event);
-      else if (effect.kind === "send") {
-        options.onDatagram?.("out", effect.to, effect.data);
-        const to = parseEndpoint(effect.to);
-        if (to) sockets[effect.socket]?.send(effect.data, to, effect.ttl);
-      } else if (effect.kind === "close") {
-        if (!sockets[effect.socket]) unwanted.add(effect.socket);
-        sockets[effect.socket]?.close();
-        delete sockets[effect.socket];
-      } else { // to punch through IPv4 NATs, and with a TTL
-        openWithTtl("0.0.0.0", 0, receiver(effect.socket)).then((udp) => {
-          if (!open || unwanted.delete(effect.socket)) return udp.close();
-          sockets[effect.socket] = udp;
-          perform(machine.opened(effect.socket, udp.port, clock()));
-        }, () => perform(machine.opened(effect.socket, 0, clock())));
-      }
+    for (const effect of effects) if (open) isDone(() => carryOut(effect));
+    schedule();
+  }
+
+  function carryOut(effect: Effect<Event>): void {
+    if (effect.kind === "event") options.onEvent(effect.event);
+    else if (effect.kind === "send") {
+      options.onDatagram?.("out", effect.to, effect.data);
+      const to = parseEndpoint(effect.to);
+      if (to) sockets[effect.socket]?.send(effect.data, to, effect.ttl);
+    } else if (effect.kind === "close") {
+      if (!sockets[effect.socket]) unwanted.add(effect.socket);
+      sockets[effect.socket]?.close();
+      delete sockets[effect.socket];
+    } else { // to punch through IPv4 NATs, and with a TTL
+      openWithTtl("0.0.0.0", 0, receiver(effect.socket)).then((udp) => {
+        if (!open || unwanted.delete(effect.socket)) return udp.close();
+        sockets[effect.socket] = udp;
+        opened(effect.socket, udp.port);
+      }, () => opened(effect.socket, 0));
     }
+  }
+
+  const opened = (socket: number, port: number) => tell(() => machine.opened(socket, port, clock()));
+
+  function schedule(): void {
     const at = machine.wakeAt();
     if (at === dueAt || !open) return;
     clearTimeout(timer);
     dueAt = at;
-    if (at !== Infinity) timer = setTimeout(wake, Math.min(Math.max(at - clock(), 0), LONGEST_TIMER_MS));
+    const waitMs = Math.max(at, restsUntil) - clock();
+    if (at !== Infinity) timer = setTimeout(wake, Math.min(Math.max(waitMs, 0), LONGEST_TIMER_MS));
   }
 
   function wake(): void {
     dueAt = Infinity;
-    perform(clock() >= machine.wakeAt() ? machine.wake(clock()) : []);
+    const done = tell(() => clock() >= machine.wakeAt() ? machine.wake(clock()) : []);
+    if (done) return;
+    restsUntil = clock() + REST_MS;
+    dueAt = NaN; // to be set again, for later
+    isDone(schedule);
   }
 
   function close(): void {
@@ -1226,7 +1293,7 @@ export async function listen<Event>(machine: Machine<Event>, options: ListenOpti
     });
   }
   const ports = sockets.map((udp) => udp!.port);
-  for (const [socket, port] of ports.entries()) perform(machine.opened(socket, port, clock()));
+  for (const [socket, port] of ports.entries()) opened(socket, port);
   return { ports, perform, close };
 }
 
@@ -1391,6 +1458,55 @@ async function openBun(hostname: string, port: number, onData: OnData): Promise<
 
 /** The port of the 2004 original. */
 export const DEFAULT_PORT = 2280;
+
+/** Writes what can be written at once, without waiting for a reader; what fails counts as written: nobody can read it. */
+function writeSome(fd: 1 | 2, bytes: Uint8Array): Promise<number> {
+  // Not node:fs on Deno: there it waits for the reader, and everything else waits with it.
+  if ("Deno" in globalThis) return (fd === 1 ? Deno.stdout : Deno.stderr).write(bytes).catch(() => bytes.length);
+  return new Promise((resolve) =>
+    writeTo(fd, bytes, (error, written) => {
+      if (error?.code === "EAGAIN") setTimeout(resolve, TELL_LOST_MS / 10, 0);
+      else resolve(error ? bytes.length : written);
+    })
+  );
+}
+
+const MAX_WAITING_CHARACTERS = 256 * 1024, TELL_LOST_MS = 1_000;
+
+/**
+ * A log whose reader may be slow, or gone: writing never waits and never fails. Lines beyond 256 Ki characters that wait,
+ * or beyond the rate, are left out, and a line says how many.
+ *
+ * @param fd the file descriptor: 1 or 2
+ * @param leftOut what to say of so many lines that were left out
+ */
+export function createLog(fd: 1 | 2, leftOut: (lines: number) => string, rate?: Rate): (line: string) => void {
+  const mayWrite = rate ? createLimit(rate) : () => true;
+  let waiting = "", isWriting = false, lost = 0;
+
+  async function flush(): Promise<void> {
+    if (isWriting) return;
+    isWriting = true;
+    while (waiting !== "") {
+      let bytes = utf8.encode(waiting);
+      waiting = "";
+      while (bytes.length > 0) bytes = bytes.subarray(await writeSome(fd, bytes));
+    }
+    isWriting = false;
+  }
+  function tellLost(): void {
+    if (waiting.length > MAX_WAITING_CHARACTERS / 2) return void setTimeout(tellLost, TELL_LOST_MS);
+    waiting += `${leftOut(lost)}\n`;
+    lost = 0;
+    flush();
+  }
+
+  return (line) => {
+    if (waiting.length + line.length <= MAX_WAITING_CHARACTERS && mayWrite(clock(), 1)) waiting += `${line}\n`;
+    else if (lost++ === 0) setTimeout(tellLost, TELL_LOST_MS);
+    flush();
+  };
+}
 
 /** Something that the user must type differently: exit code 2. */
 export class UsageError extends Error {}

@@ -9,6 +9,7 @@ import { assert, assertEquals, assertNotEquals, assertRejects, assertThrows } fr
 import { createCipheriv, createHash } from "node:crypto";
 import { type ClientEvent, type Command, createClient } from "./client.ts";
 import { CONTROL, type ControlBody, type Handshake, messageTable, PEER, type Peer } from "./protocol.ts";
+import { VERSION } from "./protocol.ts";
 import { decode, decodeHandshake, decodeInner, encode, encodeHandshake, encodeInner, verifies } from "./protocol.ts";
 import { MAX_CANDIDATES, MAX_DATAGRAM_BYTES, MAX_NAME_BYTES, MAX_PART_BYTES, MIN_CLIENT_BYTES } from "./protocol.ts";
 import { explain, hex, jsonLine, openPeer, peerHeader, sealPeer, userName } from "./protocol.ts";
@@ -49,14 +50,15 @@ const V6 = "[2001:db8::1]:443", V6_HEX = "10 20010db8000000000000000000000001 01
 const NAT = { mapping: "APDM", filtering: "ADF", allocation: "random" } as const, NAT_HEX = "4b"; // 3 + 4 x 2 + 16 x 4
 const ZOE = { name: "zoë", nonce: NONCE, key: KEY }, ZOE_HEX = `04 7a6fc3ab ${NONCE} ${KEY_HEX}`;
 const BODY = utf8("body"), BODY_HEX = "0004 626f6479";
-const ASKED = "000000000001", asked = (fields: string) => `${ASKED} ${fields}`;
+const ASKED = `000000000001 ${NONCE}`, asked = (fields: string) => `${ASKED} ${fields}`; // of ALIVE
 const pad = (length: number) => "00".repeat(length);
 
+const TERMS = { version: VERSION, flag: true }; // 2 * 2 + 1
 /** Every message and its datagram: header, fields, padding, and the MAC or what is encrypted. */
 const GOLDEN = ([
   [
-    { type: "LOGIN", cookie: NONCE, key: KEY, proof: NONCE, keepName: 1, rttMs: 300, name: "zoë", local: [V4, V6] },
-    `50 01 ${HEAD} ${NONCE} ${KEY_HEX} ${NONCE} 01 012c 04 7a6fc3ab 02 ${V4_HEX} ${V6_HEX} ee1b73d041ab092a`,
+    { type: "LOGIN", cookie: NONCE, key: KEY, proof: NONCE, terms: TERMS, rttMs: 300, name: "zoë", local: [V4, V6] },
+    `50 01 ${HEAD} ${NONCE} ${KEY_HEX} ${NONCE} 05 012c 04 7a6fc3ab 02 ${V4_HEX} ${V6_HEX} b0b8b1d65a7e0ef5`,
   ],
   [{ type: "LOGOUT" }, `50 02 ${HEAD} ${pad(41)} 7880bcfc69e9a71a`],
   [
@@ -64,24 +66,28 @@ const GOLDEN = ([
     `50 03 ${HEAD} 03 626f62 ${NONCE} 01 ${BODY_HEX} ${pad(22)} e4722cc32c8dc565`,
   ],
   [{ type: "GETALLUSER", prefix: "b", after: "bob" }, `50 04 ${HEAD} 01 62 03 626f62 ${pad(35)} c77382d4d633625a`],
-  [{ type: "COOKIE", cookie: NONCE, key: KEY, known: 1 }, `50 05 ${HEAD} ${NONCE} ${KEY_HEX} 01 523ca905cb5a6940`],
+  [{ type: "COOKIE", cookie: NONCE, key: KEY, terms: TERMS }, `50 05 ${HEAD} ${NONCE} ${KEY_HEX} 05 edcc16a0efef7b1a`],
   [
     {
       type: "WELCOME",
       token: NONCE,
+      cookie: NONCE,
       public: V6,
       secondPort: 2281,
       thirdPort: 0,
       total: 70_000,
       users: [{ ...ZOE, public: V4 }],
     },
-    `50 06 ${HEAD} ${NONCE} ${V6_HEX} 08e9 0000 00011170 01 ${ZOE_HEX} ${V4_HEX} 16cb86f4d1b9b12a`,
+    `50 06 ${HEAD} ${NONCE} ${NONCE} ${V6_HEX} 08e9 0000 00011170 01 ${ZOE_HEX} ${V4_HEX} 782deaab38fce2ba`,
   ],
   [
     { type: "KEEPALIVE", cookie: NONCE, rttMs: 65_535, nat: NAT, local: [V4] },
     `50 07 ${HEAD} ${NONCE} ffff ${NAT_HEX} 01 ${V4_HEX} ${pad(22)} 39e034335c2d0450`,
   ],
-  [{ type: "ALIVE", asked: 2 ** 48 - 1, public: V4 }, `50 08 ${HEAD} ffffffffffff ${V4_HEX} 22288a7a7d8218b1`],
+  [
+    { type: "ALIVE", asked: 2 ** 48 - 1, cookie: NONCE, public: V4 },
+    `50 08 ${HEAD} ffffffffffff ${NONCE} ${V4_HEX} d5480feb6f9d9b8e`,
+  ],
   [
     { type: "USERS", asked: 5, page: 258, last: 2, more: 1, total: 3, users: [{ ...ZOE, public: V6 }] },
     `50 09 ${HEAD} 000000000005 0102 02 01 00000003 01 ${ZOE_HEX} ${V6_HEX} 6c90558faa40bbed`,

@@ -21,7 +21,16 @@
  */
 import { randomBytes, timingSafeEqual } from "node:crypto";
 import process from "node:process";
-import { addressBytes, type Endpoint, formatEndpoint, hostOf, isIPv6, parseEndpoint, scopeOf } from "./protocol.ts";
+import {
+  addressBytes,
+  type Endpoint,
+  formatEndpoint,
+  hostOf,
+  isIPv6,
+  parseEndpoint,
+  scopeOf,
+  VERSION,
+} from "./protocol.ts";
 import { CONTROL, type Control, type ControlBody, controlHeader, decode, encode, isFromClient } from "./protocol.ts";
 import { hex, type Introduced, MAX_NAME_BYTES, MAX_RELAYED_BYTES, MIN_CLIENT_BYTES, userName } from "./protocol.ts";
 import { accept, isSeen, type ReplayWindow, replayWindow, sipHash, verifies } from "./protocol.ts";
@@ -29,7 +38,7 @@ import { controlKeys, diffieHellman, type KeyPair, loginKey, passwordProof, publ
 import { conform, createLimit, generateKeys, keyFromWords, type NatClass, type Rate, type User } from "./protocol.ts";
 import { decodeStun, encodeStunResponse, STUN_CHANGE_REQUEST, STUN_RESPONSE_PORT } from "./protocol.ts";
 import { type Datagram, type Effect, listen, listenOrFail, type Machine } from "./protocol.ts";
-import { clock, createTrace, DEFAULT_PORT, exitWith, jsonLine, secretWords, UsageError } from "./protocol.ts";
+import { createLog, createTrace, DEFAULT_PORT, exitWith, jsonLine, secretWords, UsageError } from "./protocol.ts";
 
 // ---------------------------------------------------------------------------------------------------- options, events
 
@@ -37,7 +46,8 @@ import { clock, createTrace, DEFAULT_PORT, exitWith, jsonLine, secretWords, Usag
 export type ServerEvent =
   | { event: "listening"; address: string; port: number; altPort: number }
   | { event: "login" | "moved"; name: string; public: Endpoint }
-  | { event: "logout"; name: string; reason: "left" | "vanished" | "replaced" };
+  | { event: "logout"; name: string; reason: "left" | "vanished" | "replaced" }
+  | { event: "refused"; name: string; public: Endpoint; reason: "bad-password" };
 
 /** What the server is made of; everything random comes in here. */
 export interface ServerOptions {
@@ -59,7 +69,7 @@ export interface Server extends Machine<ServerEvent> {
 interface Io {
   readonly now: number;
   random(length: number): Uint8Array;
-  allows(key: string, what: keyof typeof LIMITS, cost?: number): boolean; // the key: a token or a prefix
+  limits: Limits;
   emit(event: ServerEvent): void;
   send(to: Address, data: Uint8Array): void;
 }
@@ -67,11 +77,12 @@ interface Io {
 /** An endpoint, and which of our sockets reaches it. */
 type Address = { endpoint: Endpoint; socket: number };
 
+/** The first so many bytes of an address. */
+const startOf = (endpoint: Endpoint, bytes: number) => hex(addressBytes(hostOf(endpoint))!.subarray(0, bytes));
 /** The part of an address that one customer of a provider usually has to himself: IPv4 /24, IPv6 /48. */
-function prefixOf(endpoint: Endpoint): string {
-  const host = hostOf(endpoint);
-  return isIPv6(endpoint) ? hex(addressBytes(host)!.subarray(0, 6)) : host.slice(0, host.lastIndexOf("."));
-}
+const prefixOf = (endpoint: Endpoint) => startOf(endpoint, isIPv6(endpoint) ? 6 : 3);
+/** What one provider usually has: IPv4 /16, IPv6 /32. */
+const providerOf = (endpoint: Endpoint) => startOf(endpoint, isIPv6(endpoint) ? 4 : 2);
 
 const utf8 = new TextEncoder();
 
@@ -81,22 +92,28 @@ const utf8 = new TextEncoder();
 // before, so that nobody makes us work hard without working himself. The ladder does not know who is logged in.
 //
 //     rung                                         now we know that the client ...           it has cost us
-//     65 bytes; the strangers' limit lets it pass   (nothing: see "limits")                   a look at them
+//     65 bytes                                     (nothing)                                 a look at them
 //     the cookie, a MAC over its endpoint          receives where it says it is              2 SipHashes, no memory
-//     the limit of its prefix lets it pass         is not one of thousands                   a number
+//     its prefix has a share left                  is not one of thousands                   another one
 //     MAC under the key that both agree on         owns the public key in its LOGIN          an X25519
 //     proof of the password, if there is one       has been told the password                an HKDF
 //     nobody else has the name, see `claim`        may have it                               a session
+//
+// Without a cookie one draws a COOKIE, no larger than the question, out of the share that strangers of its prefix have.
 
 /** A cookie is valid in its epoch and in the next one. For so long others can repeat a LOGIN that they have seen. */
 const COOKIE_EPOCH_MS = 30_000, COOKIE_LIFE_MS = 2 * COOKIE_EPOCH_MS;
+/** What a LOGIN costs its prefix, in logins, if its MAC is wrong: an honest client's never is. */
+const FALSE_LOGIN = 20;
+const REFUSALS: Rate = { perSecond: 1, burst: 20 }; // that are told to the operator
+const COOKIE_AT = 16; // it is the first field of LOGIN, behind the header
 
 type Login = Control & { type: "LOGIN" };
 type Refusal = { reason: string; seconds: number }; // after which to ask again makes sense; 0: nobody knows
 type Admit = (login: Login, at: Address, shared: Uint8Array) => Refusal | undefined;
 
 function createLadder(io: Io, { keys, password }: ServerOptions, admit: Admit) {
-  const cookieKey = io.random(16);
+  const cookieKey = io.random(16), mayTell = createLimit(REFUSALS);
 
   function cookieOf(endpoint: Endpoint, epochsAgo: 0 | 1): string {
     const epoch = Math.floor(io.now / COOKIE_EPOCH_MS) - epochsAgo;
@@ -106,78 +123,190 @@ function createLadder(io: Io, { keys, password }: ServerOptions, admit: Admit) {
     cookie === cookieOf(endpoint, 0) || cookie === cookieOf(endpoint, 1);
 
   /** The only answer that a stranger gets; never larger than the question, which MIN_CLIENT_BYTES sees to. */
-  function challenge(at: Address, asked: Control, known: 0 | 1): void {
-    io.send(at, encode({ type: "COOKIE", cookie: cookieOf(at.endpoint, 0), key: keys.public, known }, asked));
+  function challenge(at: Address, asked: Control, isKnown = false): void {
+    const terms = { version: VERSION, flag: isKnown };
+    io.send(at, encode({ type: "COOKIE", cookie: cookieOf(at.endpoint, 0), key: keys.public, terms }, asked));
   }
 
-  function climb(login: Login, at: Address, data: Uint8Array): void {
-    const { id, counter, name } = login;
-    if (!isCookieOf(at.endpoint, login.cookie)) return challenge(at, login, 0);
-    if (!io.allows(prefixOf(at.endpoint), "logins")) return;
-    const shared = diffieHellman(keys.secret, login.key), key = shared && loginKey(shared, id);
-    if (!key || !verifies(data, key)) return;
-    const refusal = objection(login, shared) ?? admit(login, at, shared);
+  function meet(at: Address, data: Uint8Array): void { // somebody who has no session, or cannot show it
+    if (!io.limits.mayBeStranger(at.endpoint)) return;
+    const message = decode(data);
+    if (message && isFromClient(message.type)) challenge(at, message); // an answer to an answer would never end
+  }
+
+  function climb(at: Address, data: Uint8Array): void {
+    const cookie = hex(data.subarray(COOKIE_AT, COOKIE_AT + 8));
+    if (cookie === NO_COOKIE || !isCookieOf(at.endpoint, cookie)) return meet(at, data);
+    const prefix = io.limits.keyOf(prefixOf(at.endpoint));
+    if (!io.limits.mayLogIn(prefix)) return;
+    const login = decode(data);
+    if (login?.type !== "LOGIN") return;
+    const { id, counter, name } = login, shared = diffieHellman(keys.secret, login.key);
+    const key = shared && loginKey(shared, id);
+    if (!key || !verifies(data, key)) return void io.limits.mayLogIn(prefix, FALSE_LOGIN - 1);
+    const refusal = objection(login, at, shared) ?? admit(login, at, shared);
     if (refusal) io.send(at, encode({ type: "ERROR", about: name, ...refusal }, { id, counter, key }));
   }
 
   /** What is wrong with a LOGIN, whoever has the name. */
-  function objection({ id, name, proof }: Login, shared: Uint8Array): Refusal | undefined {
+  function objection({ id, name, proof, terms }: Login, at: Address, shared: Uint8Array): Refusal | undefined {
+    if (terms.version !== VERSION) return { reason: `update-to-version-${VERSION}`, seconds: 0 };
     if (userName(name) !== name) return { reason: "bad-name", seconds: 0 };
     const right = password ? passwordProof(shared, { password, id }) : proof;
-    if (!timingSafeEqual(utf8.encode(right), utf8.encode(proof))) return { reason: "bad-password", seconds: 0 };
+    if (timingSafeEqual(utf8.encode(right), utf8.encode(proof))) return;
+    if (mayTell(io.now)) io.emit({ event: "refused", name, public: at.endpoint, reason: "bad-password" });
+    return { reason: "bad-password", seconds: 0 };
   }
 
-  return { climb, challenge, isCookieOf };
+  return { climb, meet, challenge, isCookieOf };
+}
+
+// ---------------------------------------------------------------------------------------------------- places
+//
+//     a COOKIE's cookie has come back from there      --> a place: somebody receives there
+//     ALIVE, with the place's cookie ... KEEPALIVE, with the same --> he still does; the place gets a new cookie
+//     for 60 s nothing of that                        --> nothing goes there any more
+//
+// A place is an endpoint at which a client receives. A source address can be forged, and a client that has left may go
+// on speaking in the name of where it was: so what comes from a place does not show that anybody receives there, only
+// what had to be received there does (as in QUIC, RFC 9000, section 9.3, and with ICE's consent, RFC 7675). Nobody draws
+// more than 64 KiB to where he no longer is, however many sessions he has there. The room knows no messages.
+
+const CONSENT_MS = 60_000; // so long after the last proof a place is good: three keepalives
+const MAX_UNPROVED_BYTES = 64 * 1024; // most that goes there between two proofs beyond what has come from there
+/** A place that so much has gone to since the last proof is asked for one, and again after each so many more bytes. */
+const ASK_FROM_BYTES = 16 * 1024, ASK_EACH_BYTES = 8 * 1024;
+const MAX_LEFT_PLACES = 10_000; // that no session is at any more, and where what went counts on
+
+const newPlace = (endpoint: Endpoint, prefix: Key) => ({
+  endpoint,
+  socket: 0,
+  prefix,
+  parts: [prefixOf(endpoint), providerOf(endpoint)] as readonly [prefix: string, provider: string],
+  cookie: "", // that the next KEEPALIVE from there must return
+  loginCookie: "", // the last one of a COOKIE that came back: it proves nothing twice
+  provedAt: 0,
+  bytes: 0, // that went there since, beyond those that came from there
+  sessions: [] as Session[], // whose client receives there
+});
+type Place = ReturnType<typeof newPlace>;
+
+function createPlaces(io: Io, onLost: (place: Place, session: Session) => void) {
+  const places = new Map<Endpoint, Place>(); // the one first that was proved the longest time ago
+  const left = new Map<Endpoint, Place>(); // those without a session
+
+  function prove(place: Place): void {
+    place.provedAt = io.now;
+    place.bytes = 0;
+    place.cookie = hex(io.random(8));
+    places.delete(place.endpoint);
+    places.set(place.endpoint, place);
+  }
+
+  const isLive = ({ provedAt }: Place) => io.now - provedAt < CONSENT_MS;
+
+  return {
+    isLive,
+    /** Somebody has brought a COOKIE's cookie from there, and has a session. */
+    enter(session: Session, { endpoint, socket }: Address, loginCookie: string): Place {
+      const place = places.get(endpoint) ?? left.get(endpoint) ??
+        newPlace(endpoint, io.limits.keyOf(prefixOf(endpoint)));
+      place.socket = socket;
+      left.delete(endpoint);
+      places.set(endpoint, place);
+      if (place.loginCookie !== loginCookie) prove(place);
+      place.loginCookie = loginCookie;
+      place.sessions.push(session);
+      return place;
+    },
+    leave(session: Session, place: Place): void {
+      place.sessions = place.sessions.filter((other) => other !== session);
+      if (place.sessions.length > 0 || !places.delete(place.endpoint)) return;
+      if (left.size >= MAX_LEFT_PLACES) left.delete(left.keys().next().value!);
+      left.set(place.endpoint, place);
+    },
+    /** Whether that shows that somebody receives there now. */
+    isProof(place: Place, cookie: string): boolean {
+      const isRight = cookie === place.cookie;
+      if (isRight) prove(place);
+      return isRight;
+    },
+    /** Sends, unless too much has gone there, or nobody may be there any more; true: now a proof is wanted. */
+    send(place: Place, data: Uint8Array): boolean {
+      const before = place.bytes;
+      if (!isLive(place) || before + data.length > MAX_UNPROVED_BYTES) return false;
+      place.bytes += data.length;
+      io.send(place, data);
+      if (place.bytes < ASK_FROM_BYTES) return false;
+      return Math.floor(place.bytes / ASK_EACH_BYTES) > Math.floor(before / ASK_EACH_BYTES);
+    },
+    /** Gives up places where nobody has shown for long that he is there: at most so many. True: those were all. */
+    sweep(most: number): boolean {
+      for (const [endpoint, place] of left) if (!isLive(place)) left.delete(endpoint);
+      for (const place of places.values()) {
+        if (isLive(place)) return true;
+        if (most-- <= 0) return false;
+        for (const session of place.sessions) onLost(place, session);
+      }
+      return true;
+    },
+    isEmpty: () => places.size + left.size === 0,
+  };
 }
 
 // ---------------------------------------------------------------------------------------------------- sessions
 //
-// A session is a client that has a name, and an address at which it receives. The sessions do not know how a login is
-// proved, nor what the clients have to say to each other.
+// A session is a client that has a name, and a place or two at which it receives, one in each IP version. The sessions
+// do not know how a login is proved, nor what the clients have to say to each other.
 //
-//     LOGIN --claim--> session ----- LOGOUT, or silent for 60 s -----> former user ---- 1 h ----> forgotten
+//     LOGIN --claim--> session ---- LOGOUT, or no place for 60 s ----> former user ---- 1 h ----> forgotten
 //                       |   ^                                             |
 //                       +---+ KEEPALIVE with a cookie: it has moved       +--claim--> session
 
-const SILENCE_MS = 60_000; // after so long a client has vanished: three of its keepalives are lost
 const NAME_HELD_MS = 300_000; // for so much longer the key of a vanished client that asked for it holds the name
-const REMEMBERED_MS = 3_600_000; // for so long a name that was here is called "offline" rather than "unknown"
-const MAX_USERS = 100_000, MAX_PER_ADDRESS = 2_000, MAX_PREFIXES = 50_000, MAX_REMEMBERED = 10_000;
+const MAX_USERS = 100_000, MAX_PER_ADDRESS = 2_000;
+/** Most of all users that one provider's may be on a large server: nobody with an IPv6 /32 can keep all others out. */
+const PROVIDER_SHARE = 0.5;
+const MAX_FRIENDS = 64; // whom a client has called: other callers do not use up what these may do
 
 interface Session {
   token: string; // index of the session, known to its client alone
+  key: Uint8Array; // the client's X25519 public key
+  limit: Key; // of this session alone
   clock: number; // the counter of its LOGIN, which is the client's clock
   name: string;
   nonce: string; // by which other users know this login; the id in LOGIN is a secret
-  key: Uint8Array; // the client's X25519 public key
   keys: { toServer: Uint8Array; toClient: Uint8Array }; // of the MACs
   window: ReplayWindow; // which counters the client has used
   sent: number; // the last counter that we have used
-  home: Address; // where the client has returned a cookie from: with LOGIN, or later with KEEPALIVE
-  other: Address | null; // the same in the other IP version
+  home: Place; // where the client has returned a cookie from: with LOGIN, or later with KEEPALIVE
+  other: Place | null; // the same in the other IP version
   local: Endpoint[]; // what the client takes its own addresses to be
   keepName: boolean; // whether its key holds the name when it has vanished
   nat: NatClass; // what the client takes its NAT to be
   rttMs: number; // its round trip to us, as it has measured it
-  heardAt: number;
+  friends: Set<string>; // names of those whom the client knows, the one first whom it has called the longest time ago
 }
-type FormerUser = Pick<Session, "key" | "clock"> & { leftAt: number; heldMs: number }; // so long the key holds the name
 type Claim = "new" | "again" | "replaces" | { refusedFor: number }; // seconds
 
 const UNKNOWN_NAT: NatClass = { mapping: "unknown", filtering: "unknown", allocation: "unknown" };
-
-/** Whether the client has shown that it receives there. */
-const isAt = ({ home, other }: Session, endpoint: Endpoint) =>
-  endpoint === home.endpoint || endpoint === other?.endpoint;
+const NO_COOKIE = "0".repeat(16);
+const NOWHERE = newPlace("0.0.0.0:1", [0, 0]); // of a session that is being made
 const sameKey = (one: Uint8Array, other: Uint8Array) => one.every((byte, i) => byte === other[i]);
 
 type Sessions = ReturnType<typeof createSessions>;
-type Greet = (session: Session, login: Login, at: Address, isNew: boolean) => void;
-function createSessions(io: Io, options: ServerOptions, directory: Directory, greet: Greet) {
+type Greet = (session: Session, login: Login, isNew: boolean) => void;
+function createSessions(
+  io: Io,
+  options: ServerOptions,
+  directory: Directory,
+  on: { greet: Greet; ask(session: Session, place: Place): void }, // ask: the place wants a proof
+) {
   const { maxUsers = MAX_USERS, maxPerAddress = MAX_PER_ADDRESS } = options;
-  const byToken = new Map<string, Session>(), formerUsers = new Map<string, FormerUser>(); // these by name
+  const byToken = new Map<string, Session>(), former = createFormerUsers(io);
   const usedLoginIds = new Map<string, number>(); // until when the cookie of that login is valid
-  const usersAt = new Map<string, number>(); // how many a prefix has
+  const usersAt = new Map<string, number>(); // how many a prefix, or a provider, has
+  const places = createPlaces(io, losePlace);
 
   // Who may have a name: the first row that is true. An observer may repeat a LOGIN that he has seen: the key in it is
   // the right one, but its clock is no later than the last one that we know.
@@ -190,14 +319,16 @@ function createSessions(io: Io, options: ServerOptions, directory: Directory, gr
   //     anything else     a login that was here already              refused: repeated; others had the name since
   //     anything else     anybody                                    new, or replaces the session
   function claim(login: Login, nonce: string): Claim {
-    const holder = directory.find(login.name), former = formerUsers.get(login.name); // never both
-    const last = holder ?? former, isSameKey = last !== undefined && sameKey(last.key, login.key);
+    const holder = directory.find(login.name), gone = former.find(login.name); // never both
+    const last = holder ?? gone, isSameKey = last !== undefined && sameKey(last.key, login.key);
     const isLater = isSameKey && login.counter > last.clock;
     const refusedUntil = (at: number) => ({ refusedFor: Math.max(0, Math.ceil((at - io.now) / 1000)) });
 
     if (holder && isSameKey && holder.nonce === nonce) return "again";
-    if (holder && !isLater) return refusedUntil(holder.heardAt + SILENCE_MS);
-    const freeAt = former && !isLater ? former.leftAt + (isSameKey ? COOKIE_LIFE_MS : former.heldMs) : 0;
+    if (holder && !isLater) {
+      return refusedUntil(Math.max(...placesOf(holder).map(({ provedAt }) => provedAt)) + CONSENT_MS);
+    }
+    const freeAt = gone && !isLater ? gone.leftAt + (isSameKey ? COOKIE_LIFE_MS : gone.heldMs) : 0;
     if (freeAt > io.now) return refusedUntil(freeAt);
     if (usedLoginIds.has(login.id)) return { refusedFor: 0 }; // a repetition; others have had the name since
     return holder ? "replaces" : "new";
@@ -209,98 +340,200 @@ function createSessions(io: Io, options: ServerOptions, directory: Directory, gr
     if (typeof claimed === "object") return { reason: "name-taken", seconds: claimed.refusedFor };
     if (holder && claimed === "again") {
       const hadNoWelcome = holder.window.highest < 0; // a client that has had it does not ask from elsewhere
-      if (at.endpoint !== holder.home.endpoint && hadNoWelcome) move(holder, at);
-      return void greet(holder, login, at, false);
+      if (at.endpoint !== holder.home.endpoint && hadNoWelcome) move(holder, at, login.cookie);
+      return void on.greet(holder, login, false);
     }
     const stays = holder && prefixOf(holder.home.endpoint) === prefixOf(at.endpoint);
     if ((!holder && directory.size() >= maxUsers) || (!stays && !hasPlace(at))) return { reason: "full", seconds: 0 };
     if (holder) remove(holder, "replaced");
 
-    const { id, counter: clock, name, local, rttMs } = login, token = hex(io.random(8));
-    const theirs = { clock, name, nonce, key: login.key.slice(), local, keepName: login.keepName === 1, rttMs };
-    const ours = { token, keys: controlKeys(shared, token), window: replayWindow(), sent: clock, heardAt: io.now };
-    const session: Session = { ...theirs, ...ours, home: at, other: null, nat: UNKNOWN_NAT };
+    const { id, counter: clock, name, local, rttMs, terms } = login, token = hex(io.random(8));
+    const theirs = { clock, name, nonce, key: login.key.slice(), local, keepName: terms.flag, rttMs };
+    const ours = { token, keys: controlKeys(shared, token), window: replayWindow(), sent: clock };
+    const known = { nat: UNKNOWN_NAT, limit: io.limits.keyOf(token), friends: new Set<string>() };
+    const session: Session = { ...theirs, ...ours, ...known, home: NOWHERE, other: null };
+    session.home = places.enter(session, at, login.cookie);
     byToken.set(token, session);
     directory.put(session);
-    countUser(at, 1);
-    formerUsers.delete(name);
+    countUser(session.home, 1);
+    former.forget(name);
     if (usedLoginIds.size >= MAX_USERS) usedLoginIds.delete(usedLoginIds.keys().next().value!);
     usedLoginIds.set(id, io.now + COOKIE_LIFE_MS);
     io.emit({ event: "login", name, public: at.endpoint });
-    greet(session, login, at, true);
+    on.greet(session, login, true);
   }
 
   function remove(session: Session, reason: "left" | "vanished" | "replaced"): void {
-    const { token, name, key, clock } = session;
-    byToken.delete(token);
-    directory.remove(name);
+    byToken.delete(session.token);
+    directory.remove(session.name);
     countUser(session.home, -1);
-    io.emit({ event: "logout", name, reason });
-    if (reason === "replaced") return;
-    if (formerUsers.size >= MAX_REMEMBERED) { // the oldest one goes; one whose name is held only if all are
-      const unheld = formerUsers.entries().find(([, { leftAt, heldMs }]) => leftAt + heldMs <= io.now);
-      formerUsers.delete(unheld ? unheld[0] : formerUsers.keys().next().value!);
-    }
-    const heldMs = reason === "vanished" && session.keepName ? NAME_HELD_MS : 0;
-    formerUsers.set(name, { key, clock, leftAt: io.now, heldMs });
+    for (const place of placesOf(session)) places.leave(session, place);
+    io.emit({ event: "logout", name: session.name, reason });
+    if (reason !== "replaced") former.remember(session, reason === "vanished" && session.keepName ? NAME_HELD_MS : 0);
   }
 
-  /** The client receives there now. Nothing happens if the prefix is full, or if the client moves all the time. */
-  function move(session: Session, to: Address): void {
-    if (isIPv6(to.endpoint) !== isIPv6(session.home.endpoint)) return void (session.other = to);
-    const stays = prefixOf(to.endpoint) === prefixOf(session.home.endpoint);
-    if (!stays && !(hasPlace(to) && io.allows(session.token, "moves"))) return;
+  // -- where they are
+
+  const placesOf = ({ home, other }: Session) => other ? [home, other] : [home];
+  /** Where the client can be reached now. */
+  const livePlaces = (session: Session) => placesOf(session).filter(places.isLive);
+  const placeAt = ({ home, other }: Session, endpoint: Endpoint) => {
+    const place = home.endpoint === endpoint ? home : other?.endpoint === endpoint ? other : undefined;
+    return place && places.isLive(place) ? place : undefined;
+  };
+
+  /** The client receives there now. Nothing happens if the prefix has no room, or if the client moves all the time. */
+  function move(session: Session, to: Address, cookie: string): Place | undefined {
+    const { home, other } = session, isOther = isIPv6(to.endpoint) !== isIPv6(home.endpoint);
+    const old = isOther ? other : home, stays = !isOther && prefixOf(to.endpoint) === prefixOf(home.endpoint);
+    if (!isOther && !stays && !hasPlace(to)) return;
+    if (old?.endpoint !== to.endpoint && !stays && !io.limits.allows(session, "moves")) return;
+    const place = places.enter(session, to, cookie);
+    if (old) places.leave(session, old);
+    if (isOther) session.other = place;
+    else goHome(session, place);
+    return place;
+  }
+
+  function goHome(session: Session, place: Place): void {
     countUser(session.home, -1);
-    session.home = to;
-    countUser(to, 1);
-    io.emit({ event: "moved", name: session.name, public: to.endpoint });
+    countUser(place, 1);
+    const isNew = place.endpoint !== session.home.endpoint;
+    session.home = place;
+    if (isNew) io.emit({ event: "moved", name: session.name, public: place.endpoint });
+  }
+
+  /** Nobody has shown for long that he is there. */
+  function losePlace(place: Place, session: Session): void {
+    const { home, other } = session;
+    if (place !== other && !(other && places.isLive(other))) return remove(session, "vanished");
+    session.other = null;
+    if (place === home) goHome(session, other!);
+    places.leave(session, place);
   }
 
   function hasPlace({ endpoint }: Address): boolean {
-    const users = usersAt.get(prefixOf(endpoint)) ?? 0;
-    return users < maxPerAddress && (users > 0 || usersAt.size < MAX_PREFIXES);
+    const users = (part: string) => usersAt.get(part) ?? 0,
+      [prefix, provider] = [prefixOf(endpoint), providerOf(endpoint)];
+    const most = Math.max(10 * maxPerAddress, PROVIDER_SHARE * maxUsers);
+    return users(prefix) < maxPerAddress && users(provider) < most;
   }
 
-  function countUser({ endpoint }: Address, change: 1 | -1): void {
-    const prefix = prefixOf(endpoint), users = (usersAt.get(prefix) ?? 0) + change;
-    if (users > 0) usersAt.set(prefix, users);
-    else usersAt.delete(prefix);
+  function countUser({ parts }: Place, change: 1 | -1): void {
+    for (const part of parts) {
+      const users = (usersAt.get(part) ?? 0) + change;
+      if (users > 0) usersAt.set(part, users);
+      else usersAt.delete(part);
+    }
   }
 
-  /** Whether the client itself has said this, and for the first time: then it is alive. */
-  function hear(session: Session, data: Uint8Array, counter: number): boolean {
-    if (!verifies(data, session.keys.toServer) || !accept(session.window, counter)) return false;
-    session.heardAt = io.now;
-    return true;
+  // -- what is said to them and by them
+
+  /** Whether the client itself has said this, and for the first time. */
+  const isGenuine = ({ keys, window }: Session, data: Uint8Array, counter: number) =>
+    verifies(data, keys.toServer) && accept(window, counter);
+
+  /** Whatever else it says, only what a client has had to receive shows that it is there. */
+  function keepAlive(session: Session, message: Control & { type: "KEEPALIVE" }, place: Place): void {
+    const { rttMs, nat, local, cookie, counter: asked } = message;
+    Object.assign(session, { rttMs, nat, local });
+    places.isProof(place, cookie);
+    toClient(session, { type: "ALIVE", asked, cookie: place.cookie, public: place.endpoint }, place);
   }
 
-  function keepAlive(session: Session, message: Control & { type: "KEEPALIVE" }, at: Address, hasMoved: boolean): void {
-    session.rttMs = message.rttMs;
-    session.nat = message.nat;
-    session.local = message.local;
-    if (hasMoved) move(session, at);
-    if (!isAt(session, at.endpoint)) return;
-    toClient(session, { type: "ALIVE", asked: message.counter, public: at.endpoint }, at);
-  }
-
-  function toClient(session: Session, message: ControlBody, to = session.home): void {
-    io.send(to, encode(message, { id: session.token, counter: ++session.sent, key: session.keys.toClient }));
+  function toClient(
+    session: Session,
+    message: ControlBody,
+    to = places.isLive(session.home) ? session.home : session.other,
+  ): void {
+    if (!to) return;
+    const data = encode(message, { id: session.token, counter: ++session.sent, key: session.keys.toClient });
+    if (places.send(to, data)) on.ask(session, to);
   }
 
   function refuse(session: Session, reason: string, about = ""): void {
-    if (io.allows(session.token, "errors")) toClient(session, { type: "ERROR", reason, about, seconds: 0 });
+    if (io.limits.allows(session, "errors")) toClient(session, { type: "ERROR", reason, about, seconds: 0 });
   }
 
-  function sweep(): void {
-    for (const [name, { leftAt }] of formerUsers) if (leftAt + REMEMBERED_MS <= io.now) formerUsers.delete(name);
-    for (const [id, staleAt] of usedLoginIds) if (staleAt <= io.now) usedLoginIds.delete(id);
-    for (const session of byToken.values()) if (io.now - session.heardAt >= SILENCE_MS) remove(session, "vanished");
+  function befriend(session: Session, name: string): void { // its client knows that user
+    session.friends.delete(name);
+    if (session.friends.size >= MAX_FRIENDS) session.friends.delete(session.friends.keys().next().value!);
+    session.friends.add(name);
   }
 
-  const find = (token: string) => byToken.get(token), all = () => byToken.values();
-  const wasHere = (name: string) => formerUsers.has(name);
-  const isEmpty = () => byToken.size + formerUsers.size + usedLoginIds.size === 0;
-  return { find, all, wasHere, admit, hear, keepAlive, remove, toClient, refuse, sweep, isEmpty };
+  /** Forgets what is over, at most so much of it. True: that was all. */
+  function sweep(most: number): boolean {
+    const isDone = former.sweep(most);
+    let left = most;
+    for (const [id, staleAt] of usedLoginIds) { // the oldest first
+      if (staleAt > io.now || left-- <= 0) break;
+      usedLoginIds.delete(id);
+    }
+    return places.sweep(most) && isDone && left > 0;
+  }
+
+  return {
+    ...{ admit, remove, move, livePlaces, placeAt, isGenuine, keepAlive, toClient, refuse, befriend, sweep },
+    toPlace: places.send,
+    find: (token: string) => byToken.get(token),
+    all: () => byToken.values(),
+    wasHere: (name: string) => former.find(name) !== undefined,
+    isUsersPrefix: (endpoint: Endpoint) => usersAt.has(prefixOf(endpoint)),
+    isEmpty: () => byToken.size + usedLoginIds.size === 0 && former.isEmpty() && places.isEmpty(),
+  };
+}
+
+// -- former users: who was here is called "offline" rather than "unknown", and may have his name held for him
+
+const REMEMBERED_MS = 3_600_000, MAX_REMEMBERED = 10_000;
+/** Most names held for vanished clients of one prefix, and of one provider: the others are not to lose theirs. */
+const HELD_PER_PREFIX = 500, HELD_PER_PROVIDER = 2_500;
+
+type FormerUser = Pick<Session, "key" | "clock"> & { leftAt: number; heldMs: number; holders: readonly string[] };
+
+function createFormerUsers(io: Io) {
+  // By name, the one first that left first. A name goes from the first map to the second when it is not held any more.
+  const held = new Map<string, FormerUser>(), free = new Map<string, FormerUser>();
+  const heldBy = new Map<string, number>(); // by prefix, and by provider
+
+  function forget(name: string): void {
+    for (const holder of held.get(name)?.holders ?? []) count(holder, -1);
+    if (!held.delete(name)) free.delete(name);
+  }
+  function count(holder: string, change: 1 | -1): void {
+    heldBy.set(holder, (heldBy.get(holder) ?? 0) + change);
+    if (heldBy.get(holder) === 0) heldBy.delete(holder);
+  }
+  const hasShare = ([prefix, provider]: readonly string[]) =>
+    (heldBy.get(prefix!) ?? 0) < HELD_PER_PREFIX && (heldBy.get(provider!) ?? 0) < HELD_PER_PROVIDER;
+
+  return {
+    forget,
+    find: (name: string) => held.get(name) ?? free.get(name),
+    remember({ name, key, clock, home }: Session, wantedMs: number): void {
+      const heldMs = hasShare(home.parts) ? wantedMs : 0, isHeld = heldMs > 0, holders = home.parts;
+      // The oldest one goes; one whose name is held only if all are.
+      if (held.size + free.size >= MAX_REMEMBERED) forget([...free.keys().take(1), ...held.keys().take(1)][0]!);
+      (isHeld ? held : free).set(name, { key, clock, leftAt: io.now, heldMs, holders });
+      if (isHeld) { for (const holder of holders) count(holder, 1); }
+    },
+    /** At most so many; true: those were all. */
+    sweep(most: number): boolean {
+      for (const [name, user] of held) {
+        if (user.leftAt + user.heldMs > io.now) break;
+        if (most-- <= 0) return false;
+        forget(name);
+        free.set(name, user);
+      }
+      for (const [name, { leftAt }] of free) {
+        if (leftAt + REMEMBERED_MS > io.now) break;
+        if (most-- <= 0) return false;
+        free.delete(name);
+      }
+      return true;
+    },
+    isEmpty: () => held.size + free.size === 0,
+  };
 }
 
 // ---------------------------------------------------------------------------------------------------- introductions
@@ -311,46 +544,49 @@ function createSessions(io: Io, options: ServerOptions, directory: Directory, gr
 
 const MAX_PUNCH_DELAY_MS = 150; // most that the nearer of two peers waits, since each round trip is a client's word
 
-/** Where a session's client has shown that it receives: IPv4, IPv6 or both. */
-const endpointsOf = ({ home, other }: Session) => other ? [home.endpoint, other.endpoint] : [home.endpoint];
+/** What one IPv4 address, or an IPv6 /64, is taken for. */
+const siteOf = ({ endpoint }: Place) => startOf(endpoint, 8);
+const isPrivate = (endpoint: Endpoint) => scopeOf(hostOf(endpoint)) === "private";
 
-/** Where `viewer` may try to reach `subject`: where we see it and, behind the same NAT, its private addresses. */
-function candidatesFor(subject: Session, viewer: Session): Endpoint[] {
-  const siteOf = (endpoint: Endpoint) => hex(addressBytes(hostOf(endpoint))!.subarray(0, 8)); // IPv4 address, IPv6 /64
-  const sites = endpointsOf(viewer).map(siteOf);
-  const isSameSite = endpointsOf(subject).some((endpoint) => sites.includes(siteOf(endpoint)));
-  const isThisHost = scopeOf(hostOf(subject.home.endpoint)) === "loopback"; // then nothing is nearer than that
-  const isPrivate = (endpoint: Endpoint) => scopeOf(hostOf(endpoint)) === "private";
-  return [...new Set([...isSameSite && !isThisHost ? subject.local.filter(isPrivate) : [], ...endpointsOf(subject)])];
-}
+function createRelay(io: Io, { find }: Directory, { toClient, refuse, wasHere, livePlaces, befriend }: Sessions) {
+  /** Where `viewer` may try to reach `subject`: where we see it and, behind the same NAT, its private addresses. */
+  function candidatesFor(subject: Session, viewer: Session): Endpoint[] {
+    const places = livePlaces(subject), sites = livePlaces(viewer).map(siteOf);
+    const isSameSite = places.some((place) => sites.includes(siteOf(place)));
+    const isThisHost = places.some(({ endpoint }) => scopeOf(hostOf(endpoint)) === "loopback"); // nothing is nearer
+    const nearer = isSameSite && !isThisHost ? subject.local.filter(isPrivate) : [];
+    return [...new Set([...nearer, ...places.map(({ endpoint }) => endpoint)])];
+  }
 
-// Both introductions leave in the same tick. The nearer peer has its own earlier, by half the difference of the round
-// trips, and waits for so long, so that the first punches cross on the way: why, says "paths" in client.ts.
-function introduction(subject: Session, viewer: Session): Introduced {
-  const punchAfterMs = Math.min(MAX_PUNCH_DELAY_MS, Math.max(0, (subject.rttMs - viewer.rttMs) >> 1));
-  const { name, nonce, key, nat } = subject;
-  return { name, nonce, key, candidates: candidatesFor(subject, viewer), nat, punchAfterMs };
-}
+  // Both introductions leave in the same tick. The nearer peer has its own earlier, by half the difference of the round
+  // trips, and waits for so long, so that the first punches cross on the way: why, says "paths" in client.ts.
+  function introduction(subject: Session, viewer: Session): Introduced {
+    const punchAfterMs = Math.min(MAX_PUNCH_DELAY_MS, Math.max(0, (subject.rttMs - viewer.rttMs) >> 1));
+    const { name, nonce, key, nat } = subject;
+    return { name, nonce, key, candidates: candidatesFor(subject, viewer), nat, punchAfterMs };
+  }
 
-function createRelay(io: Io, { find }: Directory, { toClient, refuse, wasHere }: Sessions) {
   return {
     pass(session: Session, { to, nonce, call, body }: Control & { type: "P2PTRANS" }): void {
-      const target = find(to);
+      const target = find(to), isCall = call % 2 === 1;
       if (!target) return refuse(session, wasHere(to) ? "offline" : "unknown", to);
+      if (call > 1) befriend(session, to);
       if (body.length > MAX_RELAYED_BYTES) return refuse(session, "too-long", to);
-      if (!io.allows(session.token, "relayedBytes", body.length)) return refuse(session, "busy", to);
+      if (!io.limits.allows(session, "relayedBytes", body.length)) return refuse(session, "busy", to);
       const isCurrent = nonce === target.nonce; // else it is sealed for an earlier login: nobody could open it
-      if (isCurrent && !call) {
-        return toClient(target, { type: "RELAYED", from: session.name, nonce: session.nonce, body });
+      const passes = isCurrent && !isCall;
+      if (!passes && !io.limits.allows(session, "calls")) return refuse(session, "busy", to);
+      if (!target.friends.has(session.name) && !io.limits.mayReach(target, session, passes ? body.length : null)) {
+        return refuse(session, "busy", to);
       }
-      if (!io.allows(session.token, "calls")) return refuse(session, "busy", to);
+      if (passes) return toClient(target, { type: "RELAYED", from: session.name, nonce: session.nonce, body });
       const readable = body.subarray(0, isCurrent ? body.length : 0);
       toClient(target, { type: "P2PSOMEONEWANTTOCALLYOU", peer: introduction(session, target), body: readable });
       toClient(session, { type: "INTRODUCTION", peer: introduction(target, session) });
     },
     punched(session: Session, { peer }: Control & { type: "PUNCHED" }): void {
       const target = find(peer);
-      if (target && io.allows(session.token, "punches")) toClient(target, { type: "PUNCHED", peer: session.name });
+      if (target && io.limits.allows(session, "punches")) toClient(target, { type: "PUNCHED", peer: session.name });
     },
   };
 }
@@ -358,10 +594,13 @@ function createRelay(io: Io, { find }: Directory, { toClient, refuse, wasHere }:
 // ---------------------------------------------------------------------------------------------------- list of users
 //
 // In order of name, in pages of one datagram each. Whoever wants more asks for what comes after the last name he has.
+// Pages leave in turns, one of each who has asked: many who ask at once wait for each other, and nobody else does.
 
-const PAGE_BYTES = 1_040; // the last user begins at 1,039 at most: 1,039 + 92 for the longest + 60 around them = 1,191
+const PAGE_BYTES = 1_032; // the last user begins at 1,031 at most: 1,031 + 92 for the longest + 68 around them = 1,191
 const PAGES_PER_ANSWER = 16; // more would overflow the asker's socket buffer (92 full datagrams on Linux)
 const ANNOUNCE_UP_TO = 16; // while so few are logged in, all hear of a newcomer: nobody has to ask before he writes
+/** So many pages leave at once, and after so long the next ones: 4,000 a second, twice what one prefix may have. */
+const PAGES_PER_TURN = 8, TURN_MS = 2;
 
 const scratch = new Uint8Array(MAX_NAME_BYTES);
 const asUser = ({ name, nonce, key, home }: Session): User => ({ name, nonce, key, public: home.endpoint });
@@ -369,28 +608,43 @@ const asUser = ({ name, nonce, key, home }: Session): User => ({ name, nonce, ke
 const userBytes = ({ name, home }: Session) =>
   1 + utf8.encodeInto(name, scratch).written + 8 + 32 + 1 + (isIPv6(home.endpoint) ? 16 : 4) + 2;
 
-function createList(io: Io, directory: Directory, { toClient, refuse }: Sessions) {
-  function nextPage(entries: Iterator<Session>): User[] {
+/** A question for users, and how far it has been answered. */
+type Question = { asked: number; prefix: string; after: string; page: number };
+
+function createList(io: Io, directory: Directory, { find, toClient, refuse }: Sessions) {
+  const questions = new Map<string, Question>(); // by token; the session whose turn it is comes first
+  let turnAt = 0; // not before that
+
+  function pageAfter(prefix: string, after: string): { users: User[]; more: boolean } {
     const users: User[] = [];
-    for (let left = PAGE_BYTES; left > 0;) {
-      const { value: session, done } = entries.next();
-      if (done) break;
+    let left = PAGE_BYTES;
+    for (const session of directory.after(prefix, after)) {
+      if (left <= 0) return { users, more: true };
       left -= userBytes(session);
       users.push(asUser(session));
     }
-    return users;
+    return { users, more: false };
+  }
+
+  /** Sends the next page. False: the question has been answered. */
+  function answer(session: Session, question: Question): boolean {
+    const { asked, prefix, after, page } = question, total = directory.size();
+    if (!io.limits.allows(session, "pages")) { // before the work is done
+      refuse(session, "busy");
+      return false;
+    }
+    const { users, more } = pageAfter(prefix, after), isLast = !more || page === PAGES_PER_ANSWER - 1;
+    const last = isLast ? page : PAGES_PER_ANSWER - 1; // as far as we know
+    toClient(session, { type: "USERS", asked, page, last, more: Number(more), total, users });
+    question.page++;
+    question.after = users.at(-1)?.name ?? after;
+    return !isLast;
   }
 
   return {
-    firstPage: () => nextPage(directory.after("", "")),
-    answer(session: Session, { counter: asked, prefix, after }: Control & { type: "GETALLUSER" }): void {
-      const entries = directory.after(prefix, after), pages = [nextPage(entries)];
-      while (pages.at(-1)!.length > 0 && pages.length < PAGES_PER_ANSWER) pages.push(nextPage(entries));
-      const more = Number(pages.at(-1)!.length > 0);
-      if (!more && pages.length > 1) pages.pop();
-      if (!io.allows(session.token, "pages", pages.length)) return refuse(session, "busy");
-      const total = directory.size(), last = pages.length - 1;
-      pages.forEach((users, page) => toClient(session, { type: "USERS", asked, page, last, more, total, users }));
+    firstPage: () => pageAfter("", "").users,
+    ask(session: Session, { counter: asked, prefix, after }: Control & { type: "GETALLUSER" }): void {
+      questions.set(session.token, { asked, prefix, after, page: 0 }); // it replaces an older one, and keeps its turn
     },
     announce(newcomer: Session, all: Iterable<Session>): void {
       const total = directory.size(), users = [asUser(newcomer)];
@@ -398,6 +652,16 @@ function createList(io: Io, directory: Directory, { toClient, refuse }: Sessions
       const message = { type: "USERS", asked: 0, page: 0, last: 0, more: 0, total, users } as const;
       for (const session of all) if (session !== newcomer) toClient(session, message);
     },
+    wake(): void {
+      if (questions.size === 0 || io.now < turnAt) return;
+      for (let left = PAGES_PER_TURN; left > 0 && questions.size > 0; left--) {
+        const [token, question] = questions.entries().next().value!, session = find(token);
+        questions.delete(token);
+        if (session && answer(session, question)) questions.set(token, question);
+      }
+      turnAt = io.now + TURN_MS;
+    },
+    wakeAt: () => questions.size > 0 ? turnAt : Infinity,
   };
 }
 
@@ -407,15 +671,11 @@ function createList(io: Io, directory: Directory, { toClient, refuse }: Sessions
 
 // ---------------------------------------------------------------------------------------------------- limits
 //
-// What others can have us do, and how often. A limit is one number (see `conform`): one for all strangers together, or
-// one for each session or prefix. This room does not know what it limits.
+// What others can have us do, and how often. A limit is one number (see `conform`) for each session, prefix or callee, or
+// one for all together. This room does not know what it limits. Everything is charged before the work is done.
 
-interface Rule extends Rate {
-  maxKeys?: number; // most keys at a time
-  whenFull?: Rate; // what all other keys together may do then; without it they are refused
-}
-const LIMITS = {
-  // Of a session
+/** What one session may do; all sessions of one prefix together may do ten times as much: a carrier's NAT has many. */
+const OF_SESSION = {
   datagrams: { perSecond: 2_000, burst: 5_000 }, // of all kinds; 2,000 of 131 bytes are the 256 KiB below
   calls: { perSecond: 20, burst: 100 },
   punches: { perSecond: 100, burst: 200 }, // of reports that one has punched: others' calls must not use up one's own
@@ -423,58 +683,88 @@ const LIMITS = {
   pages: { perSecond: 200, burst: 2_000 },
   relayedBytes: { perSecond: 256 * 1024, burst: 512 * 1024 },
   errors: { perSecond: 10, burst: 20 },
-  // Of a prefix. STUN cannot ask for a cookie, and only its answers are larger than the questions: 1.6 times, 2.2 with
-  // IPv6, 2.8 and 4.6 with a second address. Whoever forges a victim's address has no more than this sent to it.
-  logins: { perSecond: 50, burst: 2_000, maxKeys: MAX_PREFIXES },
-  stun: { perSecond: 50, burst: 400, maxKeys: 10_000, whenFull: { perSecond: 200, burst: 200 } },
-} satisfies Record<string, Rule>;
-// Of all together. Those who seem to have a cookie and the other strangers each have their own limit.
-const STUN_ALTOGETHER: Rate = { perSecond: 2_000, burst: 2_000 }, STRANGERS: Rate = { perSecond: 5_000, burst: 5_000 };
+} satisfies Record<string, Rate>;
+const PREFIX_FACTOR = 10;
+/**
+ * Of a prefix. STUN cannot ask for a cookie, and only its answers are larger than the questions: 1.6 times, 2.2 with
+ * IPv6, 2.8 and 4.6 with a second address. Whoever forges a victim's address has no more than this sent to it.
+ */
+const STRANGERS: Rate = { perSecond: 500, burst: 1_000 }, LOGINS: Rate = { perSecond: 200, burst: 2_000 };
+const STUN: Rate = { perSecond: 50, burst: 400 };
+/** Of all together; those who are logged in have STUN answers of their own. */
+const ALL_STRANGERS: Rate = { perSecond: 20_000, burst: 5_000 }, ALL_LOGINS: Rate = { perSecond: 5_000, burst: 5_000 };
+const ALL_STUN: Rate = { perSecond: 2_000, burst: 2_000 };
+/** What one callee hears from all whom he does not know, and of that, from those of one prefix. */
+const CALLS_TO: Rate = { perSecond: 50, burst: 200 }, CALLS_TO_FROM: Rate = { perSecond: 5, burst: 50 };
+const BYTES_TO: Rate = { perSecond: 1024 * 1024, burst: 2048 * 1024 };
+const BYTES_TO_FROM: Rate = { perSecond: 256 * 1024, burst: 512 * 1024 };
+const SMALL_BYTES = 100; // what a datagram costs its receiver besides its bytes
 
-/** A limit for each key, by the same rule. What a key has used is forgotten when its limit is whole again. */
-function createLimiter(rule: Rule) {
-  const { maxKeys = Infinity, whenFull } = rule;
-  const arrivals = new Map<string, number>(); // by key: the theoretical arrival time
-  const newcomers = whenFull ? createLimit(whenFull) : () => false;
-  return {
-    allows(key: string, now: number, cost = 1): boolean {
-      const arrival = arrivals.get(key);
-      if (arrival === undefined && arrivals.size >= maxKeys) return newcomers(now, cost);
-      const next = conform(arrival ?? 0, rule, now, cost);
-      if (next !== null) arrivals.set(key, next);
-      return next !== null;
-    },
-    sweep(now: number): void {
-      for (const [key, arrival] of arrivals) if (arrival <= now) arrivals.delete(key);
-    },
-    isEmpty: () => arrivals.size === 0,
+/** Where a limit is kept: two places in the tables, which a secret hash has chosen. */
+type Key = readonly [number, number];
+const SLOTS = 2 ** 15;
+
+/**
+ * A limit for each key by one rule, in a table of fixed size: it is never full, and nothing in it has to be forgotten. The
+ * earlier of a key's two arrival times counts (a count-min sketch): another key does it harm only if it shares both.
+ */
+function createKeyedLimit(rule: Rate) {
+  let arrivals: Float64Array | undefined;
+  return ([one, other]: Key, now: number, cost = 1): boolean => {
+    arrivals ??= new Float64Array(SLOTS);
+    const next = conform(Math.min(arrivals[one]!, arrivals[other]!), rule, now, cost);
+    if (next === null) return false;
+    arrivals[one] = Math.max(arrivals[one]!, next);
+    arrivals[other] = Math.max(arrivals[other]!, next);
+    return true;
   };
 }
 
-function createLimits() {
-  const strangers = createLimit(STRANGERS), withCookie = createLimit(STRANGERS);
-  const stunAltogether = createLimit(STUN_ALTOGETHER);
-  const rows = Object.entries(LIMITS).map(([what, rule]) => [what, createLimiter(rule)]);
-  const limiters: Record<keyof typeof LIMITS, ReturnType<typeof createLimiter>> = Object.fromEntries(rows);
+const tenfold = ({ perSecond, burst }: Rate) => ({
+  perSecond: PREFIX_FACTOR * perSecond,
+  burst: PREFIX_FACTOR * burst,
+});
+
+type Limits = ReturnType<typeof createLimits>;
+function createLimits(secret: Uint8Array, isUsersPrefix: (endpoint: Endpoint) => boolean) {
+  const ofSession = mapValues(OF_SESSION, createKeyedLimit);
+  const ofPrefix = mapValues(OF_SESSION, (rule) => createKeyedLimit(tenfold(rule)));
+  const strangers = createKeyedLimit(STRANGERS), logins = createKeyedLimit(LOGINS), stun = createKeyedLimit(STUN);
+  const callsTo = createKeyedLimit(CALLS_TO), callsToFrom = createKeyedLimit(CALLS_TO_FROM);
+  const bytesTo = createKeyedLimit(BYTES_TO), bytesToFrom = createKeyedLimit(BYTES_TO_FROM);
+  const allStrangers = createLimit(ALL_STRANGERS), allLogins = createLimit(ALL_LOGINS);
+  const allStun = createLimit(ALL_STUN), usersStun = createLimit(ALL_STUN);
   let time = 0, last: number | undefined;
-  const allows: Io["allows"] = (key, what, cost) => limiters[what].allows(key, time, cost);
+
+  function keyOf(text: string): Key {
+    const mac = sipHash(secret, utf8.encode(text));
+    return [(mac[0]! << 8 | mac[1]!) % SLOTS, (mac[2]! << 8 | mac[3]!) % SLOTS];
+  }
+
   return {
-    allows,
+    keyOf,
     /** The limits' own time begins at 0, so that sums are exact; it never goes back, so that no limit stays used up. */
     setTime(now: number): void {
       time += Math.max(0, now - (last ?? now));
       last = now;
     },
-    mayAskStun: (from: Endpoint) => allows(prefixOf(from), "stun") && stunAltogether(time),
-    isWorthDecoding(data: Uint8Array): boolean {
-      if (data.length < MIN_CLIENT_BYTES) return false; // not even a cookie in answer: that could be larger
-      // The cookie is the first field of LOGIN, behind the header of 16 bytes.
-      const hasCookie = data[1] === CONTROL.LOGIN.code && data.subarray(16, 24).some((byte) => byte !== 0);
-      return (hasCookie ? withCookie : strangers)(time);
+    allows: ({ limit, home }: { limit: Key; home: { prefix: Key } }, what: keyof typeof OF_SESSION, cost = 1) =>
+      ofSession[what](limit, time, cost) && ofPrefix[what](home.prefix, time, cost),
+    mayBeStranger: (from: Endpoint) => strangers(keyOf(prefixOf(from)), time) && allStrangers(time),
+    mayLogIn: (prefix: Key, cost = 1) => logins(prefix, time, cost) && allLogins(time),
+    mayAskStun: (from: Endpoint) =>
+      stun(keyOf(prefixOf(from)), time) && (isUsersPrefix(from) ? usersStun : allStun)(time),
+    /** Whether a callee is to hear from somebody whom he does not know: of a call, or of so many bytes. */
+    mayReach(callee: Session, caller: Session, bytes: number | null): boolean {
+      const [a, b] = callee.limit, [c, d] = caller.home.prefix, pair: Key = [a ^ c, b ^ d];
+      if (bytes === null) return callsToFrom(pair, time) && callsTo(callee.limit, time);
+      return bytesToFrom(pair, time, bytes + SMALL_BYTES) && bytesTo(callee.limit, time, bytes + SMALL_BYTES);
     },
-    sweep: () => Object.values(limiters).forEach((limiter) => limiter.sweep(time)),
-    isEmpty: () => Object.values(limiters).every((limiter) => limiter.isEmpty()),
   };
+}
+
+function mapValues<K extends string, T, R>(record: Record<K, T>, change: (value: T) => R): Record<K, R> {
+  return Object.fromEntries(Object.entries<T>(record).map(([key, value]) => [key, change(value)])) as Record<K, R>;
 }
 
 // ---------------------------------------------------------------------------------------------------- the directory
@@ -484,33 +774,53 @@ function createLimits() {
 
 type Directory = ReturnType<typeof createDirectory<Session>>;
 
+const CHUNK = 512; // names that are kept in one array: a change moves no more than these
+
 function createDirectory<T extends { name: string }>() {
   const byName = new Map<string, T>();
-  const names: string[] = []; // sorted by code unit
-  const position = (name: string) => {
-    let low = 0, high = names.length;
+  const chunks: string[][] = [[]]; // all names, sorted by code unit; none of them is empty, except the only one
+  /** The first index at which it holds, in a row in which it holds from somewhere on. */
+  function firstWhere(length: number, holds: (i: number) => boolean): number {
+    let low = 0, high = length;
     while (low < high) {
       const middle = (low + high) >> 1;
-      if (names[middle]! < name) low = middle + 1;
-      else high = middle;
+      if (holds(middle)) high = middle;
+      else low = middle + 1;
     }
     return low;
-  };
+  }
+  /** The chunk that a name belongs into, and its place there. */
+  function position(name: string): [number, number] {
+    const at = Math.max(0, firstWhere(chunks.length, (i) => chunks[i]![0]! > name) - 1), chunk = chunks[at]!;
+    return [at, firstWhere(chunk.length, (i) => chunk[i]! >= name)];
+  }
   return {
-    size: () => names.length,
+    size: () => byName.size,
     find: (name: string) => byName.get(name),
     put(entry: T): void {
-      if (!byName.has(entry.name)) names.splice(position(entry.name), 0, entry.name);
+      if (!byName.has(entry.name)) {
+        const [at, i] = position(entry.name), chunk = chunks[at]!;
+        chunk.splice(i, 0, entry.name);
+        if (chunk.length > CHUNK) chunks.splice(at + 1, 0, chunk.splice(CHUNK / 2));
+      }
       byName.set(entry.name, entry);
     },
     remove(name: string): void {
-      if (byName.delete(name)) names.splice(position(name), 1);
+      if (!byName.delete(name)) return;
+      const [at, i] = position(name), chunk = chunks[at]!;
+      chunk.splice(i, 1);
+      if (chunk.length === 0 && chunks.length > 1) chunks.splice(at, 1);
     },
     /** Those whose name begins with the prefix and comes after the other, in order. */
     *after(prefix: string, after: string): Generator<T> {
-      let at = position(after > prefix ? after : prefix);
-      if (names[at] === after) at++;
-      while (at < names.length && names[at]!.startsWith(prefix)) yield byName.get(names[at++]!)!;
+      let [at, i] = position(after > prefix ? after : prefix);
+      if (chunks[at]![i] === after) i++;
+      for (; at < chunks.length; at++, i = 0) {
+        for (const name of chunks[at]!.slice(i)) {
+          if (!name.startsWith(prefix)) return;
+          yield byName.get(name)!;
+        }
+      }
     },
   };
 }
@@ -559,81 +869,101 @@ function createStun(io: Io, { hosts }: ServerOptions) {
 // ---------------------------------------------------------------------------------------------------- the machine
 
 const SWEEP_INTERVAL_MS = 1_000;
+/** Most that is forgotten at once, and when it goes on: nobody waits while a hundred thousand leave together. */
+const SWEEP_SLICE = 100, SWEEP_PAUSE_MS = 3;
 
 /** Makes a server: all the rooms, and what goes from one to another. */
 export function createServer(options: ServerOptions): Server {
   let effects: Effect<ServerEvent>[] = [], sweepAt = Infinity;
-  const limits = createLimits(), directory = createDirectory<Session>();
-  const io = {
+  const directory = createDirectory<Session>();
+  const io: Io & { now: number } = {
     now: 0,
     random: options.random,
-    allows: limits.allows,
+    limits: createLimits(options.random(16), (endpoint) => sessions.isUsersPrefix(endpoint)),
     emit: (event: ServerEvent) => void effects.push({ kind: "event", event }),
     send: ({ socket, endpoint: to }: Address, data: Uint8Array) =>
       void effects.push({ kind: "send", socket, to, data }),
   };
   const ladder = createLadder(io, options, (...proved) => sessions.admit(...proved));
-  const sessions = createSessions(io, options, directory, greet), { toClient } = sessions;
+  const sessions = createSessions(io, options, directory, { greet, ask }), { toClient } = sessions;
   const relay = createRelay(io, directory, sessions), list = createList(io, directory, sessions);
   const stun = createStun(io, options);
 
   /** WELCOME bears the id and the counter of the LOGIN, since it is only now that the client learns its token. */
-  function greet(session: Session, { id, counter }: Login, at: Address, isNew: boolean): void {
-    const { token, keys } = session, users = list.firstPage(), total = directory.size();
+  function greet(session: Session, { id, counter }: Login, isNew: boolean): void {
+    const { token, keys, home } = session, users = list.firstPage(), total = directory.size();
     const ports = { secondPort: stun.portOf(SECOND_PORT), thirdPort: stun.portOf(THIRD_PORT) };
-    const welcome = { type: "WELCOME", token, public: at.endpoint, ...ports, total, users } as const;
-    io.send(at, encode(welcome, { id, counter, key: keys.toClient }));
+    const { cookie, endpoint } = home;
+    const welcome = { type: "WELCOME", token, cookie, public: endpoint, ...ports, total, users } as const;
+    sessions.toPlace(home, encode(welcome, { id, counter, key: keys.toClient }));
     if (isNew) list.announce(session, sessions.all());
+  }
+
+  /** Asks a client to show that it still receives there. */
+  function ask({ token: id }: Session, place: Place): void {
+    const terms = { version: VERSION, flag: true };
+    io.send(
+      place,
+      encode({ type: "COOKIE", cookie: place.cookie, key: options.keys.public, terms }, { id, counter: 0 }),
+    );
   }
 
   /** In order of cost: what can be thrown away is thrown away before it costs more. */
   function receive(datagram: Datagram): void {
     const { data, socket, from } = datagram, at = { socket, endpoint: from };
-    if (data[0]! < 4) return limits.mayAskStun(from) ? stun.answer(datagram) : undefined;
-    const header = controlHeader(data), isLogin = data[1] === CONTROL.LOGIN.code;
-    const session = header && !isLogin ? sessions.find(header.id) : undefined;
-    if (!header || (session ? isSeen(session.window, header.counter) : !limits.isWorthDecoding(data))) return;
+    if (data[0]! < 4) return io.limits.mayAskStun(from) ? stun.answer(datagram) : undefined;
+    if (data.length < MIN_CLIENT_BYTES) return; // not even a cookie in answer: that could be larger
+    const header = controlHeader(data);
+    if (!header) return;
+    if (data[1] === CONTROL.LOGIN.code) return ladder.climb(at, data);
+    const session = sessions.find(header.id);
+    if (!session) return ladder.meet(at, data);
+    if (isSeen(session.window, header.counter)) return;
     const message = decode(data); // this, and the MAC, cost more than all that came before
-    if (!message || !isFromClient(message.type)) return; // no answer to an answer: that would never end
-    if (message.type === "LOGIN") return ladder.climb(message, at, data);
-    if (!session) return ladder.challenge(at, message, 0);
-    if (!sessions.hear(session, data, message.counter) || !io.allows(session.token, "datagrams")) return;
-    serve(session, message, at);
-    if (!isAt(session, from) && sessions.find(session.token)) ladder.challenge(at, message, 1);
+    if (!message || !isFromClient(message.type) || !sessions.isGenuine(session, data, message.counter)) return;
+    if (!io.limits.allows(session, "datagrams")) return;
+    const place = sessions.placeAt(session, from) ?? newPlace(session, message, at);
+    if (!place) return ladder.challenge(at, message, true); // whatever it says: perhaps it is somebody's copy of it
+    place.bytes -= data.length;
+    serve(session, message, place);
   }
 
-  function serve(session: Session, message: Control, at: Address): void {
+  /** A client has moved if it brings the cookie that we have sent there. */
+  const newPlace = (session: Session, message: Control, at: Address) =>
+    message.type === "KEEPALIVE" && ladder.isCookieOf(at.endpoint, message.cookie)
+      ? sessions.move(session, at, message.cookie)
+      : undefined;
+
+  function serve(session: Session, message: Control, place: Place): void {
     if (message.type === "LOGOUT") sessions.remove(session, "left");
-    else if (message.type === "GETALLUSER") list.answer(session, message);
+    else if (message.type === "GETALLUSER") list.ask(session, message);
     else if (message.type === "P2PTRANS") relay.pass(session, message);
     else if (message.type === "PUNCHED") relay.punched(session, message);
-    else if (message.type === "KEEPALIVE") {
-      const hasMoved = !isAt(session, at.endpoint) && ladder.isCookieOf(at.endpoint, message.cookie);
-      sessions.keepAlive(session, message, at, hasMoved);
-    }
+    else if (message.type === "KEEPALIVE") sessions.keepAlive(session, message, place);
   }
 
   /** What the rooms have sent and told meanwhile. As long as they remember anything, there will be a sweep. */
   function effectsOf(act: () => void, now = io.now): Effect<ServerEvent>[] {
     effects = [];
     io.now = now;
-    limits.setTime(now);
+    io.limits.setTime(now);
     act();
-    if (sweepAt === Infinity && !(limits.isEmpty() && sessions.isEmpty())) sweepAt = now + SWEEP_INTERVAL_MS;
+    list.wake();
+    if (sweepAt === Infinity && !sessions.isEmpty()) sweepAt = now + SWEEP_INTERVAL_MS;
     return effects;
   }
 
-  function sweep(): void {
+  function wake(): void {
+    if (io.now < sweepAt) return;
     sweepAt = Infinity;
-    limits.sweep();
-    sessions.sweep();
+    if (!sessions.sweep(SWEEP_SLICE)) sweepAt = io.now + SWEEP_PAUSE_MS;
   }
 
   return {
     opened: (socket, port, now) => effectsOf(() => stun.opened(socket, port), now),
     receive: (datagram, now) => effectsOf(() => receive(datagram), now),
-    wake: (now) => now < sweepAt ? [] : effectsOf(sweep, now),
-    wakeAt: () => sweepAt,
+    wake: (now) => effectsOf(wake, now),
+    wakeAt: () => Math.min(sweepAt, list.wakeAt()),
     stop: () => effectsOf(() => sessions.all().forEach((session) => toClient(session, { type: "LOGOUT" }))),
   };
 }
@@ -692,11 +1022,12 @@ async function main(): Promise<void> {
   }
   const password = await secretWords({ file: args["password-file"], variable: "PUNCH_PASSWORD", label: "password" });
 
-  const mayLog = createLimit(LOG_LINES);
+  const leftOut = (lines: number) =>
+    args.json ? jsonLine({ event: "left-out", lines }) : `${lines} lines were left out`;
+  const log = createLog(args.json ? 1 : 2, leftOut, LOG_LINES);
   const say = (event: ServerEvent) => {
-    if (event.event !== "listening" && !mayLog(clock())) return;
-    if (args.json) console.log(jsonLine(event));
-    else if (!args.quiet) console.error(inWords(event));
+    if (args.json) log(jsonLine(event));
+    else if (!args.quiet) log(inWords(event));
   };
   const hosts: ServerOptions["hosts"] = altHost === undefined ? undefined : [host, altHost];
   const random = (length: number) => Uint8Array.from(randomBytes(length)), keys = generateKeys();
@@ -711,7 +1042,7 @@ async function main(): Promise<void> {
     return listen(server, { sockets, onEvent: say, onDatagram });
   };
   const running = await listenOrFail(run, { host: args.host, json: args.json });
-  if (!password && !args.json && !args.quiet) console.error(OPEN_TO_ALL);
+  if (!password && !args.json && !args.quiet) log(OPEN_TO_ALL);
   say({ event: "listening", address, port: running.ports[0]!, altPort: running.ports[1]! });
   const stop = () => {
     running.perform(server.stop());
@@ -721,6 +1052,7 @@ async function main(): Promise<void> {
 }
 
 function inWords(event: ServerEvent): string {
+  if (event.event === "refused") return `${event.public} is not let in as ${event.name} (${event.reason})`;
   if (event.event === "logout") return `${event.name} is gone (${event.reason})`;
   if (event.event !== "listening") {
     return `${event.name} is ${event.event === "login" ? "here," : "now"} at ${event.public}`;

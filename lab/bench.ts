@@ -22,6 +22,7 @@ import { readFileSync } from "node:fs";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
 import {
+  CONTROL,
   type Control,
   type ControlBody,
   controlKeys,
@@ -33,9 +34,11 @@ import {
   initiate,
   loginKey,
   openPeer,
+  publicNonce,
   respond,
   sealPeer,
 } from "../protocol.ts";
+import { VERSION } from "../protocol.ts";
 import { createServer } from "../server.ts";
 
 /** Datagrams on their way at a time: enough to keep both ends busy, few enough for any socket buffer. */
@@ -47,8 +50,8 @@ const ROUND_MS = 300, WORK_MS = 100;
 const WARM_UP_MS = 400;
 /** No answer for so long: the window was lost (the kernel drops what a socket buffer cannot take), send another. */
 const LOST_MS = 50;
-/** So many sessions say something in turn, since the server limits each. */
-const TALKERS = 256;
+/** So many sessions say something in turn, from so many addresses, since the server limits each, and each /24. */
+const TALKERS = 256, HOSTS = 8;
 const RELAYED_BYTES = 60;
 
 const isDeno = "Deno" in globalThis;
@@ -67,10 +70,13 @@ interface Socket {
 }
 
 /** The shortest way from a datagram to a function and back, in either runtime: what everything is compared with. */
-async function bareSocket(onData: (data: Uint8Array, port: number) => void): Promise<Socket> {
+async function bareSocket(
+  onData: (data: Uint8Array, port: number) => void,
+  hostname = "127.0.0.1",
+): Promise<Socket> {
   if (!isDeno) {
     const socket = await Bun.udpSocket({
-      hostname: "127.0.0.1",
+      hostname,
       socket: { data: (_socket, data, port) => onData(data, port), error() {} },
     });
     return {
@@ -79,7 +85,7 @@ async function bareSocket(onData: (data: Uint8Array, port: number) => void): Pro
       close: () => socket.close(),
     };
   }
-  const socket = Deno.listenDatagram({ transport: "udp", hostname: "127.0.0.1", port: 0 });
+  const socket = Deno.listenDatagram({ transport: "udp", hostname, port: 0 });
   (async () => {
     const buffer = new Uint8Array(2048);
     try {
@@ -135,6 +141,7 @@ interface Load {
   pid: number;
   port: number;
   next: () => Uint8Array; // the next datagram to send
+  by?: () => Socket; // whose turn that was, if not the common one's
   prepare?: (count: number) => void; // made beforehand, so that only sending is measured
   rates: number[];
   costs: number[]; // us of the other process's processor for each answer
@@ -145,18 +152,22 @@ async function blast(socket: Socket, load: Load, ms: number): Promise<void> {
   load.prepare?.(Math.ceil(1.5 * (load.rates.at(-1) ?? 50_000) * ms / 1000));
   const began = performance.now(), processor = processorTime(load.pid);
   let answers = 0, seen = 0;
+  const send = () => {
+    const data = load.next(); // this chooses who
+    (load.by?.() ?? socket).send(data, load.port);
+  };
   receive = () => {
     answers++;
-    socket.send(load.next(), load.port);
+    send();
   };
-  for (let i = 0; i < WINDOW; i++) socket.send(load.next(), load.port);
+  for (let i = 0; i < WINDOW; i++) send();
   await new Promise<void>((resolve) => {
     const timer = setInterval(() => {
       if (performance.now() - began >= ms) {
         clearInterval(timer);
         return resolve();
       }
-      if (answers === seen) { for (let i = 0; i < WINDOW; i++) socket.send(load.next(), load.port); }
+      if (answers === seen) { for (let i = 0; i < WINDOW; i++) send(); }
       seen = answers;
     }, LOST_MS);
   });
@@ -171,10 +182,16 @@ let receive: (data: Uint8Array) => void = () => {};
 // ---------------------------------------------------------------------------------------------------- the real server
 
 const loginOf = (name: string, key: Uint8Array, cookie = NO_ID): ControlBody => (
-  { type: "LOGIN", cookie, key, proof: NO_ID, keepName: 0, rttMs: 0, name, local: [] }
+  { type: "LOGIN", cookie, key, proof: NO_ID, terms: { version: VERSION, flag: false }, rttMs: 0, name, local: [] }
 );
 const NAT = { mapping: "EIM", filtering: "EIF", allocation: "preserving" } as const;
-const KEEPALIVE: ControlBody = { type: "KEEPALIVE", cookie: NO_ID, rttMs: 20, nat: NAT, local: [] };
+const KEEPALIVE: ControlBody & { type: "KEEPALIVE" } = {
+  type: "KEEPALIVE",
+  cookie: NO_ID,
+  rttMs: 20,
+  nat: NAT,
+  local: [],
+};
 
 /** A session of ours with the server, as far as the server can tell. */
 interface Session {
@@ -204,7 +221,7 @@ async function logIn(socket: Socket, port: number, name: string): Promise<Sessio
   const login = encode(loginOf(name, keys.public, cookie), { id, counter, key: loginKey(shared, id) });
   const answer = await ask(login, "WELCOME");
   const { token, users } = answer as Control & { type: "WELCOME" };
-  const nonce = users.find((user) => user.name === name)?.nonce ?? NO_ID;
+  const nonce = users.find((user) => user.name === name)?.nonce ?? publicNonce(id);
   return { token, nonce, counter, toServer: controlKeys(shared, token).toServer };
 }
 
@@ -214,28 +231,45 @@ async function overSockets(): Promise<Load[]> {
     launch(SERVER, "--host", "127.0.0.1", "--port", "0", "--alt-port", "0", "--json"),
   ]);
   const socket = await bareSocket((data) => receive(data));
-  const talkers: Session[] = [];
-  for (let i = 0; i < TALKERS; i++) talkers.push(await logIn(socket, server.port, `talker${i}`));
+  const hosts: { socket: Socket; prover: Session }[] = [], talkers: (Session & { by: Socket })[] = [];
+  for (let i = 0; i < HOSTS; i++) {
+    const by: Socket = await bareSocket((data) => {
+      const message = data[1] === CONTROL.COOKIE.code ? decode(data) : null;
+      if (message?.type !== "COOKIE" || !message.terms.flag) return receive(data);
+      const { token: id, toServer: key } = prover; // the server wants to know whether this host still receives
+      by.send(encode({ ...KEEPALIVE, cookie: message.cookie }, { id, counter: ++prover.counter, key }), server.port);
+    }, `127.0.${20 + i}.1`);
+    const prover = await logIn(by, server.port, `prover${i}`);
+    hosts.push({ socket: by, prover });
+  }
+  for (let i = 0; i < TALKERS; i++) {
+    const by = hosts[i % HOSTS]!.socket;
+    talkers.push({ ...await logIn(by, server.port, `talker${i}`), by });
+  }
 
   /** Datagrams with counters of their own, made before the clock runs. */
   const fresh = (make: (session: Session, counter: number) => Uint8Array) => {
-    let stock: Uint8Array[] = [], at = 0, turn = 0;
-    const one = () => {
+    let stock: [Uint8Array, Socket][] = [], at = 0, turn = 0, by = socket;
+    const one = (): [Uint8Array, Socket] => {
       const session = talkers[turn++ % TALKERS]!;
-      return make(session, ++session.counter);
+      return [make(session, ++session.counter), session.by];
     };
     return {
       prepare: (count: number) => void (stock = Array.from({ length: count }, one), at = 0),
-      next: () => stock[at++] ?? one(),
+      next() {
+        const [data, socket] = stock[at++] ?? one();
+        by = socket;
+        return data;
+      },
+      by: () => by,
     };
   };
   const seal = ({ token, toServer }: Session, counter: number) => ({ id: token, counter, key: toServer });
-  const trans: ControlBody = {
-    type: "P2PTRANS",
-    to: "talker0",
-    nonce: talkers[0]!.nonce,
-    call: 0,
-    body: random(RELAYED_BYTES),
+  const body = random(RELAYED_BYTES);
+  /** Two of one host talk to each other, and know each other. */
+  const trans = (session: Session): ControlBody => {
+    const i = talkers.indexOf(session as typeof talkers[number]), other = i ^ HOSTS;
+    return { type: "P2PTRANS", to: `talker${other}`, nonce: talkers[other]!.nonce, call: 2, body };
   };
   const stranger = encode(loginOf("stranger", random(32)), { id: NO_ID, counter: 1 });
   const constant = (data: Uint8Array) => ({ next: () => data });
@@ -243,12 +277,12 @@ async function overSockets(): Promise<Load[]> {
     { label: `bare UDP echo, ${ECHO_BYTES} bytes`, ...bare, ...constant(random(ECHO_BYTES)) },
     { label: "COOKIE to a stranger: the server limits it", ...server, ...constant(stranger) },
     { label: "KEEPALIVE -> ALIVE", ...server, ...fresh((s, counter) => encode(KEEPALIVE, seal(s, counter))) },
-    { label: "P2PTRANS -> RELAYED", ...server, ...fresh((s, counter) => encode(trans, seal(s, counter))) },
+    { label: "P2PTRANS -> RELAYED", ...server, ...fresh((s, counter) => encode(trans(s), seal(s, counter))) },
   ].map((load) => ({ ...load, rates: [], costs: [] }));
   for (let round = 0; round <= ROUNDS; round++) {
     for (const load of loads) await blast(socket, load, round === 0 ? WARM_UP_MS : ROUND_MS);
   }
-  socket.close();
+  for (const { socket: by } of [...hosts, { socket }]) by.close();
   for (const load of loads) load.rates.shift(), load.costs.shift();
   return loads;
 }

@@ -9,6 +9,7 @@ import { test } from "node:test";
 import { type ControlBody, decode, encode } from "../protocol.ts";
 import { encodeHandshake, encodeInner, initiate, type Peer, sealPeer } from "../protocol.ts";
 import { concat, controlKeys, diffieHellman, hex, hostOf, keysFrom } from "../protocol.ts";
+import { VERSION } from "../protocol.ts";
 import { corpus, dice, like, mayAnswer, NO_ID, part, prologue, rogueCrowd, SERVER, typeOf } from "./hostile.ts";
 import { VICTIM, village, watchVictim } from "./hostile.ts";
 import { createWorld, join, login } from "./scenario.ts";
@@ -143,7 +144,11 @@ test("a forger who is a user sees the nonce of a login whose WELCOME is lost, an
       if (alice && forged === 0) {
         const macs = controlKeys(diffieHellman(own.secret, alice.key)!, token);
         const put = (data: Uint8Array) => world.net.inject({ from: SERVER, to: alice.public, data });
-        const cookie = like("COOKIE", { cookie: "1".repeat(16), key: own.public, known: 0 });
+        const cookie = like("COOKIE", {
+          cookie: "1".repeat(16),
+          key: own.public,
+          terms: { version: VERSION, flag: false },
+        });
         for (let counter = Math.floor(now) - 800; counter < now + 400; counter++, forged++) {
           put(encode(cookie, { id: alice.nonce, counter }));
         }

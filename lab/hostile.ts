@@ -20,6 +20,7 @@ import { decodeHandshake, encodeHandshake, encodeInner, initiate, type Initiatio
 import { openPeer, type Peer, sealPeer } from "../protocol.ts";
 import { controlKeys, diffieHellman, type KeyPair, keysFrom, loginKey, publicNonce } from "../protocol.ts";
 import { concat, formatEndpoint, hex, hostOf } from "../protocol.ts";
+import { VERSION } from "../protocol.ts";
 import { createServer, type Server } from "../server.ts";
 import { random, type TraceRecord } from "./network.ts";
 import { createWorld, DELAY_MS, join, login, type Player, R, type World } from "./scenario.ts";
@@ -253,16 +254,26 @@ function sharedWith({ secret, public: own }: KeyPair, theirs: Uint8Array): Uint8
 export function hand(
   name: string,
   dice: Dice,
-  { keys = keysFrom(dice.bytes(32)), clock = 1, keepName = 0 } = {},
+  { keys = keysFrom(dice.bytes(32)), clock = 1, keepName = false } = {},
 ): Hand {
   const loginId = hex(Uint8Array.from({ length: 8 }, () => dice.below(256))); // never the same twice
-  let sent = clock, shared: Uint8Array = NO_BYTES, toServer: Uint8Array = NO_BYTES;
+  let sent = clock, cookie = NO_ID, shared: Uint8Array = NO_BYTES, toServer: Uint8Array = NO_BYTES;
   const loginWith = (cookie: string, key?: Uint8Array) =>
-    encode(like("LOGIN", { cookie, key: keys.public, proof: NO_ID, keepName, name, local: [] }), {
-      id: loginId,
-      counter: clock,
-      key,
-    });
+    encode(
+      like("LOGIN", {
+        cookie,
+        key: keys.public,
+        proof: NO_ID,
+        terms: { version: VERSION, flag: keepName },
+        name,
+        local: [],
+      }),
+      {
+        id: loginId,
+        counter: clock,
+        key,
+      },
+    );
   const self: Hand = {
     name,
     keys,
@@ -279,9 +290,17 @@ export function hand(
         self.token = message.token;
         toServer = controlKeys(shared, message.token).toServer;
       }
+      if (message?.type === "COOKIE" && message.id === self.token && self.token !== "" && message.terms.flag) {
+        return self.seal(like("KEEPALIVE", { cookie: message.cookie, local: [] })); // shows that we are here
+      }
+      if (message?.type === "WELCOME" || message?.type === "ALIVE") cookie = message.cookie;
       return null;
     },
-    seal: (message, counter = ++sent) => encode(message, { id: self.token, counter, key: toServer }),
+    /** A KEEPALIVE without a cookie returns the one that was received last, as an honest one does. */
+    seal(message, counter = ++sent) {
+      const isHonest = message.type === "KEEPALIVE" && message.cookie === NO_ID;
+      return encode(isHonest ? { ...message, cookie } : message, { id: self.token, counter, key: toServer });
+    },
   };
   return self;
 }
@@ -328,6 +347,7 @@ export function rogue(world: World, name: string, { address, psk = new Uint8Arra
   let target: User | null = null, initiation: Initiation | null = null;
   let session: { theirs: number; send: Uint8Array; receive: Uint8Array; sent: number } | null = null;
   const index = dice_.below(2 ** 32);
+  let keepaliveAt = world.net.now() + 20_000;
 
   function takePeer(data: Uint8Array, from: Endpoint): Uint8Array | null {
     const handshake = decodeHandshake(data);
@@ -344,8 +364,12 @@ export function rogue(world: World, name: string, { address, psk = new Uint8Arra
 
   const port = host.run<never>({
     opened: () => [],
-    wake: () => [],
-    wakeAt: () => Infinity,
+    wake(now) {
+      keepaliveAt = now + 20_000;
+      const data = self.seal(like("KEEPALIVE", { cookie: NO_ID, local: [] }));
+      return [{ kind: "send", socket: 0, to: SERVER, data }];
+    },
+    wakeAt: () => self.token === "" ? Infinity : keepaliveAt,
     receive({ socket, from, data }) {
       me.heard.push({ from, to: me.at, data: data.slice() });
       const message = decode(data);
@@ -409,13 +433,33 @@ export const part = (seq: number, text: string | Uint8Array, { base = 0, left = 
 
 // ---------------------------------------------------------------------------------------------------- an office
 
-/** A server at rest, and a way in. */
+/** A server at rest, and a way in. Whom it asks whether he is still there says so; that is left out of its effects. */
 export function office(options: Partial<Parameters<typeof createServer>[0]> = {}) {
-  const tools = dice("office"), keys = keysFrom(tools.bytes(32));
-  const server = createServer({ keys: keysFrom(tools.bytes(32)), random: tools.bytes, ...options });
+  const tools = dice("office"), keys = keysFrom(tools.bytes(32)), users = new Map<Endpoint, Hand>();
+  const asked = createServer({ keys: keysFrom(tools.bytes(32)), random: tools.bytes, ...options });
+  const proofOf = (effect: Effect<unknown>) => {
+    const user = effect.kind === "send" && users.get(effect.to);
+    return (user && decode(effect.data)?.type === "COOKIE" && user.answer(effect.data)) || null;
+  };
+  const server: Server = {
+    ...asked,
+    receive(datagram, at) {
+      return asked.receive(datagram, at).filter((effect) => {
+        const data = proofOf(effect);
+        if (effect.kind !== "send" || !data) return true;
+        for (const alive of sends(asked.receive({ socket: 0, from: effect.to, data }, at))) {
+          users.get(effect.to)!.answer(alive.data);
+        }
+        return false;
+      });
+    },
+  };
   const now = 1_700_000_000_000;
-  const come = (name: string, from: Endpoint, at = now) =>
-    enter(server, hand(name, tools, { keys }), { from, now: at });
+  const come = (name: string, from: Endpoint, at = now) => {
+    const user = enter(server, hand(name, tools, { keys }), { from, now: at });
+    if (user) users.set(from, user);
+    return user;
+  };
   return { server, tools, now, come };
 }
 export const types = (effects: Effect<unknown>[]) => sends(effects).map(({ data }) => decode(data)!.type);

@@ -192,7 +192,7 @@ test("a LOGIN that was held back on its way does not bring back who has logged i
 
 test("a LOGIN is not taken a second time, even if others have had the name meanwhile", () => {
   const { server, tools, come, now } = office();
-  const from = "100.64.1.1:1", alice = hand("alice", tools, { keepName: 1 });
+  const from = "100.64.1.1:1", alice = hand("alice", tools, { keepName: true });
   const say = (data: Uint8Array, at: number) => server.receive({ socket: 0, from, data }, at);
   const [cookie] = sends(say(alice.hello(), now));
   const login = alice.answer(cookie!.data)!.slice();

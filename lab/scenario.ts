@@ -16,6 +16,7 @@ import {
   keysFrom,
   loginKey,
 } from "../protocol.ts";
+import { VERSION } from "../protocol.ts";
 import { createServer, type Server, type ServerEvent, type ServerOptions } from "../server.ts";
 import {
   createNetwork,
@@ -241,13 +242,14 @@ export function login(world: World, ...players: Player[]): void {
  * Logs in many users of whom nothing more is wanted, one each millisecond, without a machine each: their datagrams go
  * straight to the server.
  */
-export function crowd(world: World, names: string[], { keepName = 0 } = {}): void {
+export function crowd(world: World, names: string[], { keepName = false } = {}): void {
   const own = world.keys();
   let shared: Uint8Array | null = null;
   for (const [i, name] of names.entries()) {
     const from = `198.18.${i >> 8}.${i & 255}:4000`, nonce = hex(world.bytes(8)), now = world.net.now();
     const ask = (cookie: string, key?: Uint8Array) => {
-      const login = { type: "LOGIN", cookie, key: own.public, proof: "0".repeat(16), keepName, rttMs: 0 } as const;
+      const terms = { version: VERSION, flag: keepName };
+      const login = { type: "LOGIN", cookie, key: own.public, proof: "0".repeat(16), terms, rttMs: 0 } as const;
       const data = encode({ ...login, name, local: [] }, { id: nonce, counter: Math.floor(now), key });
       const [effect] = world.machine.receive({ socket: 0, from, data }, now).filter(({ kind }) => kind === "send");
       return effect?.kind === "send" ? decode(effect.data) : null;

@@ -32,7 +32,9 @@ import {
   STUN_COOKIE,
   verifies,
 } from "../protocol.ts";
+import { VERSION } from "../protocol.ts";
 import { createServer, type Server, type ServerEvent, type ServerOptions } from "../server.ts";
+import { dice, enter, hand } from "./hostile.ts";
 import { createNetwork, NATS, random } from "./network.ts";
 
 const bytes = (digits: string) => Uint8Array.from(digits.replace(/\s/g, "").match(/../g) ?? [], (d) => parseInt(d, 16));
@@ -448,7 +450,7 @@ test("WELCOME names the second and the third port", () => {
     type: "LOGIN",
     key: keys.public,
     proof: "0".repeat(16),
-    keepName: 0,
+    terms: { version: VERSION, flag: false },
     rttMs: 0,
     name: "alice",
   } as const;
@@ -483,7 +485,16 @@ test("errors count as answers, and whoever is at the limit can still log in", ()
   for (let i = 0; i < 500; i++) errors += ask(server, request("0027 0004 00500000")).length;
   assert.equal(errors, 400);
   const key = new Uint8Array(32), nothing = "0".repeat(16);
-  const login = { type: "LOGIN", cookie: nothing, key, proof: nothing, keepName: 0, rttMs: 0, name: "a", local: [] };
+  const login = {
+    type: "LOGIN",
+    cookie: nothing,
+    key,
+    proof: nothing,
+    terms: { version: VERSION, flag: false },
+    rttMs: 0,
+    name: "a",
+    local: [],
+  };
   const [answer] = ask(server, encode(login as Parameters<typeof encode>[0], { id: nothing, counter: 1 }));
   assert.equal(decode(answer!.data)?.type, "COOKIE");
 });
@@ -496,27 +507,16 @@ test("all addresses together get 2,000 answers a second", () => {
   assert.equal(answered(server, 5_000, { from: site, now: T0 + 500 }), 1_000);
 });
 
-test("10,000 addresses are remembered; when they are there, newcomers share one bucket; silence forgets them all", () => {
+test("any number of addresses has limits of their own, nothing of it has to be forgotten, and users have a reserve", () => {
   const server = openServer();
-  assert.equal(server.wakeAt(), Infinity);
-  answered(server, 30_000, { from: site });
-  assert.equal(
-    answered(server, 2_000, { from: site, now: T0 + 1_000 }),
-    2_000,
-    "the first ones have buckets of their own",
-  );
-  const newcomer = (i: number) => site(40_000 + i);
-  assert.equal(answered(server, 2_000, { from: newcomer, now: T0 + 2_000 }), 200, "newcomers share one");
-  assert.equal(answered(server, 2_000, { from: newcomer, now: T0 + 2_500 }), 100);
-  assert.equal(answered(server, 1, { from: () => site(5), now: T0 + 3_000 }), 1);
-
-  assert.equal(server.wakeAt(), T0 + 1_000);
-  assert.deepEqual(server.wake(T0 + 12_000), []); // a bucket that has been full for a while need not be remembered
-  assert.equal(answered(server, 1_000, { from: newcomer, now: T0 + 12_000 }), 1_000, "there is room again");
-  for (let now = server.wakeAt(); now !== Infinity; now = server.wakeAt()) {
-    assert.ok(now <= T0 + 30_000, "at some time all is forgotten, and nobody is woken for nothing");
-    server.wake(now);
-  }
+  for (let i = 0; i < 30_000; i += 2_000) answered(server, 2_000, { from: (j) => site(i + j), now: T0 + i });
+  assert.equal(server.wakeAt(), Infinity, "nobody is woken for it");
+  const later = T0 + 40_000;
+  assert.equal(answered(server, 2_000, { from: (i) => site(40_000 + i), now: later }), 2_000, "newcomers have theirs");
+  assert.equal(answered(server, 100, { from: site, now: later }), 0, "all are used up");
+  const user = enter(server, hand("user", dice("reserve")), { from: "203.0.113.77:4000", now: later });
+  assert.ok(user);
+  assert.equal(answered(server, 100, { from: (i) => `203.0.113.78:${5_000 + i}`, now: later }), 100, "but not theirs");
 });
 
 test("an answer is at most 1.6 times its question, 2.2 with IPv6; 2.8 and 4.6 with a second address", () => {

@@ -8,6 +8,7 @@ import { type Control, type ControlBody, decode, encode, encodeStunRequest, type
 import { concat, controlKeys, diffieHellman, hex, type KeyPair, keysFrom, loginKey } from "../protocol.ts";
 import { decodeHandshake, encodeHandshake, encodeInner, initiate, openPeer, type Peer, sealPeer } from "../protocol.ts";
 import { parseEndpoint, publicNonce, STUN_COOKIE, type User } from "../protocol.ts";
+import { VERSION } from "../protocol.ts";
 import { crowd, DELAY_MS, join, login, type Player, type World } from "./scenario.ts";
 import { again, ask, dice, EIM, isServers, pair, part, SERVER, talk, world } from "./worlds.ts";
 
@@ -128,12 +129,12 @@ const NO_ID = "0".repeat(16), UNKNOWN = { mapping: "unknown", filtering: "unknow
 type Body<T> = Extract<ControlBody, { type: T }>;
 const LOGIN: Body<"LOGIN"> = {
   ...{ type: "LOGIN", cookie: NO_ID, key: new Uint8Array(32).fill(9), proof: NO_ID },
-  ...{ keepName: 0, rttMs: 0, name: "x", local: [] },
+  ...{ terms: { version: VERSION, flag: false }, rttMs: 0, name: "x", local: [] },
 };
 const KEEPALIVE: Body<"KEEPALIVE"> = { type: "KEEPALIVE", cookie: NO_ID, rttMs: 80, nat: UNKNOWN, local: [] };
 
 /** A user by hand, who keeps none of the rules; he speaks straight to the server's machine. */
-function rogue(world: World, name: string, from: Endpoint, { keys = world.keys(), keepName = 0, clock = 0 } = {}) {
+function rogue(world: World, name: string, from: Endpoint, { keys = world.keys(), keepName = false, clock = 0 } = {}) {
   const id = hex(world.bytes(8)), people = new Map<string, User>();
   const me = {
     name,
@@ -159,7 +160,7 @@ function rogue(world: World, name: string, from: Endpoint, { keys = world.keys()
     return answers;
   };
   const login = (cookie: string, key?: Uint8Array) => {
-    const fields = { ...LOGIN, cookie, key: keys.public, keepName, name };
+    const fields = { ...LOGIN, cookie, key: keys.public, terms: { version: VERSION, flag: keepName }, name };
     return encode(fields, { id, counter: me.sent, key });
   };
   const [challenge] = say(login(NO_ID));
@@ -243,7 +244,7 @@ world(
 );
 world("limit: logins that are repeated, held back, or older", {}, (world) => {
   const keys = world.keys();
-  const first = rogue(world, "alice", "100.64.1.1:1", { keys, clock: 5, keepName: 1 });
+  const first = rogue(world, "alice", "100.64.1.1:1", { keys, clock: 5, keepName: true });
   first.raw(first.claim);
   first.raw(first.claim, "100.64.1.2:1");
   const second = rogue(world, "alice", "100.64.1.3:1", { keys, clock: 6 });
@@ -269,7 +270,7 @@ world("limit: counters of a session", {}, (world) => {
   for (const counter of [5_000, 5_000, 4_999, 4_999, 5_000 - 2_048, 3_000, 2 ** 48 - 1, 6_000]) {
     user.raw(user.seal(ask, user.sent + counter));
   }
-  user.raw(user.seal({ type: "ALIVE", asked: 1, public: "100.64.1.1:1" }, 2 ** 47));
+  user.raw(user.seal({ type: "ALIVE", asked: 1, cookie: NO_ID, public: "100.64.1.1:1" }, 2 ** 47));
   user.raw(user.seal({ type: "PUNCHED", peer: "user" }, 2 ** 47 + 1).subarray(0, 40));
   world.net.run(1_000);
 });
@@ -277,7 +278,7 @@ world("limit: names that were here, the last 10,000", {}, (world) => {
   const alice = join(world, "alice");
   login(world, alice);
   const names = Array.from({ length: 10_100 }, (_, i) => `n${i}`);
-  crowd(world, names, { keepName: 1 }); // all of them vanish, and hold their names
+  crowd(world, names, { keepName: true }); // all of them vanish, and hold their names
   alice.command({ command: "getu", prefix: "n100" });
   world.net.run(1_000);
   for (const name of ["n0", "n1", "n10049"]) alice.send(name, "hi");
@@ -497,7 +498,7 @@ world("evil server: says what makes no sense", { server: { keys: EVIL } }, (worl
     { type: "RELAYED", from: "bob", nonce: NO_ID, body: world.bytes(50) },
     { type: "PUNCHED", peer: "nobody" },
     { type: "PUNCHED", peer: "bob" },
-    { type: "ALIVE", asked: 1, public: "198.18.0.1:53" },
+    { type: "ALIVE", asked: 1, cookie: NO_ID, public: "198.18.0.1:53" },
     { type: "USERS", asked: 0, page: 3, last: 5, more: 1, total: 9, users },
     { type: "INTRODUCTION", peer: { ...other, name: "nobody", candidates: [] } },
     {
@@ -573,7 +574,12 @@ world("evil server: keys that are none, or one's own", { server: { keys: EVIL } 
   const untap = world.net.tap(({ host, from, data }) => {
     const asked = decode(data);
     if (host !== "alice" || asked?.type !== "KEEPALIVE") return;
-    const cookie = { type: "COOKIE", cookie: NO_ID, key: new Uint8Array(32), known: 0 } as const;
+    const cookie = {
+      type: "COOKIE",
+      cookie: NO_ID,
+      key: new Uint8Array(32),
+      terms: { version: VERSION, flag: false },
+    } as const;
     world.net.inject({
       from: SERVER,
       to: from,
@@ -641,7 +647,7 @@ world("evil server: cookies without end, refusals without reason", { server: { k
     if (message?.type !== "LOGIN" || host === "" || isServers(from)) return;
     const { id, counter } = message, shared = diffieHellman(EVIL.secret, message.key)!;
     const answer: ControlBody = ++asked % 2
-      ? { type: "COOKIE", cookie: hex(world.bytes(8)), key: EVIL.public, known: 0 }
+      ? { type: "COOKIE", cookie: hex(world.bytes(8)), key: EVIL.public, terms: { version: VERSION, flag: false } }
       : { type: "ERROR", reason: ["name-taken", "full", "because"][asked % 3]!, about: "x", seconds: 9 };
     const isRefusal = answer.type === "ERROR" && asked > 7;
     const seal = { id, counter, key: isRefusal ? loginKey(shared, id) : undefined };
@@ -656,11 +662,16 @@ world("evil server: cookies without end, refusals without reason", { server: { k
   login(world, carol, dave);
   talk(world, carol, dave);
   for (let i = 0; i < 12; i++) {
-    tell("carol", { type: "COOKIE", cookie: hex(world.bytes(8)), key: EVIL.public, known: i % 3 ? 1 : 0 });
+    tell("carol", {
+      type: "COOKIE",
+      cookie: hex(world.bytes(8)),
+      key: EVIL.public,
+      terms: { version: VERSION, flag: i % 3 !== 0 },
+    });
     world.net.run(50);
   }
   const key = new Uint8Array(32); // no key: every secret shared with it is 0
-  tell("carol", { type: "COOKIE", cookie: NO_ID, key, known: 0 });
+  tell("carol", { type: "COOKIE", cookie: NO_ID, key, terms: { version: VERSION, flag: false } });
   world.net.run(60_000);
   talk(world, carol, dave);
   for (const player of [alice, bob]) player.send("carol", `${logins.size} logins`);

@@ -88,13 +88,14 @@ test(
 
 test("limit: a name that is held is not freed by 10,000 names that come and go", LONG, () => {
   const { server, tools, come, now } = office();
-  const alice = (from: Endpoint, at: number) => enter(server, hand("alice", tools, { keepName: 1 }), { from, now: at }); // with other keys each time
+  const alice = (from: Endpoint, at: number) =>
+    enter(server, hand("alice", tools, { keepName: true }), { from, now: at }); // with other keys each time
   assert.ok(alice("100.64.1.1:1", now));
   server.wake(now + 60_000);
   const later = now + 61_000;
   assert.equal(alice("100.64.1.2:1", later), null);
   for (let i = 0; i < 10_001; i++) {
-    const user = come(`user-${i}`, `100.${64 + (i >> 10)}.2.1:1`, later + i)!;
+    const user = come(`user-${i}`, `100.${64 + (i % 50)}.2.1:1`, later + i)!;
     server.receive({ socket: 0, from: user.from, data: user.seal(like("LOGOUT", {})) }, later + i);
   }
   assert.equal(alice("100.64.1.3:1", later + 10_001), null);
@@ -106,7 +107,7 @@ test("limit: names that were here, the last 10,000 for an hour", LONG, () => {
   const status = (name: string, at: number) =>
     reasonOf(asker.say(asker.seal(like("P2PTRANS", { to: name, nonce: NO_ID, call: 0, body: NO_BYTES })), at));
   for (let i = 0; i < 10_001; i++) {
-    const user = come(`user-${i}`, `100.${64 + (i >> 10)}.1.1:1`, now + i)!;
+    const user = come(`user-${i}`, `100.${64 + (i % 50)}.1.1:1`, now + i)!;
     user.say(user.seal(like("LOGOUT", {})), now + i);
   }
   const full = now + 10_001;

@@ -56,6 +56,7 @@ const CLIENT_EVENTS: Record<string, Record<string, Check>> = {
   },
   ping: { peer: isText, path: isPath, rttMs: isRtt, lost: isNumber },
   verify: { peer: isText, code: isText },
+  blocked: { peers: Array.isArray },
   error: { code: isText, message: isText },
   reconnecting: { name: isText, reason: isText },
   reconnected: { name: isText, reason: isText },
@@ -65,6 +66,7 @@ const SERVER_EVENTS: typeof CLIENT_EVENTS = {
   listening: { address: isText, port: isNumber, altPort: isNumber },
   login: { name: isText, public: isEndpoint },
   moved: { name: isText, public: isEndpoint },
+  refused: { name: isText, public: isEndpoint, reason: isText },
   logout: { name: isText, reason: isText },
   error: { code: isText, message: isText },
 };
