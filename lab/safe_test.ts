@@ -1,0 +1,156 @@
+/**
+ * Programs of other versions, people whom one does not want to hear, and what one provider may take of a server.
+ *
+ * @module
+ */
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { type Control, decode, encode, formatEndpoint, hex, keysFrom, loginKey, VERSION } from "../protocol.ts";
+import { diffieHellman, MIN_CLIENT_BYTES } from "../protocol.ts";
+import { dice, enter, hand, like, NO_BYTES, NO_ID, office, part, reasonOf, rogueCrowd, sends } from "./hostile.ts";
+import { createWorld, deliver, join, login } from "./scenario.ts";
+import { numbered, texts } from "./testing.ts";
+
+// ---------------------------------------------------------------------------------------------------- versions
+
+const SERVER = "192.0.2.1:2280";
+
+for (const [theirs, who] of [[0, "the server"], [VERSION + 1, "this program"]] as const) {
+  test(`a server of version ${theirs} that answers the first LOGIN: the client says to update ${who}, and ends`, () => {
+    const world = createWorld({});
+    world.net.tap(({ data, host }) => {
+      if (host === "server" && decode(data)?.type === "COOKIE") data[16 + 8 + 32] = 2 * theirs; // the byte of `terms`
+    });
+    const alice = join(world, "alice");
+    world.net.run(2_000);
+    const [error] = alice.events("error");
+    assert.equal(error?.code, "version");
+    assert.equal(error.fatal, true);
+    assert.match(error.message, new RegExp(`update ${who}`));
+  });
+}
+
+test("a COOKIE of another version in mid-session, which nobody has sealed, does not end the client", () => {
+  const world = createWorld({}), alice = join(world, "alice"), bob = join(world, "bob");
+  login(world, alice, bob);
+  alice.send("bob", "one");
+  world.net.run(2_000);
+  let token = "", id = "", counter = 0;
+  world.net.tap(({ data, host }) => {
+    const message = host === "alice" ? decode(data) : null;
+    if (message?.type === "LOGIN") ({ id, counter } = message);
+    else if (message) token = message.id;
+  });
+  alice.process.call((now) => alice.client.command({ command: "ping", peer: "bob", count: 3 }, now));
+  world.net.run(30_000);
+  const terms = { version: VERSION + 1, flag: false };
+  const cookie = {
+    type: "COOKIE",
+    cookie: "1".repeat(16),
+    key: keysFrom(dice("evil").bytes(32)).public,
+    terms,
+  } as const;
+  for (let i = 0; i < 20; i++) {
+    for (const [of, at] of [[token, 2 ** 40], [id, counter]] as const) {
+      if (of) deliver(alice, { socket: 0, from: SERVER, data: encode(cookie, { id: of, counter: at }) });
+    }
+    world.net.run(500);
+  }
+  world.net.run(30_000);
+  alice.send("bob", "two");
+  world.net.run(5_000);
+  assert.deepEqual(texts(bob), ["one", "two"]);
+  assert.ok(alice.events("error").every(({ fatal }) => !fatal));
+});
+
+test("a client of the first version is told under its key which version it needs", () => {
+  const { server, tools, now } = office(), keys = keysFrom(tools.bytes(32)), id = hex(tools.bytes(8));
+  const from = "100.64.1.1:1",
+    say = (cookie: string, key?: Uint8Array) => {
+      const login = like("LOGIN", { cookie, key: keys.public, proof: NO_ID, name: "old", local: [] });
+      const data = encode({ ...login, terms: { version: 0, flag: true } } as typeof login, { id, counter: 1, key });
+      return sends(server.receive({ socket: 0, from, data }, now)).map((effect) => decode(effect.data)!);
+    };
+  const [cookie] = say(NO_ID) as (Control & { type: "COOKIE" })[];
+  const key = loginKey(diffieHellman(keys.secret, cookie!.key)!, id), [error] = say(cookie!.cookie, key);
+  assert.equal(error?.type === "ERROR" && error.reason, `update-to-version-${VERSION}`);
+});
+
+// ---------------------------------------------------------------------------------------------------- whom one hears
+
+test("who is blocked is not heard, under his name or his key, and is heard again when he is not blocked any more", () => {
+  const world = createWorld({ seed: 4 }), [alice, bob] = ["alice", "bob"].map((name) => join(world, name));
+  login(world, alice!, bob!);
+  const block = (command: "block" | "unblock") =>
+    alice!.process.call((now) => alice!.client.command({ command, peer: "bob" }, now));
+  bob!.send("alice", "one");
+  world.net.run(2_000);
+  block("block");
+  assert.deepEqual(alice!.events("blocked").at(-1)?.peers, ["bob"]);
+  bob!.send("alice", "two");
+  world.net.run(20_000);
+  assert.deepEqual(texts(alice!), ["one"]);
+  assert.deepEqual(bob!.events("sent").map(({ ok }) => ok), [true, false]);
+  alice!.send("bob", "three");
+  assert.equal(alice!.events("sent").at(-1)?.ok, false);
+  block("unblock");
+  assert.deepEqual(alice!.events("blocked").at(-1)?.peers, []);
+  bob!.send("alice", "four");
+  world.net.run(5_000);
+  assert.deepEqual(texts(alice!), ["one", "four"]);
+});
+
+test("first messages of a thousand strangers: 200 are answered at once and 50 a second; to friends one is there", () => {
+  const world = createWorld({ seed: 5, server: { maxPerAddress: 5_000 } });
+  const [alice, friend] = ["alice", "friend"].map((name) => join(world, name));
+  login(world, alice!, friend!);
+  alice!.send("friend", "hello");
+  world.net.run(3_000);
+  const strangers = rogueCrowd(world, numbered(1_000, "s"), alice!);
+  const before = alice!.events("message").length;
+  for (const stranger of strangers) stranger.open("alice", part(0, "hi"));
+  world.net.run(200);
+  const heard = alice!.events("message").length - before;
+  assert.ok(heard <= 215, `${heard} strangers were heard`);
+  friend!.send("alice", "are you there?");
+  world.net.run(1_000);
+  assert.deepEqual(texts(alice!, "friend"), ["are you there?"]);
+});
+
+// ---------------------------------------------------------------------------------------------------- one provider
+
+test("who has a whole IPv6 /32 fills half of a server: people from elsewhere are let in", () => {
+  const { come, now } = office({ maxUsers: 1_000, maxPerAddress: 4 });
+  let inside = 0;
+  for (let i = 0; i < 2_000; i++) {
+    inside += Number(come(`rogue-${i}`, formatEndpoint(`2001:db8:${i.toString(16)}::1`, 4_000), now + i * 5) !== null);
+  }
+  assert.equal(inside, 500);
+  assert.ok(come("newcomer", "198.51.100.7:1", now + 10_000));
+  assert.ok(come("other", "[2001:db9::1]:1", now + 10_000));
+});
+
+test("names held for one prefix are 500 at most: the others' stay held", () => {
+  const { server, tools, come, now } = office({ maxPerAddress: 20_000 });
+  const keys = keysFrom(tools.bytes(32)), keep = { keys, keepName: true };
+  const vanish = (name: string, from: string, at: number) =>
+    assert.ok(enter(server, hand(name, tools, keep), { from, now: at }), name);
+  vanish("alice", "198.51.100.1:1", now);
+  for (let i = 0; i < 11_000; i++) {
+    vanish(`rogue-${i}`, `100.${64 + i % 2}.${i % 100}.1:${1_000 + (i >> 1)}`, now + i * 2);
+  }
+  let at = now + 95_000;
+  for (; server.wakeAt() < now + 100_000;) server.wake(at = Math.max(at, server.wakeAt()));
+  assert.equal(come("alice", "203.0.113.1:1", at), null, "alice's name is held");
+  assert.ok(come("rogue-10999", "203.0.113.2:1", at), "beyond the share nobody's is");
+});
+
+test("a datagram too small for a COOKIE draws none, whether there is a session or not", () => {
+  const { server, come, now } = office(), user = come("user", "100.64.1.1:1")!;
+  const small = user.seal(like("LOGOUT", {})).subarray(0, MIN_CLIENT_BYTES - 1);
+  for (const from of [user.from, "100.64.9.9:9"]) {
+    assert.deepEqual(server.receive({ socket: 0, from, data: small }, now), []);
+  }
+  const call = like("P2PTRANS", { to: "nobody", nonce: NO_ID, call: 1, body: NO_BYTES });
+  assert.equal(reasonOf(user.say(user.seal(call), now)), "unknown");
+});
