@@ -2991,6 +2991,14 @@ async function main(): Promise<void> {
 }
 
 /** Carries out line after line. On a terminal the next one need not wait for what comes of the one before. */
+/** The event that answers a command, where its name is another one. */
+const ANSWERS: Partial<Record<Command["command"], ClientEvent["event"]>> = {
+  send: "sent",
+  getu: "users",
+  block: "blocked",
+  unblock: "blocked",
+};
+
 async function converse(client: Client, screen: Screen, args: { port: number; json: boolean; trace: boolean }) {
   const { terminal, lines, show, prompt } = screen, trace = args.trace ? createTrace() : undefined;
   let isListDue = false, hasFailed = false, isOver = false;
@@ -3018,11 +3026,11 @@ async function converse(client: Client, screen: Screen, args: { port: number; js
     setTimeout(() => process.exit(code), GOODBYE_MS);
   }
   function carryOut(command: Command): Promise<void> {
-    const verb = command.command, answer = verb === "send" ? "sent" : verb === "getu" ? "users" : verb;
+    const verb = command.command, answer = ANSWERS[verb] ?? verb;
     let left = command.command === "ping" ? command.count : 1;
     const outcome = until((event) => {
       if (event.event === answer) left--;
-      return left <= 0 || (event.event === "error" && !event.notice && verb !== "send");
+      return left <= 0 || (event.event === "error" && (!event.notice || event.code === "bug") && verb !== "send");
     });
     perform(command);
     return verb === "path" ? Promise.resolve() : outcome; // the paths are told at once, if there are any

@@ -1644,12 +1644,19 @@ export function explain(data: Uint8Array): string {
   return `${row.name} (${row.what})${details}`;
 }
 
-/** Writes every datagram to stderr, in words, with the time since the last `restart`. */
-export function createTrace(): { (way: "in" | "out", other: Endpoint, data: Uint8Array): void; restart(): void } {
+/** Shows a datagram. */
+export interface Trace {
+  (way: "in" | "out", other: Endpoint, data: Uint8Array): void;
+  /** From now on times count from here. */
+  restart(): void;
+}
+
+/** Writes every datagram, to stderr unless told otherwise, in words, with the time since the last `restart`. */
+export function createTrace(write: (line: string) => void = console.error): Trace {
   let start = clock();
   const trace = (way: "in" | "out", other: Endpoint, data: Uint8Array) => {
     const ms = (clock() - start).toFixed(1).padStart(9);
-    console.error(`${ms} ms ${way === "in" ? "<-" : "->"} ${other} ${explain(data)}`);
+    write(`${ms} ms ${way === "in" ? "<-" : "->"} ${other} ${explain(data)}`);
   };
   return Object.assign(trace, { restart: () => void (start = clock()) });
 }

@@ -1033,7 +1033,7 @@ async function main(): Promise<void> {
   const random = (length: number) => Uint8Array.from(randomBytes(length)), keys = generateKeys();
   const passwordKey = keyFromWords(password, "password");
   const server = createServer({ keys, random, password: passwordKey, maxUsers, maxPerAddress, hosts });
-  const onDatagram = args.trace ? createTrace() : undefined;
+  const onDatagram = args.trace ? createTrace(createLog(2, leftOut)) : undefined;
   let address = host;
   const run = (host: string) => {
     address = host;

@@ -70,7 +70,7 @@ const SERVER_EVENTS: typeof CLIENT_EVENTS = {
   logout: { name: isText, reason: isText },
   error: { code: isText, message: isText },
 };
-const REASONS = isOneOf("unknown", "offline", "timeout", "empty", "too-long", "untrusted");
+const REASONS = isOneOf("unknown", "offline", "timeout", "empty", "too-long", "untrusted", "blocked");
 
 /** Everything on stdout is an object with the documented fields. */
 function assertEvents(program: Program, table: typeof CLIENT_EVENTS): void {
@@ -392,6 +392,16 @@ scenario("piped lines are carried out in order, and each waits for its outcome",
   assert.deepEqual(of(bob, "message").map(({ text }) => text), ["one", "two", " three"]);
   assert.deepEqual(of(bob, "message").map(({ id }) => id), of(alice, "sent").map(({ id }) => id));
   assert.ok(of(alice, "ping").every(({ rttMs }) => rttMs !== null), alice.evidence());
+});
+
+scenario("block and unblock, piped: each has its outcome", async ({ server, client, script }) => {
+  const { at } = await server(), bob = await client(at, "bob");
+  const lines = ["block bob", "send bob hi", "block", "unblock bob", "unblock bob", "send bob ho"];
+  const alice = await script(at, "alice", lines, { code: 1 });
+  assert.deepEqual(of(alice, "blocked").map(({ peers }) => peers), [["bob"], ["bob"], []]);
+  assert.deepEqual(of(alice, "sent").map(({ ok, reason }) => [ok, reason]), [[false, "blocked"], [true, undefined]]);
+  assert.deepEqual(of(alice, "error").map(({ code }) => code), ["unknown"]);
+  await bob.until({ event: "message", text: "ho" });
 });
 
 scenario("`getu PREFIX` as the first line: the list on login is not its answer", async ({ server, client, script }) => {
