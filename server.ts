@@ -184,7 +184,7 @@ const newPlace = (endpoint: Endpoint, prefix: Key) => ({
   prefix,
   parts: [prefixOf(endpoint), providerOf(endpoint)] as readonly [prefix: string, provider: string],
   cookie: "", // that the next KEEPALIVE from there must return
-  loginCookie: "", // the last one of a COOKIE that came back: it proves nothing twice
+  spent: [] as string[], // the last two of a COOKIE that came back, as two are valid: they prove nothing twice
   provedAt: 0,
   bytes: 0, // that went there since, beyond those that came from there
   sessions: [] as Session[], // whose client receives there
@@ -214,8 +214,10 @@ function createPlaces(io: Io, onLost: (place: Place, session: Session) => void) 
       place.socket = socket;
       left.delete(endpoint);
       places.set(endpoint, place);
-      if (place.loginCookie !== loginCookie) prove(place);
-      place.loginCookie = loginCookie;
+      if (!place.spent.includes(loginCookie)) {
+        prove(place);
+        place.spent = [loginCookie, ...place.spent.slice(0, 1)];
+      }
       place.sessions.push(session);
       return place;
     },

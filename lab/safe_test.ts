@@ -130,6 +130,30 @@ test("who has a whole IPv6 /32 fills half of a server: people from elsewhere are
   assert.ok(come("other", "[2001:db9::1]:1", now + 10_000));
 });
 
+test("a cookie that has come back proves nothing a second time, nor do two in turns", () => {
+  const { server, tools, now } = office(), keys = keysFrom(tools.bytes(32)), from = "198.51.100.1:1";
+  const say = (at: number, cookie: string, seal?: { id: string; key: Uint8Array }) => {
+    const name = `name-${hex(tools.bytes(4))}`, { id, key } = seal ?? { id: hex(tools.bytes(8)), key: undefined };
+    const data = encode(like("LOGIN", { cookie, key: keys.public, proof: NO_ID, name, local: [] }), {
+      id,
+      counter: 1,
+      key,
+    });
+    return sends(server.receive({ socket: 0, from, data }, at));
+  };
+  const cookieAt = (at: number) => decode(say(at, NO_ID)[0]!.data) as Control & { type: "COOKIE" };
+  const first = cookieAt(now), second = cookieAt(now + 30_000); // valid at the same time
+  const shared = diffieHellman(keys.secret, first.key)!;
+  let bytes = 0;
+  for (let i = 0; i < 400; i++) {
+    const id = hex(tools.bytes(8)), at = now + 30_001 + i * 60;
+    const answers = say(at, (i % 2 ? first : second).cookie, { id, key: loginKey(shared, id) });
+    bytes += answers.reduce((sum, { data }) => sum + data.length, 0);
+  }
+  const sent = 400 * MIN_CLIENT_BYTES * 2; // at most so much came from there
+  assert.ok(bytes > 64 * 1024 && bytes <= 2 * 64 * 1024 + sent, `${bytes} bytes`);
+});
+
 test("names held for one prefix are 500 at most: the others' stay held", () => {
   const { server, tools, come, now } = office({ maxPerAddress: 20_000 });
   const keys = keysFrom(tools.bytes(32)), keep = { keys, keepName: true };
