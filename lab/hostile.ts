@@ -340,7 +340,7 @@ export function rogue(world: World, name: string, { address, psk = new Uint8Arra
   const site = rogues++ % 60_000;
   const host = world.net.host({
     name: `rogue ${name} ${site}`,
-    addresses: [address ?? `100.${128 + Math.floor(site / 250) % 100}.7.${site % 250 + 1}`],
+    addresses: [address ?? `100.${128 + site % 100}.${Math.floor(site / 100) % 250}.7`],
     delayMs: DELAY_MS,
   });
   const self = hand(name, dice_, { clock: Math.floor(world.net.now()) });

@@ -21,7 +21,7 @@ test("a stranger's datagram costs a client that knows 300 people what it costs o
   login(world, alice, bare);
   for (const each of rogueCrowd(world, numbered(300, "m"), alice)) {
     each.open("alice", part(0, "hi"));
-    world.net.run(25); // she greets 50 a second
+    world.net.run(25); // 50 a second are let through
   }
   world.net.run(3_000);
   assert.equal(new Set(alice.events("message").map(({ from }) => from)).size, 300);

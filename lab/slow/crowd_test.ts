@@ -23,12 +23,15 @@ test(
     world.net.run(5_000);
     const before = memory();
     const crowd = rogueCrowd(world, numbered(1_100, "stranger-"), alice);
-    crowd.forEach((each, i) => each.open("alice", i < 50 ? { type: "P2PTRASH", probe: 1 } : part(0, "buy!")));
+    for (const [i, each] of crowd.entries()) {
+      each.open("alice", i < 50 ? { type: "P2PTRASH", probe: 1 } : part(0, "buy!"));
+      world.net.run(25); // 50 a second are let through
+    }
     world.net.run(3_000);
     alice.command({ command: "path", peer: null });
     const conversations = new Set(alice.events("path").map(({ peer }) => peer));
     console.log(`1,100 callers: ${conversations.size} conversations, ${((memory() - before) / MIB).toFixed(1)} MiB`);
-    assert.ok(conversations.size <= 1_001 + 2);
+    assert.ok(conversations.size >= 1_000 && conversations.size <= 1_001 + 2);
     const zed = join(world, "zed", { nat: "EIM+APDF random" });
     login(world, zed);
     world.net.run(1_000);
@@ -112,11 +115,11 @@ test("limit: names that were here, the last 10,000 for an hour", LONG, () => {
   }
   const full = now + 10_001;
   assert.deepEqual([0, 1, 10_000].map((i) => status(`user-${i}`, full)), ["unknown", "offline", "offline"]);
-  for (let at = full; at <= full + 3_601_000; at += 10_000) { // the asker stays
+  for (let at = full; at <= full + 3_610_000; at += 10_000) { // the asker stays
     asker.say(asker.seal(like("KEEPALIVE", { cookie: NO_ID, local: [] })), at);
-    server.wake(at);
+    for (let due = server.wakeAt(); due <= at; due = server.wakeAt()) server.wake(due);
   }
-  assert.equal(status("user-10000", full + 3_602_000), "unknown");
+  assert.equal(status("user-10000", full + 3_611_000), "unknown");
 });
 
 test("a peer that has evicted the conversation gets again what it had acknowledged behind a gap", () => {
