@@ -143,7 +143,7 @@ function createLadder(io: Io, { keys, password }: ServerOptions, admit: Admit) {
     if (login?.type !== "LOGIN") return;
     const { id, counter, name } = login, shared = diffieHellman(keys.secret, login.key);
     const key = shared && loginKey(shared, id);
-    if (!key || !verifies(data, key)) return void io.limits.mayLogIn(prefix, FALSE_LOGIN - 1);
+    if (!key || !verifies(data, key)) return io.limits.punish(prefix, FALSE_LOGIN - 1);
     const refusal = objection(login, at, shared) ?? admit(login, at, shared);
     if (refusal) io.send(at, encode({ type: "ERROR", about: name, ...refusal }, { id, counter, key }));
   }
@@ -176,6 +176,10 @@ const CONSENT_MS = 60_000; // so long after the last proof a place is good: thre
 const MAX_UNPROVED_BYTES = 64 * 1024; // most that goes there between two proofs beyond what has come from there
 /** A place that so much has gone to since the last proof is asked for one, and again after each so many more bytes. */
 const ASK_FROM_BYTES = 16 * 1024, ASK_EACH_BYTES = 8 * 1024;
+/** When so little is left that only questions go, one a second is asked. */
+const ASK_RESERVE_BYTES = 1_024, ASK_AGAIN_MS = 1_000;
+/** Those whom a client does not know leave so much of it to others. */
+const STRANGERS_BYTES = MAX_UNPROVED_BYTES / 2;
 const MAX_LEFT_PLACES = 10_000; // that no session is at any more, and where what went counts on
 
 const newPlace = (endpoint: Endpoint, prefix: Key) => ({
@@ -187,17 +191,20 @@ const newPlace = (endpoint: Endpoint, prefix: Key) => ({
   spent: [] as string[], // the last two of a COOKIE that came back, as two are valid: they prove nothing twice
   provedAt: 0,
   bytes: 0, // that went there since, beyond those that came from there
-  sessions: [] as Session[], // whose client receives there
+  asked: { bytes: 0, at: 0 }, // for a proof, since the last one: after how many bytes, and when
+  sessions: new Set<Session>(), // whose client receives there
 });
 type Place = ReturnType<typeof newPlace>;
 
 function createPlaces(io: Io, onLost: (place: Place, session: Session) => void) {
   const places = new Map<Endpoint, Place>(); // the one first that was proved the longest time ago
   const left = new Map<Endpoint, Place>(); // those without a session
+  const prefixes = new Map<string, number>(); // in which there are places, and how many
 
   function prove(place: Place): void {
     place.provedAt = io.now;
     place.bytes = 0;
+    place.asked = { bytes: 0, at: 0 };
     place.cookie = hex(io.random(8));
     places.delete(place.endpoint);
     places.set(place.endpoint, place);
@@ -205,8 +212,15 @@ function createPlaces(io: Io, onLost: (place: Place, session: Session) => void) 
 
   const isLive = ({ provedAt }: Place) => io.now - provedAt < CONSENT_MS;
 
+  function countPlace({ parts: [prefix] }: Place, change: 1 | -1): void {
+    const count = (prefixes.get(prefix) ?? 0) + change;
+    if (count > 0) prefixes.set(prefix, count);
+    else prefixes.delete(prefix);
+  }
+
   return {
     isLive,
+    isPrefix: (endpoint: Endpoint) => prefixes.has(prefixOf(endpoint)),
     /** Somebody has brought a COOKIE's cookie from there, and has a session. */
     enter(session: Session, { endpoint, socket }: Address, loginCookie: string): Place {
       const place = places.get(endpoint) ?? left.get(endpoint) ??
@@ -218,12 +232,15 @@ function createPlaces(io: Io, onLost: (place: Place, session: Session) => void) 
         prove(place);
         place.spent = [loginCookie, ...place.spent.slice(0, 1)];
       }
-      place.sessions.push(session);
+      if (place.sessions.size === 0) countPlace(place, 1);
+      place.sessions.add(session);
       return place;
     },
     leave(session: Session, place: Place): void {
-      place.sessions = place.sessions.filter((other) => other !== session);
-      if (place.sessions.length > 0 || !places.delete(place.endpoint)) return;
+      if (!place.sessions.delete(session) || place.sessions.size > 0) return;
+      places.delete(place.endpoint);
+      countPlace(place, -1);
+      if (!isLive(place)) return;
       if (left.size >= MAX_LEFT_PLACES) left.delete(left.keys().next().value!);
       left.set(place.endpoint, place);
     },
@@ -235,20 +252,33 @@ function createPlaces(io: Io, onLost: (place: Place, session: Session) => void) 
     },
     /** Sends, unless too much has gone there, or nobody may be there any more; true: now a proof is wanted. */
     send(place: Place, data: Uint8Array): boolean {
-      const before = place.bytes;
-      if (!isLive(place) || before + data.length > MAX_UNPROVED_BYTES) return false;
+      if (!isLive(place)) return false;
+      const { asked } = place, fits = place.bytes + data.length <= MAX_UNPROVED_BYTES - ASK_RESERVE_BYTES;
+      if (fits) {
+        place.bytes += data.length;
+        io.send(place, data);
+      }
+      const isWanted = fits
+        ? place.bytes >= Math.max(ASK_FROM_BYTES, asked.bytes + ASK_EACH_BYTES)
+        : io.now >= asked.at + ASK_AGAIN_MS;
+      if (isWanted) place.asked = { bytes: place.bytes, at: io.now };
+      return isWanted;
+    },
+    /** Asks for a proof; that counts too. */
+    ask(place: Place, data: Uint8Array): void {
+      if (place.bytes + data.length > MAX_UNPROVED_BYTES) return;
       place.bytes += data.length;
       io.send(place, data);
-      if (place.bytes < ASK_FROM_BYTES) return false;
-      return Math.floor(place.bytes / ASK_EACH_BYTES) > Math.floor(before / ASK_EACH_BYTES);
     },
     /** Gives up places where nobody has shown for long that he is there: at most so many. True: those were all. */
     sweep(most: number): boolean {
       for (const [endpoint, place] of left) if (!isLive(place)) left.delete(endpoint);
       for (const place of places.values()) {
         if (isLive(place)) return true;
-        if (most-- <= 0) return false;
-        for (const session of place.sessions) onLost(place, session);
+        for (const session of place.sessions) {
+          if (most-- <= 0) return false;
+          onLost(place, session);
+        }
       }
       return true;
     },
@@ -287,7 +317,8 @@ interface Session {
   keepName: boolean; // whether its key holds the name when it has vanished
   nat: NatClass; // what the client takes its NAT to be
   rttMs: number; // its round trip to us, as it has measured it
-  friends: Set<string>; // names of those whom the client knows, the one first whom it has called the longest time ago
+  keyText: string; // its hex digits
+  friends: Set<string>; // keys of those whom the client knows, the one first whom it has called the longest time ago
 }
 type Claim = "new" | "again" | "replaces" | { refusedFor: number }; // seconds
 
@@ -297,7 +328,7 @@ const NOWHERE = newPlace("0.0.0.0:1", [0, 0]); // of a session that is being mad
 const sameKey = (one: Uint8Array, other: Uint8Array) => one.every((byte, i) => byte === other[i]);
 
 type Sessions = ReturnType<typeof createSessions>;
-type Greet = (session: Session, login: Login, isNew: boolean) => void;
+type Greet = (session: Session, login: Login, isNew: boolean, place?: Place) => void;
 function createSessions(
   io: Io,
   options: ServerOptions,
@@ -343,7 +374,7 @@ function createSessions(
     if (holder && claimed === "again") {
       const hadNoWelcome = holder.window.highest < 0; // a client that has had it does not ask from elsewhere
       if (at.endpoint !== holder.home.endpoint && hadNoWelcome) move(holder, at, login.cookie);
-      return void on.greet(holder, login, false);
+      return void on.greet(holder, login, false, placeAt(holder, at.endpoint));
     }
     const stays = holder && prefixOf(holder.home.endpoint) === prefixOf(at.endpoint);
     if ((!holder && directory.size() >= maxUsers) || (!stays && !hasPlace(at))) return { reason: "full", seconds: 0 };
@@ -352,7 +383,8 @@ function createSessions(
     const { id, counter: clock, name, local, rttMs, terms } = login, token = hex(io.random(8));
     const theirs = { clock, name, nonce, key: login.key.slice(), local, keepName: terms.flag, rttMs };
     const ours = { token, keys: controlKeys(shared, token), window: replayWindow(), sent: clock };
-    const known = { nat: UNKNOWN_NAT, limit: io.limits.keyOf(token), friends: new Set<string>() };
+    const limit = io.limits.keyOf(token), keyText = hex(login.key);
+    const known = { nat: UNKNOWN_NAT, limit, keyText, friends: new Set<string>() };
     const session: Session = { ...theirs, ...ours, ...known, home: NOWHERE, other: null };
     session.home = places.enter(session, at, login.cookie);
     byToken.set(token, session);
@@ -390,8 +422,8 @@ function createSessions(
     const old = isOther ? other : home, stays = !isOther && prefixOf(to.endpoint) === prefixOf(home.endpoint);
     if (!isOther && !stays && !hasPlace(to)) return;
     if (old?.endpoint !== to.endpoint && !stays && !io.limits.allows(session, "moves")) return;
+    if (old) places.leave(session, old); // first, since it may be the same one
     const place = places.enter(session, to, cookie);
-    if (old) places.leave(session, old);
     if (isOther) session.other = place;
     else goHome(session, place);
     return place;
@@ -457,10 +489,10 @@ function createSessions(
     if (io.limits.allows(session, "errors")) toClient(session, { type: "ERROR", reason, about, seconds: 0 });
   }
 
-  function befriend(session: Session, name: string): void { // its client knows that user
-    session.friends.delete(name);
+  function befriend(session: Session, { keyText }: Session): void { // its client knows that user
+    session.friends.delete(keyText);
     if (session.friends.size >= MAX_FRIENDS) session.friends.delete(session.friends.keys().next().value!);
-    session.friends.add(name);
+    session.friends.add(keyText);
   }
 
   /** Forgets what is over, at most so much of it. True: that was all. */
@@ -476,11 +508,11 @@ function createSessions(
 
   return {
     ...{ admit, remove, move, livePlaces, placeAt, isGenuine, keepAlive, toClient, refuse, befriend, sweep },
-    toPlace: places.send,
+    ...{ toPlace: places.send, askPlace: places.ask },
     find: (token: string) => byToken.get(token),
     all: () => byToken.values(),
     wasHere: (name: string) => former.find(name) !== undefined,
-    isUsersPrefix: (endpoint: Endpoint) => usersAt.has(prefixOf(endpoint)),
+    isUsersPrefix: places.isPrefix,
     isEmpty: () => byToken.size + usedLoginIds.size === 0 && former.isEmpty() && places.isEmpty(),
   };
 }
@@ -568,19 +600,22 @@ function createRelay(io: Io, { find }: Directory, { toClient, refuse, wasHere, l
     return { name, nonce, key, candidates: candidatesFor(subject, viewer), nat, punchAfterMs };
   }
 
+  /** Whom a client does not know cannot use up what others have with it. */
+  const mayReach = (target: Session, from: Session, what: "calls" | "punches" | number) =>
+    target.friends.has(from.keyText) ||
+    (livePlaces(target).every(({ bytes }) => bytes < STRANGERS_BYTES) && io.limits.mayReach(target, from, what));
+
   return {
     pass(session: Session, { to, nonce, call, body }: Control & { type: "P2PTRANS" }): void {
       const target = find(to), isCall = call % 2 === 1;
       if (!target) return refuse(session, wasHere(to) ? "offline" : "unknown", to);
-      if (call > 1) befriend(session, to);
+      if (call > 1) befriend(session, target);
       if (body.length > MAX_RELAYED_BYTES) return refuse(session, "too-long", to);
       if (!io.limits.allows(session, "relayedBytes", body.length)) return refuse(session, "busy", to);
       const isCurrent = nonce === target.nonce; // else it is sealed for an earlier login: nobody could open it
       const passes = isCurrent && !isCall;
       if (!passes && !io.limits.allows(session, "calls")) return refuse(session, "busy", to);
-      if (!target.friends.has(session.name) && !io.limits.mayReach(target, session, passes ? body.length : null)) {
-        return refuse(session, "busy", to);
-      }
+      if (!mayReach(target, session, passes ? body.length : "calls")) return refuse(session, "busy", to);
       if (passes) return toClient(target, { type: "RELAYED", from: session.name, nonce: session.nonce, body });
       const readable = body.subarray(0, isCurrent ? body.length : 0);
       toClient(target, { type: "P2PSOMEONEWANTTOCALLYOU", peer: introduction(session, target), body: readable });
@@ -588,7 +623,8 @@ function createRelay(io: Io, { find }: Directory, { toClient, refuse, wasHere, l
     },
     punched(session: Session, { peer }: Control & { type: "PUNCHED" }): void {
       const target = find(peer);
-      if (target && io.limits.allows(session, "punches")) toClient(target, { type: "PUNCHED", peer: session.name });
+      if (!target || !io.limits.allows(session, "punches") || !mayReach(target, session, "punches")) return;
+      toClient(target, { type: "PUNCHED", peer: session.name });
     },
   };
 }
@@ -687,6 +723,8 @@ const OF_SESSION = {
   errors: { perSecond: 10, burst: 20 },
 } satisfies Record<string, Rate>;
 const PREFIX_FACTOR = 10;
+/** A session that needs no more than this part of what it may have has it, whatever its neighbours do. */
+const FLOOR = 0.01;
 /**
  * Of a prefix. STUN cannot ask for a cookie, and only its answers are larger than the questions: 1.6 times, 2.2 with
  * IPv6, 2.8 and 4.6 with a second address. Whoever forges a victim's address has no more than this sent to it.
@@ -698,6 +736,7 @@ const ALL_STRANGERS: Rate = { perSecond: 20_000, burst: 5_000 }, ALL_LOGINS: Rat
 const ALL_STUN: Rate = { perSecond: 2_000, burst: 2_000 };
 /** What one callee hears from all whom he does not know, and of that, from those of one prefix. */
 const CALLS_TO: Rate = { perSecond: 50, burst: 200 }, CALLS_TO_FROM: Rate = { perSecond: 5, burst: 50 };
+const PUNCHES_TO: Rate = { perSecond: 50, burst: 200 }, PUNCHES_TO_FROM: Rate = { perSecond: 10, burst: 100 };
 const BYTES_TO: Rate = { perSecond: 1024 * 1024, burst: 2048 * 1024 };
 const BYTES_TO_FROM: Rate = { perSecond: 256 * 1024, burst: 512 * 1024 };
 const SMALL_BYTES = 100; // what a datagram costs its receiver besides its bytes
@@ -722,17 +761,18 @@ function createKeyedLimit(rule: Rate) {
   };
 }
 
-const tenfold = ({ perSecond, burst }: Rate) => ({
-  perSecond: PREFIX_FACTOR * perSecond,
-  burst: PREFIX_FACTOR * burst,
-});
+const times = (factor: number) => ({ perSecond, burst }: Rate): Rate => (
+  { perSecond: factor * perSecond, burst: Math.max(1, factor * burst) }
+);
 
 type Limits = ReturnType<typeof createLimits>;
 function createLimits(secret: Uint8Array, isUsersPrefix: (endpoint: Endpoint) => boolean) {
   const ofSession = mapValues(OF_SESSION, createKeyedLimit);
-  const ofPrefix = mapValues(OF_SESSION, (rule) => createKeyedLimit(tenfold(rule)));
+  const ofPrefix = mapValues(OF_SESSION, (rule) => createKeyedLimit(times(PREFIX_FACTOR)(rule)));
+  const floor = mapValues(OF_SESSION, (rule) => createKeyedLimit(times(FLOOR)(rule)));
   const strangers = createKeyedLimit(STRANGERS), logins = createKeyedLimit(LOGINS), stun = createKeyedLimit(STUN);
   const callsTo = createKeyedLimit(CALLS_TO), callsToFrom = createKeyedLimit(CALLS_TO_FROM);
+  const punchesTo = createKeyedLimit(PUNCHES_TO), punchesToFrom = createKeyedLimit(PUNCHES_TO_FROM);
   const bytesTo = createKeyedLimit(BYTES_TO), bytesToFrom = createKeyedLimit(BYTES_TO_FROM);
   const allStrangers = createLimit(ALL_STRANGERS), allLogins = createLimit(ALL_LOGINS);
   const allStun = createLimit(ALL_STUN), usersStun = createLimit(ALL_STUN);
@@ -751,16 +791,22 @@ function createLimits(secret: Uint8Array, isUsersPrefix: (endpoint: Endpoint) =>
       last = now;
     },
     allows: ({ limit, home }: { limit: Key; home: { prefix: Key } }, what: keyof typeof OF_SESSION, cost = 1) =>
-      ofSession[what](limit, time, cost) && ofPrefix[what](home.prefix, time, cost),
+      ofSession[what](limit, time, cost) &&
+      (floor[what](limit, time, cost) || ofPrefix[what](home.prefix, time, cost)),
     mayBeStranger: (from: Endpoint) => strangers(keyOf(prefixOf(from)), time) && allStrangers(time),
-    mayLogIn: (prefix: Key, cost = 1) => logins(prefix, time, cost) && allLogins(time),
+    mayLogIn: (prefix: Key) => logins(prefix, time) && allLogins(time),
+    /** Of so many more logins, as far as there are so many left. */
+    punish(prefix: Key, count: number): void {
+      while (count-- > 0 && logins(prefix, time));
+    },
     mayAskStun: (from: Endpoint) =>
       stun(keyOf(prefixOf(from)), time) && (isUsersPrefix(from) ? usersStun : allStun)(time),
-    /** Whether a callee is to hear from somebody whom he does not know: of a call, or of so many bytes. */
-    mayReach(callee: Session, caller: Session, bytes: number | null): boolean {
+    /** Whether a callee is to hear from somebody whom he does not know: a call, a report of a punch, or so many bytes. */
+    mayReach(callee: Session, caller: Session, what: "calls" | "punches" | number): boolean {
       const [a, b] = callee.limit, [c, d] = caller.home.prefix, pair: Key = [a ^ c, b ^ d];
-      if (bytes === null) return callsToFrom(pair, time) && callsTo(callee.limit, time);
-      return bytesToFrom(pair, time, bytes + SMALL_BYTES) && bytesTo(callee.limit, time, bytes + SMALL_BYTES);
+      if (what === "calls") return callsToFrom(pair, time) && callsTo(callee.limit, time);
+      if (what === "punches") return punchesToFrom(pair, time) && punchesTo(callee.limit, time);
+      return bytesToFrom(pair, time, what + SMALL_BYTES) && bytesTo(callee.limit, time, what + SMALL_BYTES);
     },
   };
 }
@@ -892,22 +938,19 @@ export function createServer(options: ServerOptions): Server {
   const stun = createStun(io, options);
 
   /** WELCOME bears the id and the counter of the LOGIN, since it is only now that the client learns its token. */
-  function greet(session: Session, { id, counter }: Login, isNew: boolean): void {
-    const { token, keys, home } = session, users = list.firstPage(), total = directory.size();
+  function greet(session: Session, { id, counter }: Login, isNew: boolean, place = session.home): void {
+    const { token, keys } = session, users = list.firstPage(), total = directory.size();
     const ports = { secondPort: stun.portOf(SECOND_PORT), thirdPort: stun.portOf(THIRD_PORT) };
-    const { cookie, endpoint } = home;
+    const { cookie, endpoint } = place;
     const welcome = { type: "WELCOME", token, cookie, public: endpoint, ...ports, total, users } as const;
-    sessions.toPlace(home, encode(welcome, { id, counter, key: keys.toClient }));
+    if (sessions.toPlace(place, encode(welcome, { id, counter, key: keys.toClient }))) ask(session, place);
     if (isNew) list.announce(session, sessions.all());
   }
 
   /** Asks a client to show that it still receives there. */
   function ask({ token: id }: Session, place: Place): void {
-    const terms = { version: VERSION, flag: true };
-    io.send(
-      place,
-      encode({ type: "COOKIE", cookie: place.cookie, key: options.keys.public, terms }, { id, counter: 0 }),
-    );
+    const { cookie } = place, terms = { version: VERSION, flag: true }, { public: key } = options.keys;
+    sessions.askPlace(place, encode({ type: "COOKIE", cookie, key, terms }, { id, counter: 0 }));
   }
 
   /** In order of cost: what can be thrown away is thrown away before it costs more. */

@@ -455,8 +455,9 @@ export function office(options: Partial<Parameters<typeof createServer>[0]> = {}
     },
   };
   const now = 1_700_000_000_000;
-  const come = (name: string, from: Endpoint, at = now) => {
-    const user = enter(server, hand(name, tools, { keys }), { from, now: at });
+  /** All have the same keys, unless told otherwise: then the server agrees with them on a secret only once. */
+  const come = (name: string, from: Endpoint, at = now, own = keys) => {
+    const user = enter(server, hand(name, tools, { keys: own }), { from, now: at });
     if (user) users.set(from, user);
     return user;
   };

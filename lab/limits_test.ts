@@ -171,15 +171,17 @@ test("limit: pages of the list, 16 an answer, 2,000 at once and 200 a second; 8 
 });
 
 test("limit: calls to one callee of those whom he does not know, 50 at once of one prefix, 200 in all; friends apart", () => {
-  const { server, come, now } = office();
-  const bob = come("bob", "100.64.2.1:1")!, friend = come("friend", "100.65.1.1:1")!;
+  const { server, tools, come, now } = office(), keys = keysFrom(tools.bytes(32)), other = keysFrom(tools.bytes(32));
+  const bob = come("bob", "100.64.2.1:1")!, friend = come("friend", "100.65.1.1:1", now, keys)!;
   const call = (who: typeof bob, to = bob, says = 1, at = now) => {
     const data = who.seal(like("P2PTRANS", { to: to.name, nonce: to.nonce, call: says, body: NO_BYTES }));
     return types(server.receive({ socket: 0, from: who.from, data }, at)).includes("P2PSOMEONEWANTTOCALLYOU");
   };
   assert.ok(call(bob, friend, 3)); // he knows that one
   const callers = (prefix: number) =>
-    numbered(5, `of ${prefix}-`).map((name, i) => come(name.replaceAll(" ", "-"), `100.66.${prefix}.1:${i + 1}`)!);
+    numbered(5, `of ${prefix}-`).map((name, i) =>
+      come(name.replaceAll(" ", "-"), `100.66.${prefix}.1:${i + 1}`, now, other)!
+    );
   const passedFrom = (prefix: number) => {
     let passed = 0;
     for (const caller of callers(prefix)) for (let i = 0; i < 50; i++) passed += Number(call(caller));
@@ -194,8 +196,10 @@ test("limit: calls to one callee of those whom he does not know, 50 at once of o
 });
 
 test("limit: relayed bytes of one session, 512 KiB at once and 256 KiB a second; another session's are untouched", () => {
-  const { come, now } = office();
-  const sender = come("sender", "100.64.1.1:1")!, other = come("other", "100.64.1.2:1")!;
+  const { tools, come, now } = office();
+  const [sender, other] = ["sender", "other"].map((name, i) =>
+    come(name, `100.64.1.${i + 1}:1`, now, keysFrom(tools.bytes(32)))!
+  ) as [NonNullable<ReturnType<typeof come>>, NonNullable<ReturnType<typeof come>>];
   const bob = come("bob", "100.64.2.1:1")!;
   const pass = (who: typeof sender, at = now) =>
     who.say(who.seal(like("P2PTRANS", { to: "bob", nonce: bob.nonce, call: 0, body: new Uint8Array(512) })), at);

@@ -8,6 +8,7 @@ import { test } from "node:test";
 import { type Control, decode, encode, formatEndpoint, hex, keysFrom, loginKey, VERSION } from "../protocol.ts";
 import { diffieHellman, MIN_CLIENT_BYTES } from "../protocol.ts";
 import { dice, enter, hand, like, NO_BYTES, NO_ID, office, part, reasonOf, rogueCrowd, sends } from "./hostile.ts";
+import { createServer } from "../server.ts";
 import { createWorld, deliver, join, login } from "./scenario.ts";
 import { numbered, texts } from "./testing.ts";
 
@@ -152,6 +153,73 @@ test("a cookie that has come back proves nothing a second time, nor do two in tu
   }
   const sent = 400 * MIN_CLIENT_BYTES * 2; // at most so much came from there
   assert.ok(bytes > 64 * 1024 && bytes <= 2 * 64 * 1024 + sent, `${bytes} bytes`);
+});
+
+test("a client whose KEEPALIVE is late by less than the next sweep stays, and vanishes when it is silent", () => {
+  const { server, come, now } = office(), user = come("late", "198.51.100.1:1")!;
+  const say = (cookie: string, at: number) =>
+    user.say(user.seal(like("KEEPALIVE", { cookie, local: [] })), at).map((effect) =>
+      effect.kind === "send" ? decode(effect.data)! : null
+    );
+  for (let due = server.wakeAt(); due < now + 60_000; due = server.wakeAt()) server.wake(due);
+  const challenge = sends(server.receive({
+    socket: 0,
+    from: user.from,
+    data: user.seal(like("KEEPALIVE", { cookie: "2".repeat(16), local: [] })),
+  }, now + 60_100));
+  const cookie = decode(challenge[0]?.data ?? NO_BYTES);
+  if (cookie?.type === "COOKIE") say(cookie.cookie, now + 60_200);
+  let gone = 0;
+  for (let due = server.wakeAt(); due < now + 200_000; due = server.wakeAt()) {
+    gone += server.wake(due).filter((effect) => effect.kind === "event" && effect.event.event === "logout").length;
+  }
+  assert.equal(gone, 1);
+  assert.ok(come("late", "203.0.113.9:1", now + 200_000), "the name is free");
+});
+
+test("questions whether somebody is there count too: one who left draws 64 KiB more than he brought, however he asks", () => {
+  const { tools, now } = office(), keys = keysFrom(tools.bytes(32));
+  const server = createServer({ keys: keysFrom(tools.bytes(32)), random: tools.bytes });
+  const one = enter(server, hand("one", tools, { keys }), { from: "198.51.100.1:1", now })!;
+  const other = enter(server, hand("other", tools, { keys }), { from: "203.0.113.1:1", now })!;
+  let brought = 0, drawn = 0;
+  for (let i = 0; i < 8_000; i++) {
+    const body = new Uint8Array(i < 200 ? 200 : 7);
+    const calls = [
+      { by: other, message: like("P2PTRANS", { to: "one", nonce: one.nonce, call: 0, body }) },
+      ...i < 100 ? [] : [{ by: one, message: like("PUNCHED", { peer: "nobody" }) }],
+    ];
+    for (const { by, message } of calls) {
+      const data = by.seal(message);
+      if (by === one) brought += data.length;
+      for (const effect of sends(by.say(data, now + i * 5))) if (effect.to === one.from) drawn += effect.data.length;
+    }
+  }
+  assert.ok(drawn > 64 * 1024 && drawn - brought <= 64 * 1024, `${drawn - brought} bytes beyond ${brought}`);
+});
+
+test("who takes the name of a friend is no friend, and a quiet session is heard beside noisy neighbours", () => {
+  const { server, tools, come, now } = office({ maxPerAddress: 100 }), key = () => keysFrom(tools.bytes(32));
+  const alice = come("alice", "198.51.100.1:1", now, key())!, bob = come("bob", "203.0.113.1:1", now, key())!;
+  const call = (who: typeof bob, to: typeof bob, says: number) => {
+    const data = who.seal(like("P2PTRANS", { to: to.name, nonce: to.nonce, call: says, body: NO_BYTES }));
+    const answers = sends(server.receive({ socket: 0, from: who.from, data }, now));
+    return answers.some((effect) => decode(effect.data)?.type === "P2PSOMEONEWANTTOCALLYOU");
+  };
+  assert.ok(call(alice, bob, 3));
+  bob.say(bob.seal(like("LOGOUT", {})), now);
+  const thief = come("bob", "192.0.2.77:1", now, key())!;
+  assert.equal(Array.from({ length: 90 }, () => call(thief, alice, 1)).filter(Boolean).length, 50);
+  const neighbours = numbered(12, "n").map((name, i) => come(name.replace(" ", "-"), `203.0.113.50:${i + 1}`, now)!);
+  for (const each of neighbours) {
+    for (let i = 0; i < 5_000; i++) each.say(each.seal(like("PUNCHED", { peer: "x" })), now);
+  }
+  const quiet = come("quiet", "203.0.113.60:1", now)!;
+  assert.ok(
+    sends(quiet.say(quiet.seal(like("KEEPALIVE", { cookie: NO_ID, local: [] })), now)).some(({ data }) =>
+      decode(data)?.type === "ALIVE"
+    ),
+  );
 });
 
 test("names held for one prefix are 500 at most: the others' stay held", () => {
