@@ -284,6 +284,8 @@ function createLink(
   const rtt = newEstimator();
   let session: ServerSession | null = null, login: Login | null = null, forgottenAt = -Infinity;
 
+  let toldVersion = -1; // of the server, as the user has heard it
+
   const rttMs = () => Math.min(65_535, Math.round(rtt.srtt ?? 0));
   const otherVersion = () => servers.find((endpoint) => isIPv6(endpoint) !== isIPv6(session!.server));
 
@@ -334,6 +336,7 @@ function createLink(
         const shared = diffieHellman(keys.secret, message.key);
         reconnect("the server has forgotten us");
         forgottenAt = io.now;
+        if (message.terms.version !== VERSION) return onOtherVersion(message.terms.version);
         if (!shared) return;
         login!.cookie = { cookie: message.cookie, server: from, shared };
         sendLogin();
@@ -346,7 +349,8 @@ function createLink(
     const [what, who] = theirs < VERSION ? ["an older", "the server"] : ["a newer", "this program"];
     const text = `The server speaks ${what} version of the protocol (${theirs}, we ${VERSION}): update ${who}`;
     if (!session) on.refused();
-    else if (login!.tries > 1) return; // that has been said
+    else if (toldVersion === theirs) return; // that has been said
+    toldVersion = theirs;
     io.emit({ event: "error", code: "version", message: text, ...session ? { notice: true } : { fatal: true } });
   }
 
@@ -358,6 +362,7 @@ function createLink(
     session = next;
     session.keepaliveAt = io.now + spread(io, KEEPALIVE_MS.idle);
     session.cookies.set(server, message.cookie);
+    toldVersion = -1;
     login = null;
     on.users(message.users);
     if (isAgain) io.emit({ event: "reconnected", name, reason: "" });
@@ -609,6 +614,7 @@ interface Context { // what the rooms of a conversation may ask
   hasSession(): boolean; // with the peer
   punch(probe: number): Uint8Array | null; // the bytes of a punch
   may: Shared["may"];
+  isFriend(): boolean; // the user has written to the peer
 }
 
 interface Shared { // what all conversations of a client have in common
@@ -624,25 +630,28 @@ interface Shared { // what all conversations of a client have in common
   broken(c: Conversation, error: unknown): void; // a bug has shown in it: it is over
 }
 
-/** The client's, in which a bug shows only once: it ends the conversation. `stale`: somebody has looked at the clock. */
-const conversationIo = (io: Io, stale: () => void, broken: (error: unknown) => void): Io => {
+/** The client's, in which a bug ends the conversation; `stale`: somebody has looked at the clock. */
+function conversationIo(io: Io, on: { stale(): void; isOver(): boolean; broken(error: unknown): void }): Io {
   const guard: Io["guard"] = (act) => (...args) => {
+    if (on.isOver()) return;
     try {
       return act(...args);
     } catch (error) {
-      broken(error);
+      on.broken(error);
     }
   };
   return {
     ...io,
     guard,
-    open: (then) => io.open(guard(then)),
+    send: (...datagram) => on.isOver() || io.send(...datagram),
+    open: (then) =>
+      on.isOver() || io.open((socket, port) => on.isOver() ? io.close(socket) : guard(then)(socket, port)),
     get now() {
-      stale();
+      on.stale();
       return io.now;
     },
   };
-};
+}
 
 /** All these functions, guarded. */
 const guardAll = <T extends object>({ guard }: Io, acts: T): T =>
@@ -653,10 +662,15 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
   const { options, link } = shared, isSelf = name === options.name;
   const mayBeIntroduced = createLimit(INTRODUCTIONS_PER_PEER);
   const last = { talk: -Infinity, heard: -Infinity, attested: -Infinity };
-  let lastError: Reason | null = null;
+  let lastError: Reason | null = null, mayAnswer = true;
   /** When this conversation is due; null: stale, since every room that reads the time may set a deadline. */
   let dueAt: number | null = null;
-  const io = conversationIo(clientIo, () => void (dueAt = null), (error) => shared.broken(conversation, error));
+  let isOver = false; // it has been ended: what is called back now does nothing
+  const io = conversationIo(clientIo, {
+    stale: () => void (dueAt = null),
+    isOver: () => isOver,
+    broken: (error) => shared.broken(conversation, error),
+  });
   const c: Context = {
     ...{ name, last, server: link.session, may: shared.may },
     relay: { kind: "relay", rtt: newEstimator() },
@@ -668,6 +682,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     way: () => paths.best() ?? c.relay,
     hasSession: () => channel.current() !== null,
     punch: (probe) => channel.punch(probe),
+    isFriend: () => delivery.hasSent(),
   };
 
   // -- the heart: send by the way in use, by both while that is suspect
@@ -810,7 +825,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     stream: (stream) => delivery.openStream(stream),
     session: () => identity.onProof(),
     heard: () => void (last.heard = io.now),
-    mayAnswer: () => delivery.hasSent() || shared.may("greet"),
+    mayAnswer: () => mayAnswer = delivery.hasSent() || shared.may("greet"),
     answered: () => delivery.owesAck(),
     untrusted: () => identity.warn(),
     ready: onSessionReady,
@@ -881,7 +896,9 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     onCall(peer: Introduced, unwrap: (() => void) | null): void {
       if (!c.best() && !paths.isPunching()) calls.onCalled();
       if (!onPeer(peer)) return;
+      mayAnswer = true;
       unwrap?.();
+      if (isOver || !mayAnswer) return; // there are too many whom the user does not know
       // Sealed for a session that we have not, or no longer; or a call for punches, which we cannot seal any more.
       if ((unwrap || channel.wasOpen()) && !c.hasSession() && !identity.isUntrusted()) channel.open();
       if (!mayBeIntroduced(io.now)) return;
@@ -895,7 +912,10 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
       calls.onAnswer();
       if ((reason === "offline" || !c.peer() || isNew) && !c.best()) failAll(reason);
     },
-    close: () => [traversal, paths, channel].forEach((room) => room.close()),
+    close(): void {
+      for (const room of [traversal, paths, channel]) room.close();
+      isOver = true;
+    },
     wake(): void {
       delivery.giveUp(() => identity.isUntrusted() ? "untrusted" : lastError ?? "timeout");
       for (const room of rooms) room.wake();
@@ -1003,7 +1023,9 @@ function createPaths(
   /** Hosts that have echoed a probe: so the peer is there, whoever has named them. */
   const echoed = new Set<string>();
   const mayPunch = ({ endpoint }: Path) =>
-    echoed.has(hostOf(endpoint)) ? mayPunchMore(io.now) && c.may("probe") : mayPunchFirst(io.now) && c.may("punch");
+    echoed.has(hostOf(endpoint))
+      ? c.may("probe") && mayPunchMore(io.now)
+      : c.may(c.isFriend() ? "punch" : "strangersPunch") && mayPunchFirst(io.now);
 
   /** Where the server has seen the peer, and its addresses on our LAN. */
   const candidates = () => c.canBeDirect ? c.peer()?.candidates ?? [] : [];
@@ -1066,8 +1088,8 @@ function createPaths(
   }
 
   /** Punches on a path; one in use waits for the echo, even if there is no session any more to seal the punch with. */
-  function punch(path: Path): void {
-    if (path.state === "trying" && !mayPunch(path)) return;
+  function punch(path: Path, isPaid = false): void {
+    if (path.state === "trying" && !isPaid && !mayPunch(path)) return;
     const data = c.punch(newProbe(path));
     if (data) io.send(path.socket, path.endpoint, data);
     if (path.state !== "trying") path.waitingSince = Math.min(path.waitingSince, io.now);
@@ -1078,7 +1100,7 @@ function createPaths(
     if (origin && !path) return;
     if (path?.state === "trying" && !mayPunch(path)) return;
     const isSent = on.echo(probe, path ?? c.relay);
-    if (isSent && path?.state === "trying") punch(path); // it passed inwards, now ours will pass outwards
+    if (isSent && path?.state === "trying") punch(path, true); // it passed inwards, now ours will pass outwards
   }
 
   function onEcho(probe: number, origin: Origin): void {
@@ -1444,6 +1466,7 @@ const newAttempt = (start: Start, now: number) => ({
   sockets: [] as { socket: number; port: number }[], // opened for it
   plan: null as Plan | null, // ours
   tellAt: 0, // when it is told (again); Infinity: not before there is a session
+  counter: 0, // the socket that shows which outside port is the latest; 0: none
   isSending: false,
   isSpraying: false, // or has sprayed
 });
@@ -1531,13 +1554,14 @@ function createTraversal(
     if (mine.ours === "random") return announce(mine, allocation === "block" ? discovery.block() : []);
     if (allocation === "preserving") return announce(mine, mine.sockets.map(({ port }) => port));
     // A socket that is good for nothing else shows the counter as it stands now.
-    io.open((socket) =>
+    io.open((socket) => {
+      mine.counter = socket;
       askOutside(socket, (last) => {
         io.close(socket);
         const next = Array.from({ length: MAX_PLANNED_PORTS }, (_, i) => last + (i + 1) * discovery.stride());
         if (last > 0) announce(mine, next.filter((port) => port > 0 && port < 65_536));
-      })
-    );
+      });
+    });
   }
 
   function announce(mine: Attempt, ports: number[]): void {
@@ -1605,7 +1629,7 @@ function createTraversal(
   /** Sends to 2,048 ports in bursts: first those of the peer's block, if it told one; then any, none of these twice. */
   function* sprayPorts(mine: Attempt, [low = 0, high = -1]: number[]): Generator<number, void> {
     sprayTurn.takenAt = io.now;
-    if (io.now - c.last.attested > ATTESTED_MS / 2) on.attest();
+    if (io.now - c.last.attested > ATTESTED_MS - SPRAY_MS) on.attest();
     mine.isSpraying = true;
     mine.endAt = io.now + SPRAY_MS;
     const first = randomNumber(io, 16);
@@ -1616,7 +1640,8 @@ function createTraversal(
       yield at;
       if (!target()) return; // the peer is not there any more
       if (!isConsenting(c, io.now)) {
-        at = io.now + SPRAY_BURST_MS;
+        if (io.now - c.last.attested >= ATTESTED_MS) on.attest();
+        at = io.now + QUESTION_MS;
         continue;
       }
       const probe = on.newProbe(), isFirstHalf = next < SPRAY_PORTS / 2;
@@ -1627,6 +1652,7 @@ function createTraversal(
 
   function end(): void { // closes the attempt's sockets, all but the one in use
     for (const { socket } of attempt?.sockets ?? []) if (socket !== best()?.socket) io.close(socket);
+    if (attempt) io.close(attempt.counter);
     if (attempt) on.ended();
     attempt = null;
     sending.stop();
@@ -2091,13 +2117,13 @@ export function createDelivery(
   return {
     // outwards
     push(text: Uint8Array): void {
-      on.talk();
       const last = nextSeq + Math.ceil(text.length / MAX_PART_BYTES) - 1;
       const message = { id: `${stream.slice(0, 8)}-${last}`, startedAt: io.now };
       for (let at = 0; nextSeq <= last; nextSeq++, at += MAX_PART_BYTES) {
         const bytes = text.subarray(at, at + MAX_PART_BYTES);
         parts.push({ seq: nextSeq, left: last - nextSeq, bytes, message, ...UNSENT });
       }
+      on.talk();
       pump();
     },
     onAck(ack: AckFrame, via: Way): void {
@@ -2330,8 +2356,9 @@ function createSockets(effect: (effect: Effect<ClientEvent>) => void) {
       if (open.delete(socket)) effect({ kind: "close", socket });
     },
     opened(socket: number, port: number): void {
-      opening.get(socket)?.(port);
+      const then = opening.get(socket);
       opening.delete(socket);
+      then?.(port);
     },
     hasFree: (count: number) => open.size + count <= MAX_SOCKETS,
   };
@@ -2362,8 +2389,10 @@ function createPeople() {
     },
     unblock: (name: string) => void blocked.delete(name),
     /** Under his name, or under another one that his key has now. */
-    isBlocked: (name: string, key?: Uint8Array) =>
-      blocked.has(name) || (key !== undefined && [...blocked.values()].some((other) => other && sameKey(other, key))),
+    isBlocked(name: string, key?: Uint8Array): boolean {
+      if (blocked.has(name) && key) blocked.set(name, blocked.get(name) ?? key.slice());
+      return blocked.has(name) || (!!key && [...blocked.values()].some((other) => other && sameKey(other, key)));
+    },
     blocked: () => [...blocked.keys()],
   };
 }
@@ -2427,9 +2456,9 @@ function createCommands(
       const bytes = utf8.encode(text),
         isTooLong = bytes.length > MAX_MESSAGE_BYTES,
         isBlocked = people.isBlocked(userName(to) ?? "");
-      const c = isBlocked ? null : on.conversationTo(to);
+      const c = isBlocked ? null : io.guard(on.conversationTo)(to);
       if (c && bytes.length > 0 && !isTooLong && !c.isUntrusted()) return c.send(bytes);
-      const toNobody = isBlocked ? "blocked" : c ? "untrusted" : "unknown";
+      const toNobody = isBlocked ? "blocked" : c ? "untrusted" : c === null ? "unknown" : "timeout";
       const reason = bytes.length === 0 ? "empty" : isTooLong ? "too-long" : toNobody;
       io.emit({ event: "sent", to, id: `${hex(io.random(4))}-0`, ok: false, ms: 0, path: "relay", reason });
     },
@@ -2488,15 +2517,18 @@ function createCommands(
 const MAX_CONVERSATIONS = 1_000;
 /** What all conversations together may do. */
 const HOST_LIMITS = {
-  punch: { perSecond: 30, burst: 150 }, // where nothing has come back from yet: a server can name any place as a peer's
-  probe: { perSecond: 300, burst: 1_500 }, // sprays and their like, for a peer who has shown that it is in a session
+  // Where nothing has come back from yet, as a server can name any place as a peer's: 30 a second. Who merely calls us
+  // cannot use up what those need to whom the user has written.
+  punch: { perSecond: 20, burst: 100 },
+  strangersPunch: { perSecond: 10, burst: 50 },
+  probe: { perSecond: 300, burst: 600 }, // sprays and their like, for a peer who has shown that it is in a session
   greet: { perSecond: 50, burst: 200 }, // answers to first messages of people whom the user has never written to
   warn: { perSecond: 0.2, burst: 10 }, // of peers who do not know what they must know
 } satisfies Record<string, Rate>;
 
 function hostLimits(): Record<keyof typeof HOST_LIMITS, Limit> {
-  const { punch, probe, greet, warn } = HOST_LIMITS;
-  return { punch: createLimit(punch), probe: createLimit(probe), greet: createLimit(greet), warn: createLimit(warn) };
+  const limits = Object.entries(HOST_LIMITS).map(([what, rate]) => [what, createLimit(rate)]);
+  return Object.fromEntries(limits) as Record<keyof typeof HOST_LIMITS, Limit>;
 }
 const REST_MS = 100; // after a bug that showed when something was due, which would only show again
 
@@ -2581,9 +2613,10 @@ export function createClient(options: ClientOptions): Client {
       conversations.get(peer)?.onProof();
     },
     block(peer) {
-      const c = conversations.get(peer);
-      people.block(peer, c?.peer()?.key);
-      if (c) endConversation(c, "blocked");
+      people.block(peer, conversations.get(peer)?.peer()?.key);
+      for (const [name, c] of conversations) {
+        if (people.isBlocked(name, c.peer()?.key)) endConversation(c, "blocked");
+      }
     },
     exit: close,
   });

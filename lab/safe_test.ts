@@ -101,6 +101,33 @@ test("who is blocked is not heard, under his name or his key, and is heard again
   assert.deepEqual(texts(alice!), ["one", "four"]);
 });
 
+test("who is blocked is not heard under a second name of the same key, in a conversation that goes on", () => {
+  const world = createWorld({ seed: 6 }), keys = keysFrom(dice("two names").bytes(32));
+  const [alice, bob, bobby] = ["alice", "bob", "bobby"].map((name) =>
+    join(world, name, name === "alice" ? {} : { keys })
+  );
+  login(world, alice!, bob!, bobby!);
+  for (const player of [bob!, bobby!]) player.send("alice", "one");
+  world.net.run(3_000);
+  alice!.process.call((now) => alice!.client.command({ command: "block", peer: "bob" }, now));
+  for (const player of [bob!, bobby!]) player.send("alice", "two");
+  world.net.run(20_000);
+  assert.deepEqual(texts(alice!), ["one", "one"]);
+});
+
+test("a server of a newer version that comes up while we are away is told of in words, once, and we go on trying", () => {
+  const world = createWorld({}), alice = join(world, "alice");
+  login(world, alice);
+  world.net.run(1_000);
+  world.net.tap(({ data, host }) => {
+    if (host === "server" && decode(data)?.type === "COOKIE") data[16 + 8 + 32] = 2 * (VERSION + 1);
+  });
+  world.restartServer();
+  world.net.run(90_000);
+  const told = alice.events("error").filter(({ code }) => code === "version");
+  assert.deepEqual(told.map(({ notice, fatal }) => [notice, fatal]), [[true, undefined]]);
+});
+
 test("first messages of a thousand strangers: 200 are answered at once and 50 a second; to friends one is there", () => {
   const world = createWorld({ seed: 5, server: { maxPerAddress: 5_000 } });
   const [alice, friend] = ["alice", "friend"].map((name) => join(world, name));
