@@ -336,8 +336,7 @@ function createLink(
         const shared = diffieHellman(keys.secret, message.key);
         reconnect("the server has forgotten us");
         forgottenAt = io.now;
-        if (message.terms.version !== VERSION) return onOtherVersion(message.terms.version);
-        if (!shared) return;
+        if (!shared || message.terms.version !== VERSION) return; // the answer to our next LOGIN will say so again
         login!.cookie = { cookie: message.cookie, server: from, shared };
         sendLogin();
       }
