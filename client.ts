@@ -134,8 +134,18 @@ interface Io { // All that a room can see and do of the world outside. Effects l
   open(then: (socket: number, port: number) => void): void; // one more socket; port 0: that has failed
   close(socket: number): void; // socket 0, the first one, stays open
   /** For what is called later: a bug in it is told, and costs no more than the conversation that it belongs to. */
-  guard<A extends unknown[], R>(act: (...args: A) => R): (...args: A) => R | undefined;
+  guard: Guard;
 }
+
+type Guard = <A extends unknown[], R>(act: (...args: A) => R) => (...args: A) => R | undefined;
+
+const guardWith = (broken: (error: unknown) => void): Guard => (act) => (...args) => {
+  try {
+    return act(...args);
+  } catch (error) {
+    broken(error);
+  }
+};
 
 /** A way to the peer: over the server, or a path from one of our sockets to one of the peer's endpoints. */
 type Way = { kind: "relay"; rtt: Estimator } | Path;
@@ -218,6 +228,7 @@ const isLower = (one: Uint8Array, other: Uint8Array) => hex(one) < hex(other);
 //     <------------------ WELCOME    the token: from here on everything has a counter and a MAC
 //     KEEPALIVE ---------------->    holds our NAT's mapping open, without which no call would reach us ...
 //     <-------------------- ALIVE    ... and tells where the server sees us now: if that has changed, so has our NAT
+//     KEEPALIVE ---------------->    returns the cookie of the last ALIVE: we still receive where we say we are
 //
 // The session with the server. Knows nothing of peers, of their keys and of paths to them.
 
@@ -283,7 +294,6 @@ function createLink(
   const { name, keys, servers, password, patient = false } = options;
   const rtt = newEstimator();
   let session: ServerSession | null = null, login: Login | null = null, forgottenAt = -Infinity;
-
   let toldVersion = -1; // of the server, as the user has heard it
 
   const rttMs = () => Math.min(65_535, Math.round(rtt.srtt ?? 0));
@@ -497,7 +507,7 @@ function createCalls(
   io: Io,
   c: Context,
   link: Link,
-  has: { triesOfOldest(): number; firstHandshake(): Uint8Array | null; isPunching(): boolean; isFriend(): boolean },
+  has: { triesOfOldest(): number; firstHandshake(): Uint8Array | null; isPunching(): boolean },
 ) {
   /** The search for a path: since when, how often we have asked, and when we ask again for a missing answer. */
   let since = io.now, rounds = 0, askAt = Infinity;
@@ -516,7 +526,7 @@ function createCalls(
   }
 
   function passOn(body: Uint8Array, call: boolean): void {
-    const nonce = c.peer()?.nonce ?? NO_ID, says = Number(call) + 2 * Number(has.isFriend());
+    const nonce = c.peer()?.nonce ?? NO_ID, says = Number(call) + 2 * Number(c.isFriend());
     link.toServer({ type: "P2PTRANS", to: c.name, nonce, call: says, body });
     if (!call) return;
     rounds++;
@@ -631,13 +641,9 @@ interface Shared { // what all conversations of a client have in common
 
 /** The client's, in which a bug ends the conversation; `stale`: somebody has looked at the clock. */
 function conversationIo(io: Io, on: { stale(): void; isOver(): boolean; broken(error: unknown): void }): Io {
-  const guard: Io["guard"] = (act) => (...args) => {
-    if (on.isOver()) return;
-    try {
-      return act(...args);
-    } catch (error) {
-      on.broken(error);
-    }
+  const guard: Guard = (act) => {
+    const guarded = guardWith(on.broken)(act);
+    return (...args) => on.isOver() ? undefined : guarded(...args);
   };
   return {
     ...io,
@@ -770,7 +776,6 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     triesOfOldest: () => delivery.triesOfOldest(),
     firstHandshake: () => channel.firstHandshake(),
     isPunching: () => paths.isPunching(),
-    isFriend: () => delivery.hasSent(),
   });
   const attempt = { holds: (socket: number) => traversal.holds(socket), made: (path: Path) => traversal.made(path) };
   const paths = createPaths(io, c, attempt, {
@@ -824,7 +829,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     stream: (stream) => delivery.openStream(stream),
     session: () => identity.onProof(),
     heard: () => void (last.heard = io.now),
-    mayAnswer: () => mayAnswer = delivery.hasSent() || shared.may("greet"),
+    mayAnswer: () => mayAnswer = c.isFriend() || shared.may("greet"),
     answered: () => delivery.owesAck(),
     untrusted: () => identity.warn(),
     ready: onSessionReady,
@@ -912,8 +917,8 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
       if ((reason === "offline" || !c.peer() || isNew) && !c.best()) failAll(reason);
     },
     close(): void {
+      isOver = true; // whatever becomes of the rest
       for (const room of [traversal, paths, channel]) room.close();
-      isOver = true;
     },
     wake(): void {
       delivery.giveUp(() => identity.isUntrusted() ? "untrusted" : lastError ?? "timeout");
@@ -971,8 +976,8 @@ const ABSOLUTE_LIFETIME_MS = 90_000, RENEWED_MS = 10_000, SAME_LIFETIME = 0.75, 
 const QUICKER_FACTOR = 0.9, QUICKER_MS = 5;
 const MAX_PATHS = 32, MAX_PROBES = 256;
 /** To one peer: to hosts that have echoed, and to others. Sprays have a limit of their own. */
-const PUNCHES_PER_PEER: Rate = { perSecond: 30, burst: 300 },
-  FIRST_PUNCHES_PER_PEER: Rate = { perSecond: 10, burst: 60 };
+const PUNCHES_PER_PEER: Rate = { perSecond: 30, burst: 300 };
+const FIRST_PUNCHES_PER_PEER: Rate = { perSecond: 10, burst: 60 };
 
 function kindOf(endpoint: Endpoint): "direct" | "lan" {
   const scope = scopeOf(hostOf(endpoint));
@@ -981,8 +986,8 @@ function kindOf(endpoint: Endpoint): "direct" | "lan" {
 
 /** Whether to send where a server has told us to: to nothing on this link, on this host (unless it is there), or nowhere. */
 function isUsable(endpoint: Endpoint, server: Endpoint): boolean {
-  const scope = scopeOf(hostOf(endpoint));
   if (!parseEndpoint(endpoint)) return false;
+  const scope = scopeOf(hostOf(endpoint));
   return scope === "public" || scope === "private" || (scope === "loopback" && scopeOf(hostOf(server)) === "loopback");
 }
 
@@ -1342,6 +1347,7 @@ function createDiscovery(
     goOn(facts);
     for (let i = 0; i < SAMPLES; i++) {
       io.open((socket, inside) => {
+        if (facts !== current) return io.close(socket);
         facts.samples.push({ socket, inside });
         goOn(facts);
       });
@@ -1350,6 +1356,16 @@ function createDiscovery(
 
   /** Asks what can be asked by now and has not been asked yet; ends the discovery when everything is answered. */
   function goOn(facts: Facts): void {
+    if (facts !== current) return; // a bug has ended it
+    try {
+      askMore(facts);
+    } catch (error) {
+      end(facts); // the next one may go better
+      throw error;
+    }
+  }
+
+  function askMore(facts: Facts): void {
     const { samples, answers } = facts;
     for (const [topic, question] of questions(facts, observer)) {
       if (answers.has(topic) || !isUsable(question.to, facts.server)) continue;
@@ -1365,9 +1381,13 @@ function createDiscovery(
     if (samples.length < SAMPLES) return;
     if (!facts.next && !isHalf) believe(facts);
     if (pending.length > 0) return;
+    end(facts);
+  }
+
+  function end({ samples, next }: Facts): void {
     for (const { socket } of samples) io.close(socket);
     current = null;
-    if (facts.next) start(facts.next);
+    if (next) start(next);
     if (!current) { for (const tell of waiting.splice(0)) tell(); }
   }
 
@@ -1437,7 +1457,8 @@ const ATTEMPTS_PER_PEER: Rate = { perSecond: 0.2, burst: 6 };
 const SPRAY_PORTS = 2_048, SPRAY_BURST = 4, SPRAY_BURST_MS = 20, SPRAY_AHEAD_MS = 60, SPRAY_PAUSE_MS = 1_000;
 const SPRAY_MS = 13_000; // 10.2 s of probes, 1 s of pause, and a little for the last echo
 const SPRAY_INTERVAL_MS = 14_000; // one spray at a time on this host, so long one after the other
-const CONSENT_MS = 3_000, ATTESTED_MS = 20_000; // what the peer, and the server, have said so recently still holds
+/** What the peer, and the server, have said so recently still holds; while it does not, so often we look again. */
+const CONSENT_MS = 3_000, ATTESTED_MS = 20_000, CONSENT_CHECK_MS = 500;
 
 /** How many sockets we open (none: socket 0 serves), when we send by them, and when the attempt has failed. */
 type Cell = { sockets: number; sendAtMs: number[]; endMs: number };
@@ -1503,8 +1524,8 @@ function createTraversal(
   const isOld = (path: Path | null) => attempt?.number === RENEWAL && path !== null && path.bornAt < attempt.startedAt;
   const isSettled = () => best()?.state === "good" && !isOld(best()); // nothing is left for an attempt to do
   const isFirst = () => isLower(host.ownKey, c.peer()!.key); // of the two of us, where both would do the same
+  /** The peer as the server sees it. */
   const target = () =>
-    // as the server sees the peer
     c.peer()!.candidates.findLast((endpoint) => !isIPv6(endpoint) && isUsable(endpoint, c.server()!.server));
   const nat = () => discovery.nat(), peerNat = () => c.peer()!.nat;
 
@@ -1640,7 +1661,7 @@ function createTraversal(
       if (!target()) return; // the peer is not there any more
       if (!isConsenting(c, io.now)) {
         if (io.now - c.last.attested >= ATTESTED_MS) on.attest();
-        at = io.now + QUESTION_MS;
+        at = io.now + CONSENT_CHECK_MS;
         continue;
       }
       const probe = on.newProbe(), isFirstHalf = next < SPRAY_PORTS / 2;
@@ -2413,14 +2434,7 @@ function createFaults(emit: Io["emit"]) {
     const message = `A bug of this program${where}, please report it: ${stack}`;
     emit({ event: "error", code: "bug", message, notice: true });
   }
-  const guard: Io["guard"] = (act) => (...args) => {
-    try {
-      return act(...args);
-    } catch (error) {
-      tell(error);
-    }
-  };
-  return { tell, guard, count: () => count };
+  return { tell, guard: guardWith(tell), count: () => count };
 }
 
 // ---------------------------------------------------------------------------------------------------- commands
@@ -2452,9 +2466,8 @@ function createCommands(
 
   return {
     send({ to, text }) {
-      const bytes = utf8.encode(text),
-        isTooLong = bytes.length > MAX_MESSAGE_BYTES,
-        isBlocked = people.isBlocked(userName(to) ?? "");
+      const bytes = utf8.encode(text), isTooLong = bytes.length > MAX_MESSAGE_BYTES;
+      const isBlocked = people.isBlocked(userName(to) ?? "");
       const c = isBlocked ? null : io.guard(on.conversationTo)(to);
       if (c && bytes.length > 0 && !isTooLong && !c.isUntrusted()) return c.send(bytes);
       const toNobody = isBlocked ? "blocked" : c ? "untrusted" : c === null ? "unknown" : "timeout";

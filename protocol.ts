@@ -107,8 +107,9 @@ const introduced: Codec<Introduced> = record(
 
 /**
  * Between a client and the server. The header's `id` is, until WELCOME, the login's, which the client has chosen; from
- * then on it is the session's token, which the server has chosen. Only these two know either. `known` in COOKIE is 1 if
- * the server has that session and only the address is new to it.
+ * then on it is the session's token, which the server has chosen. Only these two know either. A cookie shows
+ * that one receives where one says: whoever gets it says it in his next LOGIN or KEEPALIVE. Bits of `call` in P2PTRANS:
+ * 1, introduce us; 2, I know that user, so nobody whom I do not know is to use up what he may send me.
  */
 export const CONTROL = {
   LOGIN: row(1, "C -> S", { cookie: id, key, proof: id, terms, rttMs: u16, name: text, local: candidates }),
@@ -1294,7 +1295,7 @@ export async function listen<Event>(machine: Machine<Event>, options: ListenOpti
   }
   const ports = sockets.map((udp) => udp!.port);
   for (const [socket, port] of ports.entries()) opened(socket, port);
-  return { ports, perform, close };
+  return { ports, perform: (effects) => void isDone(() => perform(effects)), close };
 }
 
 /** The TTL of a datagram that does not ask for one. */

@@ -21,23 +21,14 @@
  */
 import { randomBytes, timingSafeEqual } from "node:crypto";
 import process from "node:process";
-import {
-  addressBytes,
-  type Endpoint,
-  formatEndpoint,
-  hostOf,
-  isIPv6,
-  parseEndpoint,
-  scopeOf,
-  VERSION,
-} from "./protocol.ts";
+import { addressBytes, type Endpoint, formatEndpoint, hostOf, isIPv6, parseEndpoint, scopeOf } from "./protocol.ts";
 import { CONTROL, type Control, type ControlBody, controlHeader, decode, encode, isFromClient } from "./protocol.ts";
 import { hex, type Introduced, MAX_NAME_BYTES, MAX_RELAYED_BYTES, MIN_CLIENT_BYTES, userName } from "./protocol.ts";
 import { accept, isSeen, type ReplayWindow, replayWindow, sipHash, verifies } from "./protocol.ts";
 import { controlKeys, diffieHellman, type KeyPair, loginKey, passwordProof, publicNonce } from "./protocol.ts";
 import { conform, createLimit, generateKeys, keyFromWords, type NatClass, type Rate, type User } from "./protocol.ts";
 import { decodeStun, encodeStunResponse, STUN_CHANGE_REQUEST, STUN_RESPONSE_PORT } from "./protocol.ts";
-import { type Datagram, type Effect, listen, listenOrFail, type Machine } from "./protocol.ts";
+import { type Datagram, type Effect, listen, listenOrFail, type Machine, VERSION } from "./protocol.ts";
 import { createLog, createTrace, DEFAULT_PORT, exitWith, jsonLine, secretWords, UsageError } from "./protocol.ts";
 
 // ---------------------------------------------------------------------------------------------------- options, events
@@ -163,9 +154,10 @@ function createLadder(io: Io, { keys, password }: ServerOptions, admit: Admit) {
 
 // ---------------------------------------------------------------------------------------------------- places
 //
-//     a COOKIE's cookie has come back from there      --> a place: somebody receives there
-//     ALIVE, with the place's cookie ... KEEPALIVE, with the same --> he still does; the place gets a new cookie
-//     for 60 s nothing of that                        --> nothing goes there any more
+//     what has happened                                 what it shows
+//     a COOKIE's cookie has come back from an endpoint  somebody receives there: it is a place
+//     a KEEPALIVE has returned the last ALIVE's cookie  he still does; the next ALIVE has another one
+//     nothing of that for 60 s                          nothing: nothing more is sent there
 //
 // A place is an endpoint at which a client receives. A source address can be forged, and a client that has left may go
 // on speaking in the name of where it was: so what comes from a place does not show that anybody receives there, only
@@ -377,7 +369,7 @@ function createSessions(
       return void on.greet(holder, login, false, placeAt(holder, at.endpoint));
     }
     const stays = holder && prefixOf(holder.home.endpoint) === prefixOf(at.endpoint);
-    if ((!holder && directory.size() >= maxUsers) || (!stays && !hasPlace(at))) return { reason: "full", seconds: 0 };
+    if ((!holder && directory.size() >= maxUsers) || (!stays && !takesMore(at))) return { reason: "full", seconds: 0 };
     if (holder) remove(holder, "replaced");
 
     const { id, counter: clock, name, local, rttMs, terms } = login, token = hex(io.random(8));
@@ -420,7 +412,7 @@ function createSessions(
   function move(session: Session, to: Address, cookie: string): Place | undefined {
     const { home, other } = session, isOther = isIPv6(to.endpoint) !== isIPv6(home.endpoint);
     const old = isOther ? other : home, stays = !isOther && prefixOf(to.endpoint) === prefixOf(home.endpoint);
-    if (!isOther && !stays && !hasPlace(to)) return;
+    if (!isOther && !stays && !takesMore(to)) return;
     if (old?.endpoint !== to.endpoint && !stays && !io.limits.allows(session, "moves")) return;
     if (old) places.leave(session, old); // first, since it may be the same one
     const place = places.enter(session, to, cookie);
@@ -446,11 +438,10 @@ function createSessions(
     places.leave(session, place);
   }
 
-  function hasPlace({ endpoint }: Address): boolean {
-    const users = (part: string) => usersAt.get(part) ?? 0,
-      [prefix, provider] = [prefixOf(endpoint), providerOf(endpoint)];
+  function takesMore({ endpoint }: Address): boolean {
+    const users = (part: string) => usersAt.get(part) ?? 0;
     const most = Math.max(10 * maxPerAddress, PROVIDER_SHARE * maxUsers);
-    return users(prefix) < maxPerAddress && users(provider) < most;
+    return users(prefixOf(endpoint)) < maxPerAddress && users(providerOf(endpoint)) < most;
   }
 
   function countUser({ parts }: Place, change: 1 | -1): void {
@@ -517,7 +508,10 @@ function createSessions(
   };
 }
 
-// -- former users: who was here is called "offline" rather than "unknown", and may have his name held for him
+// ---------------------------------------------------------------------------------------------------- former users
+//
+// Who was here is called "offline" rather than "unknown", and may have his name held for him. This room knows no
+// sessions, only whose they were.
 
 const REMEMBERED_MS = 3_600_000, MAX_REMEMBERED = 10_000;
 /** Most names held for vanished clients of one prefix, and of one provider: the others are not to lose theirs. */
@@ -710,7 +704,8 @@ function createList(io: Io, directory: Directory, { find, toClient, refuse }: Se
 // ---------------------------------------------------------------------------------------------------- limits
 //
 // What others can have us do, and how often. A limit is one number (see `conform`) for each session, prefix or callee, or
-// one for all together. This room does not know what it limits. Everything is charged before the work is done.
+// one for all together. This room does not know what it limits. Everything is charged before the work is done, but for the
+// MAC of a session's datagram: else whoever sees a token could use up what its client may do.
 
 /** What one session may do; all sessions of one prefix together may do ten times as much: a carrier's NAT has many. */
 const OF_SESSION = {
@@ -967,14 +962,14 @@ export function createServer(options: ServerOptions): Server {
     const message = decode(data); // this, and the MAC, cost more than all that came before
     if (!message || !isFromClient(message.type) || !sessions.isGenuine(session, data, message.counter)) return;
     if (!io.limits.allows(session, "datagrams")) return;
-    const place = sessions.placeAt(session, from) ?? newPlace(session, message, at);
+    const place = sessions.placeAt(session, from) ?? moved(session, message, at);
     if (!place) return ladder.challenge(at, message, true); // whatever it says: perhaps it is somebody's copy of it
     place.bytes -= data.length;
     serve(session, message, place);
   }
 
   /** A client has moved if it brings the cookie that we have sent there. */
-  const newPlace = (session: Session, message: Control, at: Address) =>
+  const moved = (session: Session, message: Control, at: Address) =>
     message.type === "KEEPALIVE" && ladder.isCookieOf(at.endpoint, message.cookie)
       ? sessions.move(session, at, message.cookie)
       : undefined;

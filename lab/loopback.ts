@@ -147,6 +147,28 @@ export async function sendEvenly(
   return Math.round(sent / (performance.now() - begun) * 1_000);
 }
 
+/** What comes back from a bare echo that so many ask in turn, each every so many ms: the latencies. */
+export async function knockAt(
+  port: number,
+  { askers, bytes, everyMs, ms }: { askers: number; bytes: number; everyMs: number; ms: number },
+): Promise<number[]> {
+  const latencies: number[] = [];
+  const take = (data: Uint8Array) =>
+    void latencies.push(clock() - new DataView(data.buffer, data.byteOffset).getFloat64(0));
+  const sockets = await Promise.all(Array.from({ length: askers }, () => bare(take)));
+  const begun = clock();
+  for (let i = 0; i * everyMs < ms * askers; i++) {
+    const due = begun + i * everyMs / askers;
+    if (due > clock()) await sleep(due - clock());
+    const data = new Uint8Array(bytes);
+    new DataView(data.buffer).setFloat64(0, clock());
+    await sockets[i % askers]!.send(data, port);
+  }
+  await sleep(100);
+  for (const socket of sockets) socket.close();
+  return latencies;
+}
+
 // ---------------------------------------------------------------------------------------------------- logins by hand
 
 const random = (length: number) => Uint8Array.from(randomBytes(length));

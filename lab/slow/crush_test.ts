@@ -20,7 +20,19 @@ import { setPriority } from "node:os";
 import process from "node:process";
 import { type ClientEvent, createClient } from "../../client.ts";
 import { clock, type ControlBody, decode, encode, generateKeys, listen, type Running } from "../../protocol.ts";
-import { bare, hire, HOST, logIn, newClient, percentile, ROLE, sendEvenly, serve, type Session } from "../loopback.ts";
+import {
+  bare,
+  hire,
+  HOST,
+  knockAt,
+  logIn,
+  newClient,
+  percentile,
+  ROLE,
+  sendEvenly,
+  serve,
+  type Session,
+} from "../loopback.ts";
 import { show, sleep, type Socket } from "../loopback.ts";
 import { start } from "../programs.ts";
 
@@ -246,23 +258,8 @@ async function talk(friends: Friend[], topic: string, ms = TALK_MS): Promise<num
 }
 
 /** The same at a bare echo. */
-async function knock(port: number): Promise<number[]> {
-  const latencies: number[] = [];
-  const take = (data: Uint8Array) =>
-    void latencies.push(clock() - new DataView(data.buffer, data.byteOffset).getFloat64(0));
-  const sockets = await Promise.all(Array.from({ length: 2 * COUPLES }, () => bare(take)));
-  const begun = clock();
-  for (let i = 0; i * INTERVAL_MS < TALK_MS * sockets.length; i++) {
-    const due = begun + i * INTERVAL_MS / sockets.length;
-    if (due > clock()) await sleep(due - clock());
-    const data = new Uint8Array(ECHO_BYTES);
-    new DataView(data.buffer).setFloat64(0, clock());
-    await sockets[i % sockets.length]!.send(data, port);
-  }
-  await sleep(100);
-  for (const socket of sockets) socket.close();
-  return latencies;
-}
+const knock = (port: number) =>
+  knockAt(port, { askers: 2 * COUPLES, bytes: ECHO_BYTES, everyMs: INTERVAL_MS, ms: TALK_MS });
 
 /** Does something while the attack lasts, but for its first moments; what was measured and the rate of the attack. */
 async function during<T>(attack: Promise<Report>, measure: () => Promise<T>): Promise<{ measured: T; rate: number }> {

@@ -23,7 +23,7 @@ import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { type ClientEvent, createClient } from "../../client.ts";
 import { clock, decode, generateKeys, hex, listen, MAGIC, type Running } from "../../protocol.ts";
-import { bare, HOST, percentile, sendEvenly, show, sleep, type Socket } from "../loopback.ts";
+import { bare, HOST, knockAt, percentile, sendEvenly, show, sleep, type Socket } from "../loopback.ts";
 
 const STRICT = process.env["PUNCH_STRICT"] === "1";
 const COUPLES = STRICT ? 100 : 30;
@@ -150,24 +150,8 @@ interface Friend {
 }
 
 /** What comes back from a bare echo, which is asked as often as the couples write: the latencies. */
-async function knock(port: number): Promise<number[]> {
-  const latencies: number[] = [];
-  const sockets = await Promise.all(Array.from({ length: 2 * COUPLES }, () =>
-    bare((data) => {
-      latencies.push(clock() - new DataView(data.buffer, data.byteOffset).getFloat64(0));
-    })));
-  const begun = clock();
-  for (let i = 0; i < sockets.length * TALK_MS / INTERVAL_MS; i++) {
-    const due = begun + i * INTERVAL_MS / sockets.length;
-    if (due > clock()) await sleep(due - clock());
-    const data = new Uint8Array(ECHO_BYTES);
-    new DataView(data.buffer).setFloat64(0, clock());
-    await sockets[i % sockets.length]!.send(data, port);
-  }
-  await sleep(100);
-  for (const socket of sockets) socket.close();
-  return latencies;
-}
+const knock = (port: number) =>
+  knockAt(port, { askers: 2 * COUPLES, bytes: ECHO_BYTES, everyMs: INTERVAL_MS, ms: TALK_MS });
 
 /** What the machine can do at this moment: the latencies of a bare echo in calm and under a flood. */
 async function bareEcho(port: number, rate: number): Promise<{ calm: number[]; flooded: number[]; reached: number }> {
