@@ -185,6 +185,54 @@ for (const method of ["receive", "wake"] as const) {
   });
 }
 
+test("a bug while our NAT is found out ends that attempt: `nat` is answered, no socket stays open, the next one works", () => {
+  const world = createWorld({ seed: 22 }), fuse = fused(world, "alice", "EIM+APDF random"), alice = fuse.player;
+  const bob = join(world, "bob");
+  login(world, alice, bob);
+  world.net.run(5_000);
+  alice.send("bob", "hi"); // so that she soon notices when the mapping is another one
+  world.net.run(1_000);
+  const open = new Set<number>(), { effects } = watchSockets(alice, open);
+  fuse.arm("opened", "random");
+  alice.nat!.flush();
+  alice.send("bob", "still there?");
+  world.net.run(5_000);
+  assert.equal(fuse.blown(), 1, "the bug has shown itself");
+  assert.ok(effects.opened > 0);
+  alice.command({ command: "nat" });
+  world.net.run(100);
+  assert.equal(alice.events("nat").length, 1);
+  world.net.run(20_000);
+  assert.deepEqual([...open], []);
+  alice.nat!.flush();
+  alice.send("bob", "and again");
+  world.net.run(20_000);
+  alice.command({ command: "nat" });
+  world.net.run(100);
+  assert.deepEqual(alice.events("nat").map(({ filtering, allocation }) => [filtering, allocation]).at(-1), [
+    "APDF",
+    "random",
+  ]);
+  assert.equal(bugs(alice).length, 1);
+});
+
+/** Which sockets beyond the first one are open. */
+function watchSockets({ client }: Player, open: Set<number>) {
+  const effects = { opened: 0 };
+  for (const method of ["opened", "receive", "wake", "command"] as const) {
+    const work = client[method] as (...args: unknown[]) => ReturnType<Client["wake"]>;
+    (client[method] as unknown) = (...args: unknown[]) => {
+      const all = work(...args);
+      for (const effect of all) {
+        if (effect.kind === "open") open.add(effect.socket), effects.opened++;
+        if (effect.kind === "close") open.delete(effect.socket);
+      }
+      return all;
+    };
+  }
+  return { effects };
+}
+
 // ---------------------------------------------------------------------------------------------------- real sockets
 
 interface Count {

@@ -5,7 +5,7 @@
  */
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import type { Endpoint } from "../../protocol.ts";
+import { decode, type Endpoint, hostOf } from "../../protocol.ts";
 import { enter, hand, like, memory, MIB, NO_BYTES, NO_ID, office, part, reasonOf } from "../hostile.ts";
 import { rogueCrowd, village } from "../hostile.ts";
 import { createWorld, crowd, join, login, type Player } from "../scenario.ts";
@@ -86,6 +86,48 @@ test(
     assert.equal(toDave.length, sentAt.length);
     assert.ok(Math.max(...toCarol, ...toDave) <= 2_000, "somebody waits for longer than 2 s");
     for (const player of [carol, dave]) assert.ok(player.events("sent").every(({ ok }) => ok));
+  },
+);
+
+test(
+  "a thousand who call five times a second each keep a user from nobody whom he knows, nor newcomers from him",
+  LONG,
+  () => {
+    const world = createWorld({ seed: 17, server: { maxPerAddress: 5_000 } });
+    const [alice, friend, newcomer] = ["alice", "friend", "newcomer"].map((name) =>
+      join(world, name, { nat: "EIM+APDF random" })
+    );
+    login(world, alice!, friend!, newcomer!);
+    alice!.send("friend", "hello");
+    world.net.run(3_000);
+    const crowd = rogueCrowd(world, numbered(1_000, "stranger-"), alice!);
+    let heard = 0;
+    world.net.tap(({ host, to, data }) => {
+      if (host === "server" && hostOf(to) === alice!.nat!.addresses[0] && decode(data)?.type !== "ALIVE") heard++;
+    });
+    const flood = (ms: number) => {
+      for (let t = 0; t < ms; t++) {
+        for (let i = 0; i < 5; i++) {
+          const each = crowd[(5 * t + i) % 1_000]!, { nonce } = each.users.get("alice")!;
+          each.say(like("P2PTRANS", { to: "alice", nonce, call: 1, body: NO_BYTES }));
+        }
+        world.net.run(1);
+      }
+    };
+    flood(3_000);
+    heard = 0;
+    friend!.send("alice", "of a friend");
+    alice!.send("newcomer", "of alice");
+    flood(1_000);
+    assert.ok(heard <= 100, `she hears ${heard} datagrams a second`);
+    for (const sender of [friend!, alice!]) {
+      const { ok, ms } = sender.events("sent").at(-1)!;
+      assert.ok(ok && ms < 500, `${sender.name}: ${ok}, ${ms} ms`);
+    }
+    newcomer!.send("alice", "of one she has written to");
+    flood(1_000);
+    assert.equal(texts(alice!, "newcomer").at(-1), "of one she has written to");
+    assert.equal(texts(alice!, "friend").at(-1), "of a friend");
   },
 );
 
