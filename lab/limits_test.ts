@@ -5,7 +5,7 @@
  */
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { type Control, decode, type Effect, type Endpoint, keysFrom, MAGIC } from "../protocol.ts";
+import { type Control, decode, type Effect, encode, type Endpoint, keysFrom, MAGIC } from "../protocol.ts";
 import { enter, hand, like, NO_BYTES, NO_ID, office, reasonOf, sends, types } from "./hostile.ts";
 import { LONG, numbered } from "./testing.ts";
 
@@ -215,6 +215,55 @@ test("limit: relayed bytes of one session, 512 KiB at once and 256 KiB a second;
   assert.equal(passed(sender, 1_200, now + 1_000), 512);
   // Of those whom a callee does not know: as many bytes, with 100 more for each datagram.
   assert.equal(passed(bob, 1_200, now + 1_000), Math.floor(512 * 1024 / (512 + 100)));
+});
+
+test("limit: reports of a punch to one callee of those whom he does not know, 100 at once of one prefix, 200 in all", () => {
+  const { server, tools, come, now } = office(), key = () => keysFrom(tools.bytes(32));
+  const bob = come("bob", "100.64.2.1:1", now, key())!;
+  const passedFrom = (prefix: number) => {
+    const other = come(`of-${prefix}`, `100.66.${prefix}.1:1`, now, key())!;
+    const data = () => other.seal(like("PUNCHED", { peer: "bob" }));
+    let passed = 0;
+    for (let i = 0; i < 150; i++) {
+      passed += sends(server.receive({ socket: 0, from: other.from, data: data() }, now)).length;
+    }
+    return passed;
+  };
+  assert.deepEqual([1, 2, 3].map(passedFrom), [100, 100, 0]);
+  const friend = come("friend", "100.66.9.1:1", now, key())!;
+  bob.say(bob.seal(like("P2PTRANS", { to: "friend", nonce: friend.nonce, call: 2, body: NO_BYTES })), now);
+  assert.equal(types(friend.say(friend.seal(like("PUNCHED", { peer: "bob" })), now)).join(), "PUNCHED");
+});
+
+test("limit: all sessions of one prefix together, ten times what one may; a quiet one beside them has a hundredth", () => {
+  const { come, now } = office();
+  const alive = like("KEEPALIVE", { cookie: NO_ID, local: [] });
+  const error = like("P2PTRANS", { to: "nobody", nonce: NO_ID, call: 1, body: NO_BYTES });
+  const said = (message: typeof alive, count: number, prefix: number) => {
+    let answers = 0;
+    for (let i = 0; i < 15; i++) {
+      const each = come(`${message.type}-${prefix}-${i}`, `100.70.${prefix}.1:${i + 1}`)!;
+      for (let n = 0; n < count; n++) answers += sends(each.say(each.seal(message), now)).length;
+    }
+    return answers;
+  };
+  assert.equal(said(error, 100, 1), 10 * 20 + 15); // the burst of ten, and one of each
+  assert.ok(Math.abs(said(alive, 5_000, 2) - (10 * 5_000 + 15 * 50)) <= 2); // 20,000 a second: sums are rounded
+  assert.equal(said(error, 100, 3), 10 * 20 + 15, "another prefix has its own");
+});
+
+test("limit: a LOGIN with a wrong MAC costs its prefix twenty", () => {
+  const { server, tools, come, now } = office(), from = "100.64.7.1:1";
+  const [challenge] = sends(server.receive({ socket: 0, from, data: hand("liar", tools).hello() }, now));
+  const { cookie } = decode(challenge!.data) as Control & { type: "COOKIE" }, id = "0123456789abcdef";
+  const login = like("LOGIN", { cookie, key: keysFrom(tools.bytes(32)).public, name: "liar", local: [] });
+  for (let i = 0; i < 100; i++) {
+    const data = encode(login, { id, counter: i, key: tools.bytes(16) });
+    assert.deepEqual(server.receive({ socket: 0, from, data }, now), []);
+  }
+  assert.equal(come("neighbour", "100.64.7.2:1"), null, "2,000 are used up");
+  assert.ok(come("other", "100.64.8.1:1"));
+  assert.ok(come("neighbour", "100.64.7.2:1", now + 1_000));
 });
 
 test("limit: error replies to one session, 20 at once and 10 a second", () => {

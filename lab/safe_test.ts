@@ -182,6 +182,20 @@ test("a cookie that has come back proves nothing a second time, nor do two in tu
   assert.ok(bytes > 64 * 1024 && bytes <= 2 * 64 * 1024 + sent, `${bytes} bytes`);
 });
 
+test("a login whose WELCOME was lost over IPv6, and that goes on over IPv4, is welcomed there", () => {
+  const { server, tools, now } = office(), self = hand("both", tools), [v6, v4] = ["[2001:db8::7]:1", "198.51.100.7:1"];
+  const say = (from: string, data: Uint8Array) => sends(server.receive({ socket: 0, from, data }, now));
+  const logIn = (from: string) => say(from, self.answer(say(from, self.hello())[0]!.data)!);
+  const [lost] = logIn(v6!), [welcome] = logIn(v4!);
+  assert.deepEqual([lost, welcome].map((effect) => [effect!.to, decode(effect!.data)!.type]), [
+    [v6, "WELCOME"],
+    [v4, "WELCOME"],
+  ]);
+  self.answer(welcome!.data);
+  const [alive] = say(v4!, self.seal(like("KEEPALIVE", { cookie: NO_ID, local: [] })));
+  assert.equal(decode(alive!.data)?.type, "ALIVE");
+});
+
 test("a client whose KEEPALIVE is late by less than the next sweep stays, and vanishes when it is silent", () => {
   const { server, come, now } = office(), user = come("late", "198.51.100.1:1")!;
   const say = (cookie: string, at: number) =>
@@ -223,6 +237,36 @@ test("questions whether somebody is there count too: one who left draws 64 KiB m
     }
   }
   assert.ok(drawn > 64 * 1024 && drawn - brought <= 64 * 1024, `${drawn - brought} bytes beyond ${brought}`);
+});
+
+test("strangers leave half of what may go to a callee to his friends; a full place is asked once a second; 64 KiB in all", () => {
+  const { tools, now } = office(), key = () => keysFrom(tools.bytes(32));
+  const server = createServer({ keys: key(), random: tools.bytes });
+  const come = (name: string, from: string) => enter(server, hand(name, tools, { keys: key() }), { from, now })!;
+  const bob = come("bob", "198.51.100.1:1"),
+    friend = come("friend", "203.0.113.1:1"),
+    other = come("other", "192.0.2.9:1");
+  bob.say(bob.seal(like("P2PTRANS", { to: "friend", nonce: friend.nonce, call: 2, body: NO_BYTES })));
+  let drawn = 0, questions = 0; // WELCOME is a small part of it
+  const relay = (by: typeof bob, count: number, at = now) => {
+    const before = drawn;
+    for (let i = 0; i < count; i++) {
+      const data = by.seal(like("P2PTRANS", { to: "bob", nonce: bob.nonce, call: 0, body: new Uint8Array(800) }));
+      for (const { to, data: sent } of sends(by.say(data, at))) {
+        if (to !== bob.from) continue;
+        drawn += sent.length;
+        questions += Number(decode(sent)?.type === "COOKIE");
+      }
+    }
+    return drawn - before;
+  };
+  const half = relay(other, 100);
+  assert.ok(half > 28 * 1024 && half < 34 * 1024, `${half} bytes of a stranger`);
+  assert.ok(relay(friend, 100) > 24 * 1024, "a friend has the other half");
+  const asked = questions;
+  for (let second = 2; second < 55; second++) relay(friend, 3, now + second * 1_000);
+  assert.ok(questions > asked + 10, `${questions - asked} questions when nothing else goes`);
+  assert.ok(drawn <= 64 * 1024, `${drawn} bytes`);
 });
 
 test("who takes the name of a friend is no friend, and a quiet session is heard beside noisy neighbours", () => {
