@@ -196,6 +196,102 @@ test("a login whose WELCOME was lost over IPv6, and that goes on over IPv4, is w
   assert.equal(decode(alive!.data)?.type, "ALIVE");
 });
 
+/** Somebody with a place in each IP version; `alive` shows that he is there, at the places given. */
+function twoPlaces(name = "both") {
+  const { server, tools, come, now } = office(), keys = keysFrom(tools.bytes(32));
+  const v4 = "198.51.100.7:1", v6 = "[2001:db8::7]:1", cookies = new Map<string, string>();
+  const user = enter(server, hand(name, tools, { keys }), { from: v6, now })!;
+  const alive = (at: number, ...places: string[]) => {
+    for (const from of places) {
+      for (let i = 0; i < 3; i++) { // a COOKIE first, then the cookie, then that of the ALIVE
+        const data = user.seal(like("KEEPALIVE", { cookie: cookies.get(from) ?? "1".repeat(16), local: [] }));
+        for (const effect of sends(server.receive({ socket: 0, from, data }, at))) {
+          const message = decode(effect.data)!;
+          if (message.type === "COOKIE" || message.type === "ALIVE") cookies.set(from, message.cookie);
+        }
+      }
+    }
+  };
+  const sweepTo = (end: number) => {
+    for (let due = server.wakeAt(); due <= end; due = server.wakeAt()) server.wake(due);
+  };
+  const candidatesAt = (at: number) => {
+    const caller = come(`caller-${at}`, "192.0.2.55:1", at)!;
+    const data = caller.seal(like("P2PTRANS", { to: name, nonce: user.nonce, call: 1, body: NO_BYTES }));
+    const answers = sends(server.receive({ socket: 0, from: caller.from, data }, at));
+    const introduction = answers.map((effect) => decode(effect.data)!).find(({ type }) => type === "INTRODUCTION");
+    const reached = answers.find((effect) => decode(effect.data)!.type === "P2PSOMEONEWANTTOCALLYOU")?.to;
+    return [introduction?.type === "INTRODUCTION" ? introduction.peer.candidates : null, reached];
+  };
+  alive(now, v4, v6);
+  return { server, tools, come, now, user, v4, v6, alive, sweepTo, candidatesAt };
+}
+
+test("a place that has not been proved for 60 s is no candidate, the first one or the other, before any sweep too", () => {
+  const both = twoPlaces(), { now, v4, v6 } = both;
+  assert.deepEqual(both.candidatesAt(now + 1_000), [[v6, v4], v6]);
+  both.alive(now + 40_000, v4);
+  assert.deepEqual(both.candidatesAt(now + 60_500), [[v4], v4], "the first one is silent");
+  both.sweepTo(now + 62_000);
+  assert.deepEqual(both.candidatesAt(now + 62_000), [[v4], v4], "and given up");
+  both.alive(now + 90_000, v4, v6);
+  assert.deepEqual(both.candidatesAt(now + 90_000), [[v4, v6], v4]);
+  both.alive(now + 140_000, v4);
+  assert.deepEqual(both.candidatesAt(now + 151_000), [[v4], v4], "the other one is silent");
+});
+
+test("who leaves leaves both of his places: he who has the name then keeps it", () => {
+  const { server, come, now, user, v4, sweepTo } = twoPlaces();
+  server.receive({ socket: 0, from: v4, data: user.seal(like("LOGOUT", {})) }, now + 1_000);
+  const heir = come("both", "203.0.113.9:1", now + 62_000)!;
+  const say = (at: number) => sends(heir.say(heir.seal(like("GETALLUSER", { prefix: "both", after: "" })), at));
+  sweepTo(now + 64_000);
+  const page = decode(say(now + 64_000)[0]!.data);
+  assert.deepEqual(page?.type === "USERS" && page.users.map(({ name }) => name), ["both"]);
+});
+
+test("WELCOME counts too, and a place that is welcomed again and again is asked whether anybody is there", () => {
+  const { server, tools, come, now } = office(), self = hand("again", tools), from = "198.51.100.8:1";
+  for (let i = 0; i < 40; i++) come(`user-${i}`, `203.0.113.1:${i + 1}`);
+  const say = (data: Uint8Array) => sends(server.receive({ socket: 0, from, data }, now));
+  const login = self.answer(say(self.hello())[0]!.data)!, types = new Map<string, number>();
+  let bytes = 0;
+  for (let i = 0; i < 200; i++) {
+    for (const { to, data } of say(login)) {
+      if (to !== from) continue;
+      bytes += data.length;
+      types.set(decode(data)!.type, (types.get(decode(data)!.type) ?? 0) + 1);
+    }
+  }
+  assert.ok(bytes > 60 * 1024 && bytes <= 64 * 1024 && types.get("COOKIE")! >= 5, `${bytes} bytes, ${[...types]}`);
+});
+
+test("a wrong password is told to the operator with its address: 20 at once and one a second", () => {
+  const { server, come, now } = office({ password: new Uint8Array(32).fill(1) });
+  let told = 0;
+  const watch = (at: number) => {
+    const before = told, { receive } = server;
+    server.receive = (datagram, time) => {
+      const effects = receive(datagram, time);
+      for (const effect of effects) {
+        if (effect.kind !== "event") continue;
+        assert.deepEqual(effect.event, {
+          event: "refused",
+          name: "x",
+          public: "198.51.100.9:1",
+          reason: "bad-password",
+        });
+        told++;
+      }
+      return effects;
+    };
+    for (let i = 0; i < 50; i++) assert.equal(come("x", "198.51.100.9:1", at), null);
+    server.receive = receive;
+    return told - before;
+  };
+  assert.deepEqual([watch(now), watch(now + 3_000)], [20, 3]);
+});
+
 test("a client whose KEEPALIVE is late by less than the next sweep stays, and vanishes when it is silent", () => {
   const { server, come, now } = office(), user = come("late", "198.51.100.1:1")!;
   const say = (cookie: string, at: number) =>

@@ -1,0 +1,129 @@
+/**
+ * A spray goes where a peer says that it is only while the peer goes on saying so, and the server says so too. And what
+ * has been ended, because the user has blocked somebody, does nothing more.
+ *
+ * @module
+ */
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { hostOf, type Peer } from "../protocol.ts";
+import { type Fiend, fiend } from "./fiend.ts";
+import { NO_BYTES, SERVER, typeOf } from "./hostile.ts";
+import { createWorld, join, login, type Player, type World } from "./scenario.ts";
+import { texts } from "./testing.ts";
+
+const HIS = "100.99.7.1"; // address, as `fiend` gives it
+const SYMMETRIC = { mapping: "APDM", filtering: "APDF", allocation: "random" } as const;
+const PLAN: Peer = { type: "P2PPLAN", attempt: 0, spray: 1, ports: [] };
+const PUNCH: Peer = { type: "P2PTRASH", probe: 1 };
+
+/** Alice, whose NAT is an easy one, and mallory, who says that his is a hard one; `sprayed`: what she sends to him. */
+function scene(seed = 31): { world: World; alice: Player; mallory: Fiend; sent: { toHim: number; opened: number } } {
+  const sent = { toHim: 0, opened: 0 };
+  const world = createWorld({
+    seed,
+    watch(machine, _now, effect) {
+      if (machine !== "alice") return;
+      if (effect.kind === "open") sent.opened++;
+      if (effect.kind === "send" && hostOf(effect.to) === HIS) sent.toHim++;
+    },
+  });
+  const alice = join(world, "alice", { nat: "EIM+APDF random" });
+  login(world, alice);
+  world.net.run(5_000);
+  const mallory: Fiend = fiend(world, "mallory");
+  world.net.run(500);
+  mallory.keepalive({ nat: SYMMETRIC });
+  world.net.run(500);
+  return { world, alice, mallory, sent };
+}
+
+/** Opens a session, calls for introductions as long as is said, and repeats what is sealed as long as is said. */
+function play({ world, mallory, sent }: ReturnType<typeof scene>, { introducedMs = 0, confirmsMs = 0, waitMs = 0 }) {
+  mallory.relay("alice", mallory.first("alice", PUNCH), 1);
+  world.net.run(1_000);
+  assert.ok(mallory.known.get("alice")!.session, "there is a session");
+  mallory.relay("alice", mallory.sealed("alice", PUNCH));
+  if (introducedMs === 0) { // from here on alice hears nothing more of where he is
+    world.net.tap(({ host, to, data }) => {
+      const isWord = ["INTRODUCTION", "P2PSOMEONEWANTTOCALLYOU"].includes(typeOf(data));
+      return host === "server" && hostOf(to) !== mallory.host.addresses[0] && isWord ? "drop" : undefined;
+    });
+  }
+  for (let ms = 0; ms < waitMs; ms += 1_000) {
+    if (ms % 15_000 === 0) mallory.keepalive({ nat: SYMMETRIC });
+    mallory.relay("alice", mallory.sealed("alice", PUNCH));
+    world.net.run(1_000);
+  }
+  const before = sent.toHim;
+  mallory.relay("alice", mallory.sealed("alice", PLAN));
+  for (let ms = 0; ms < 14_000; ms += 300) {
+    if (ms < introducedMs && ms % 3_000 === 0) mallory.relay("alice", NO_BYTES, 1);
+    if (ms < confirmsMs) mallory.relay("alice", mallory.sealed("alice", PLAN));
+    world.net.run(300);
+  }
+  return sent.toHim - before;
+}
+
+test("a peer who goes on confirming is sprayed at in full", () => {
+  const sprayed = play(scene(), { introducedMs: 14_000, confirmsMs: 14_000 });
+  assert.ok(sprayed > 1_800 && sprayed < 2_200, `${sprayed} datagrams`);
+});
+
+test("a peer who says nothing more is sprayed at for three seconds", () => {
+  const sprayed = play(scene(), { introducedMs: 14_000, confirmsMs: 0 });
+  assert.ok(sprayed > 300 && sprayed < 750, `${sprayed} datagrams`);
+});
+
+test("a peer of whom the server has said nothing for 20 s is not sprayed at", () => {
+  const sprayed = play(scene(), { confirmsMs: 14_000, waitMs: 25_000 });
+  assert.ok(sprayed < 50, `${sprayed} datagrams`);
+});
+
+test("before a spray the server is asked again where the peer is, should its word be old", () => {
+  const place = scene(), { world, mallory } = place;
+  let asked = 0;
+  world.net.tap(({ host, data }) => void (host === "alice" && typeOf(data) === "P2PTRANS" && asked++));
+  const sprayed = play(place, { introducedMs: 1, confirmsMs: 14_000, waitMs: 25_000 });
+  assert.ok(mallory.isIn() && asked > 0 && sprayed > 1_500, `${sprayed} datagrams, asked ${asked} times`);
+});
+
+test("a plan inside a first message opens no sockets and sends nothing, whoever has sent it", () => {
+  const { world, mallory, sent } = scene();
+  mallory.answers = false; // he never shows that he is in the session
+  const before = { ...sent };
+  mallory.relay("alice", mallory.first("alice", { ...PLAN, spray: 0, ports: [1, 2, 3, 0] }), 1);
+  mallory.relay("alice", mallory.first("alice", PLAN), 1);
+  world.net.run(15_000);
+  assert.equal(sent.opened, before.opened);
+  assert.ok(sent.toHim - before.toHim <= 60, `${sent.toHim - before.toHim} punches`);
+});
+
+test("who is blocked gets nothing more, by whatever he knows: sealed datagrams, copies of his first message, calls", () => {
+  const { world, alice, mallory, sent } = scene();
+  const first = mallory.first("alice", { type: "P2PMESSAGE", seq: 0, base: 0, left: 0, part: new Uint8Array([65]) });
+  mallory.relay("alice", first, 1);
+  world.net.run(1_000);
+  assert.deepEqual(texts(alice), ["A"]);
+  alice.command({ command: "block", peer: "mallory" });
+  world.net.run(1_000);
+  const before = sent.toHim, home = alice.nat!.addresses[0]!;
+  let toServer = 0;
+  world.net.tap(({ host, to, data }) =>
+    void (host === "alice" && to === SERVER && typeOf(data) !== "KEEPALIVE" && toServer++)
+  );
+  for (let i = 0; i < 20; i++) {
+    for (const data of [first, mallory.sealed("alice", PUNCH), mallory.sealed("alice", PLAN)]) {
+      for (const port of alice.process.ports) {
+        alice.process.perform(
+          alice.client.receive({ socket: 0, from: `${mallory.host.addresses[0]}:${port}`, data }, world.net.now()),
+        );
+      }
+      mallory.relay("alice", data);
+      mallory.relay("alice", data, 1);
+    }
+    world.net.run(200);
+  }
+  assert.deepEqual(texts(alice), ["A"]);
+  assert.deepEqual([sent.toHim - before, toServer], [0, 0], `what ${home} sends`);
+});
