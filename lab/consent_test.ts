@@ -6,9 +6,10 @@
  */
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { hostOf, type Peer } from "../protocol.ts";
+import { encodeHandshake, hex, hostOf, keysFrom, type Peer } from "../protocol.ts";
+import { evil } from "./evil.ts";
 import { type Fiend, fiend } from "./fiend.ts";
-import { NO_BYTES, SERVER, typeOf } from "./hostile.ts";
+import { dice, NO_BYTES, SERVER, typeOf } from "./hostile.ts";
 import { createWorld, join, login, type Player, type World } from "./scenario.ts";
 import { texts } from "./testing.ts";
 
@@ -126,4 +127,77 @@ test("who is blocked gets nothing more, by whatever he knows: sealed datagrams, 
   }
   assert.deepEqual(texts(alice), ["A"]);
   assert.deepEqual([sent.toHim - before, toServer], [0, 0], `what ${home} sends`);
+});
+
+test("who is blocked before his key is known is known by it when he calls: no other name helps him", () => {
+  const { world, alice, mallory } = scene();
+  alice.command({ command: "block", peer: "nobody-yet" });
+  alice.command({ command: "block", peer: "rogue" });
+  const hello = () => {
+    world.net.run(500);
+    const message = { type: "P2PMESSAGE", seq: 0, base: 0, left: 0, part: new Uint8Array([65]) } as const;
+    mallory.relay("alice", mallory.first("alice", message), 1);
+    world.net.run(2_000);
+  };
+  for (const name of ["rogue", "somebody-else"]) {
+    mallory.login(SERVER, name);
+    hello();
+  }
+  assert.deepEqual(texts(alice), []);
+  alice.command({ command: "unblock", peer: "rogue" });
+  mallory.login(SERVER, "rogue");
+  hello();
+  assert.deepEqual(texts(alice), ["A"]);
+});
+
+test("first messages of six hundred whom an evil server lets through: keys are made for the first 200 of them alone", () => {
+  const keys = keysFrom(dice("evil").bytes(32)), world = createWorld({ seed: 32, server: { keys } });
+  const control = evil(world, keys), own = world.keys;
+  let made = 0;
+  const generateKeys = () => {
+    made++;
+    return own();
+  };
+  const alice = join(world, "alice", { nat: "EIM+APDF random", generateKeys });
+  login(world, alice);
+  world.net.run(5_000);
+  const nat = { mapping: "EIM", filtering: "APDF", allocation: "random" } as const, tools = dice("strangers");
+  for (let i = 0; i < 600; i++) {
+    const them = { name: `s${i}`, nonce: hex(tools.bytes(8)), key: keysFrom(tools.bytes(32)).public };
+    const peer = { ...them, candidates: ["198.51.100.1:1"], nat, punchAfterMs: 0 };
+    const body = encodeHandshake({ type: "P2PFIRST", from: i, probe: 0, noise: tools.bytes(65) });
+    control.tell("alice", { type: "P2PSOMEONEWANTTOCALLYOU", peer, body });
+  }
+  world.net.run(300);
+  assert.ok(made >= 200 && made <= 220, `${made} key pairs`);
+});
+
+test("what is said while a NAT has given another endpoint arrives within half a second, by the relay", () => {
+  for (let seed = 0; seed < 10; seed++) {
+    const world = createWorld({ seed }), nat = "EIM+APDF random";
+    const [alice, bob] = ["alice", "bob"].map((name) => join(world, name, { nat, direct: false })) as [Player, Player];
+    login(world, alice, bob);
+    alice.send("bob", "before");
+    world.net.run(3_000 + 100 * seed);
+    alice.nat!.flush();
+    alice.send("bob", "after");
+    world.net.run(500);
+    assert.deepEqual(texts(bob), ["before", "after"], `seed ${seed}`);
+  }
+});
+
+test("a client that keeps still for ten minutes is asked for no cookie again: its keepalives return the latest ones", () => {
+  const world = createWorld({ v6: true }), v6 = "2001:db8:a0::1";
+  const alice = join(world, "alice", { nat: "EIM+APDF random", v6 });
+  login(world, alice);
+  world.net.run(2_000);
+  let cookies = 0, alives = 0;
+  world.net.tap(({ host, data }) => {
+    if (host !== "server") return;
+    cookies += Number(typeOf(data) === "COOKIE");
+    alives += Number(typeOf(data) === "ALIVE");
+  });
+  world.net.run(600_000);
+  assert.ok(alives > 40, `${alives} ALIVEs`);
+  assert.equal(cookies, 0);
 });
