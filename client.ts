@@ -1649,7 +1649,6 @@ function createTraversal(
   /** Sends to 2,048 ports in bursts: first those of the peer's block, if it told one; then any, none of these twice. */
   function* sprayPorts(mine: Attempt, [low = 0, high = -1]: number[]): Generator<number, void> {
     sprayTurn.takenAt = io.now;
-    if (io.now - c.last.attested > ATTESTED_MS - SPRAY_MS) on.attest();
     mine.isSpraying = true;
     mine.endAt = io.now + SPRAY_MS;
     const first = randomNumber(io, 16);

@@ -20,22 +20,25 @@ import { texts } from "./testing.ts";
 /** `generateKeys` and `random` come from outside: this is how a bug gets into the client at a place of our choice. */
 interface Fuse {
   player: Player;
-  /** From now on the calls of that method fail as soon as they want keys or random bytes; so many times. */
-  arm(method: keyof Client, what: "keys" | "random", times?: number): void;
+  /** From now on the calls of that method fail as soon as they want keys or (so many) random bytes; so many times. */
+  arm(method: keyof Client, what: "keys" | "random", times?: number, length?: number): void;
   blown(): number;
 }
 
 function fused(world: World, name: string, nat: string): Fuse {
   const { bytes, keys } = world.stream(`${name} fuse`);
-  let armed: { method: string; what: string; times: number } | null = null, current = "", blown = 0;
-  const burn = <T>(what: "keys" | "random", value: T): T => {
+  let armed: { method: string; what: string; times: number; length: number | undefined } | null = null,
+    current = "",
+    blown = 0;
+  const burn = <T>(what: "keys" | "random", value: T, length?: number): T => {
     if (armed?.method !== current || armed.what !== what || armed.times === 0) return value;
+    if (armed.length !== undefined && armed.length !== length) return value;
     armed.times--;
     blown++;
     throw new TypeError(`No ${what} in "${current}"`);
   };
   const generateKeys = (): KeyPair => burn("keys", keys());
-  const random = (length: number): Uint8Array => burn("random", bytes(length));
+  const random = (length: number): Uint8Array => burn("random", bytes(length), length);
   const player = join(world, name, { nat, generateKeys, random });
   for (const method of ["opened", "receive", "wake", "command", "interfaces"] as const) {
     const work = player.client[method] as (...args: unknown[]) => unknown;
@@ -48,7 +51,11 @@ function fused(world: World, name: string, nat: string): Fuse {
       }
     };
   }
-  return { player, arm: (method, what, times = 1) => void (armed = { method, what, times }), blown: () => blown };
+  return {
+    player,
+    arm: (method, what, times = 1, length) => void (armed = { method, what, times, length }),
+    blown: () => blown,
+  };
 }
 
 /** Alice, who has the bug, has a path to bob and knows carol; dora is on the relay with alice. */
@@ -214,6 +221,49 @@ test("a bug while our NAT is found out ends that attempt: `nat` is answered, no 
     "random",
   ]);
   assert.equal(bugs(alice).length, 1);
+});
+
+test("a bug whenever something is due is told once, the client does not spin, and conversations go on", () => {
+  const world = createWorld({ seed: 23 }), fuse = fused(world, "alice", "EIM+APDF random"), alice = fuse.player;
+  const bob = join(world, "bob", { nat: "EIM+APDF random" });
+  login(world, alice, bob);
+  alice.send("bob", "hi");
+  world.net.run(5_000);
+  assert.equal(alice.path(), "direct");
+  let wakes = 0;
+  const { wake } = alice.client;
+  alice.client.wake = (now) => {
+    wakes++;
+    return wake(now);
+  };
+  world.net.block(({ host }) => host === "server"); // so that she logs in again, which wants random bytes
+  fuse.arm("wake", "random", Infinity, 8); // of that length is the id of a login
+  world.net.runUntil(() => fuse.blown() > 1, 90_000);
+  world.net.block(({ host }) => host === "alice" && world.net.now() % 3 < 1); // so that parts must be sent again
+  for (let i = 0; i < 30; i++) {
+    alice.send("bob", `m ${i}`);
+    world.net.run(1_000);
+  }
+  assert.equal(texts(bob).length, 31);
+  assert.ok(fuse.blown() > 1, "the bug shows again and again");
+  assert.equal(bugs(alice).length, 1);
+  assert.ok(wakes < 1_000, `${wakes} wakes`);
+});
+
+test("who is blocked at any moment of a call costs no socket: a NAT that counts its ports", () => {
+  for (let ms = 0; ms < 1_200; ms += 20) {
+    const world = createWorld({ seed: 24 }), open = new Set<number>();
+    const alice = join(world, "alice", { nat: "APDM+APDF sequential" });
+    const bob = join(world, "bob", { nat: "APDM+APDF sequential" });
+    login(world, alice, bob);
+    world.net.run(5_000);
+    watchSockets(alice, open);
+    alice.send("bob", "hi");
+    world.net.run(ms);
+    alice.command({ command: "block", peer: "bob" });
+    world.net.run(5_000);
+    assert.deepEqual([...open], [], `blocked after ${ms} ms`);
+  }
 });
 
 /** Which sockets beyond the first one are open. */
