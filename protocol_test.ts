@@ -801,6 +801,23 @@ Deno.test(
   },
 );
 
+Deno.test("listen() throws no failure of its machine at whoever performs effects", NO_LEAKS, async () => {
+  let fails = false;
+  const machine: Machine = {
+    ...{ opened: () => [], receive: () => [], wake: () => [] },
+    wakeAt() {
+      if (fails) throw new TypeError("shown once in this test");
+      return Infinity;
+    },
+  };
+  const running = await listen(machine, { sockets: [LOOPBACK], onEvent() {} });
+  fails = true;
+  running.perform([]);
+  fails = false;
+  running.perform([]);
+  running.close();
+});
+
 Deno.test("listen() rejects for a port in use, and closes what it has bound before", NO_LEAKS, async () => {
   const running = await listen(scale(), { sockets: [LOOPBACK], onEvent() {} });
   const port = running.ports[0]!;

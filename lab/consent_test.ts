@@ -9,7 +9,7 @@ import { test } from "node:test";
 import { encodeHandshake, hex, hostOf, keysFrom, type Peer } from "../protocol.ts";
 import { evil } from "./evil.ts";
 import { type Fiend, fiend } from "./fiend.ts";
-import { dice, NO_BYTES, SERVER, typeOf } from "./hostile.ts";
+import { dice, like, NO_BYTES, rogueCrowd, SERVER, typeOf } from "./hostile.ts";
 import { createWorld, join, login, type Player, type World } from "./scenario.ts";
 import { numbered, texts } from "./testing.ts";
 
@@ -88,7 +88,7 @@ test("before a spray the server is asked again where the peer is, should its wor
   const place = scene(), { world, mallory } = place;
   let asked = 0;
   world.net.tap(({ host, data }) => void (host === "alice" && typeOf(data) === "P2PTRANS" && asked++));
-  const sprayed = play(place, { introducedMs: 1, confirmsMs: 14_000, waitMs: 25_000 });
+  const sprayed = play(place, { introducedMs: -1, confirmsMs: 14_000, waitMs: 25_000 }); // he does not call again
   assert.ok(mallory.isIn() && asked > 0 && sprayed > 1_500, `${sprayed} datagrams, asked ${asked} times`);
 });
 
@@ -214,27 +214,72 @@ test("a client that keeps still for ten minutes is asked for no cookie again: it
   assert.equal(cookies, 0);
 });
 
+test("openers leave for nobody who has not shown himself in this login, whatever he has done in another one", () => {
+  const { world, mallory, sent } = scene("APDM+APDF random", EASY);
+  const callFor = (ms: number, answers: boolean) => {
+    const before = sent.toHim;
+    mallory.answers = answers;
+    mallory.relay("alice", mallory.first("alice", PUNCH), 1);
+    world.net.run(1_000);
+    if (answers) mallory.relay("alice", mallory.sealed("alice", PUNCH));
+    world.net.run(ms);
+    return sent.toHim - before;
+  };
+  const logInAgain = () => {
+    mallory.login();
+    world.net.run(500);
+    mallory.keepalive({ nat: EASY });
+    world.net.run(500);
+  };
+  assert.ok(callFor(4_000, false) <= 60, "he has not shown himself");
+  world.net.run(20_000);
+  logInAgain();
+  const openers = callFor(4_000, true);
+  assert.ok(openers >= 250, `${openers} datagrams: this shows nothing`);
+  world.net.run(20_000);
+  logInAgain();
+  const more = callFor(4_000, false);
+  assert.ok(more <= 60, `${more} datagrams to another login of his`);
+});
+
 test("twenty strangers who call twice a second keep none of ten to whom the user writes from a direct path", () => {
-  const world = createWorld({ seed: 33, server: { maxPerAddress: 100 } }), nat = "EIM+APDF random";
+  const world = createWorld({ seed: 33 }), nat = "EIM+APDF random";
   const alice = join(world, "alice", { nat }), peers = numbered(10, "p").map((name) => join(world, name, { nat }));
-  const strangers = numbered(20, "s").map((name) => join(world, name, { nat }));
-  login(world, alice, ...peers, ...strangers);
+  login(world, alice, ...peers);
   world.net.run(5_000);
-  for (const stranger of strangers) stranger.send("alice", "hi");
-  const call = () => {
-    for (const { name, client, process } of strangers) {
-      process.call((now) => client.command({ command: "ping", peer: name === "" ? "" : "alice", count: 1 }, now));
+  const strangers = rogueCrowd(world, numbered(20, "s"), alice); // who hear her punches, and do not echo
+  for (const stranger of strangers) stranger.open("alice", PUNCH);
+  const pass = (ms: number) => {
+    for (let t = 0; t < ms; t += 500) {
+      for (const each of strangers) {
+        each.say(like("P2PTRANS", { to: "alice", nonce: each.users.get("alice")!.nonce, call: 1, body: NO_BYTES }));
+      }
+      world.net.run(500);
     }
   };
-  for (let i = 0; i < 4; i++) {
-    call();
-    world.net.run(500);
-  }
+  pass(10_000);
   for (const peer of peers) {
     alice.send(peer.name, "hello");
-    world.net.run(300);
+    pass(500);
   }
-  world.net.run(1_000);
+  pass(3_000);
   const times = peers.map(({ name }) => alice.events("path").find(({ peer }) => peer === name)?.ms ?? Infinity);
   assert.ok(times.every((ms) => ms < 1_000), `${times}`);
+});
+
+test("who has logged in is there for a minute after his first keepalive, should nothing of him be heard after that", () => {
+  const world = createWorld({}), [alice, bob] = ["alice", "bob"].map((name) => join(world, name)) as [Player, Player];
+  login(world, alice);
+  let first = 0;
+  world.net.tap(({ host, data }) => {
+    if (host !== "alice" || typeOf(data) !== "KEEPALIVE" || world.net.now() < loggedIn + 10_000) return;
+    first ||= world.net.now();
+    return world.net.now() > first ? "drop" : undefined;
+  });
+  const loggedIn = world.net.now();
+  world.net.run(loggedIn + 72_000 - world.net.now());
+  bob.command({ command: "getu", prefix: "" });
+  world.net.run(1_000);
+  assert.ok(first > 0 && first < loggedIn + 25_000);
+  assert.deepEqual(bob.events("users").at(-1)!.users.map(({ name }) => name), ["alice", "bob"]);
 });

@@ -313,6 +313,7 @@ for (const where of ["wake", "opened", "receive", "event", "wakeAt"]) {
       assert.ok(received >= 6, `${received} datagrams received`);
       assert.ok(opened >= 5, `${opened} sockets opened`);
     }
+    if (where === "event") assert.equal(sick.opened, 10, "what was to be done behind the event is done all the same");
   });
 }
 
