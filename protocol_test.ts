@@ -816,6 +816,7 @@ Deno.test("listen() throws no failure of its machine at whoever performs effects
   fails = false;
   running.perform([]);
   running.close();
+  await new Promise((written) => setTimeout(written, 20));
 });
 
 Deno.test("listen() rejects for a port in use, and closes what it has bound before", NO_LEAKS, async () => {
