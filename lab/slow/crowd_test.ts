@@ -94,11 +94,12 @@ test(
   LONG,
   () => {
     const world = createWorld({ seed: 17, server: { maxPerAddress: 5_000 } });
-    const [alice, friend, newcomer] = ["alice", "friend", "newcomer"].map((name) =>
-      join(world, name, { nat: "EIM+APDF random" })
-    );
-    login(world, alice!, friend!, newcomer!);
-    alice!.send("friend", "hello");
+    const nat = "EIM+APDF random", names = numbered(5, "friend-").map((name) => name.replace(" ", "-"));
+    const [alice, newcomer] = ["alice", "newcomer"].map((name) => join(world, name, { nat }));
+    const keys = names.map(() => world.keys()); // of the friends, who come again with the same
+    const before = names.map((name, i) => join(world, name, { nat, keys: keys[i]! }));
+    login(world, alice!, ...before, newcomer!);
+    for (const name of names) alice!.send(name, "hello");
     world.net.run(3_000);
     const crowd = rogueCrowd(world, numbered(1_000, "stranger-"), alice!);
     let heard = 0;
@@ -114,20 +115,26 @@ test(
         world.net.run(1);
       }
     };
+    for (const friend of before) friend.command({ command: "exit" });
     flood(3_000);
+    const friends = names.map((name, i) => join(world, name, { nat, keys: keys[i]! }));
+    flood(1_000);
     heard = 0;
-    friend!.send("alice", "of a friend");
+    for (const friend of friends) {
+      friend.send("alice", "of a friend");
+      flood(7);
+    }
     alice!.send("newcomer", "of alice");
     flood(1_000);
     assert.ok(heard <= 100, `she hears ${heard} datagrams a second`);
-    for (const sender of [friend!, alice!]) {
+    for (const sender of [...friends, alice!]) {
       const { ok, ms } = sender.events("sent").at(-1)!;
       assert.ok(ok && ms < 500, `${sender.name}: ${ok}, ${ms} ms`);
     }
     newcomer!.send("alice", "of one she has written to");
     flood(1_000);
     assert.equal(texts(alice!, "newcomer").at(-1), "of one she has written to");
-    assert.equal(texts(alice!, "friend").at(-1), "of a friend");
+    assert.equal(texts(alice!, names[0]).at(-1), "of a friend");
   },
 );
 
