@@ -23,7 +23,15 @@ import { randomBytes, timingSafeEqual } from "node:crypto";
 import process from "node:process";
 import { addressBytes, type Endpoint, formatEndpoint, hostOf, isIPv6, parseEndpoint, scopeOf } from "./protocol.ts";
 import { CONTROL, type Control, type ControlBody, controlHeader, decode, encode, isFromClient } from "./protocol.ts";
-import { hex, type Introduced, MAX_NAME_BYTES, MAX_RELAYED_BYTES, MIN_CLIENT_BYTES, userName } from "./protocol.ts";
+import {
+  hex,
+  type Introduced,
+  keep,
+  MAX_NAME_BYTES,
+  MAX_RELAYED_BYTES,
+  MIN_CLIENT_BYTES,
+  userName,
+} from "./protocol.ts";
 import { accept, isSeen, type ReplayWindow, replayWindow, sipHash, verifies } from "./protocol.ts";
 import { controlKeys, diffieHellman, type KeyPair, loginKey, passwordProof, publicNonce } from "./protocol.ts";
 import { conform, createLimit, generateKeys, keyFromWords, type NatClass, type Rate, type User } from "./protocol.ts";
@@ -373,7 +381,7 @@ function createSessions(
     if (holder) remove(holder, "replaced");
 
     const { id, counter: clock, name, local, rttMs, terms } = login, token = hex(io.random(8));
-    const theirs = { clock, name, nonce, key: login.key.slice(), local, keepName: terms.flag, rttMs };
+    const theirs = { clock, name, nonce, key: keep(login.key), local, keepName: terms.flag, rttMs };
     const ours = { token, keys: controlKeys(shared, token), window: replayWindow(), sent: clock };
     const limit = io.limits.keyOf(token), keyText = hex(login.key);
     const known = { nat: UNKNOWN_NAT, limit, keyText, friends: new Set<string>() };
