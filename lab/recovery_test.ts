@@ -637,19 +637,18 @@ test(
       world.restartServer();
     }
     world.net.run(30_000);
-    let count = 0;
+    let count = 0, lucky = 0; // a guess at a random port hits, once in some ten thousand
     couples.forEach((couple, i) =>
       couple.forEach((player, side) => {
         const expected = numbered(sent[i]![1 - side]!, "m ");
         count += expected.length;
         assert.deepEqual(texts(player), expected, player.name);
         const directly = player.events("message").filter(({ path }) => path === "direct").length;
-        assert.ok(
-          i % 2 === 0 ? directly === 0 : directly > expected.length / 2,
-          `${player.name}: ${directly} directly`,
-        );
+        if (i % 2 === 0) lucky += Number(directly > 0);
+        else assert.ok(directly > expected.length / 2, `${player.name}: ${directly} directly`);
       })
     );
+    assert.ok(lucky <= CLIENTS / 100, `${lucky} of those who cannot have a path have one`);
     console.log(
       `${CLIENTS} clients, ${count} messages, 6 restarts: ${((performance.now() - started) / 1_000).toFixed(1)} s`,
     );
