@@ -30,7 +30,6 @@
  */
 import { randomBytes } from "node:crypto";
 import { lookup } from "node:dns/promises";
-import { existsSync, readFileSync, statSync, writeFileSync } from "node:fs";
 import { networkInterfaces } from "node:os";
 import process from "node:process";
 import { createInterface } from "node:readline";
@@ -51,12 +50,14 @@ import {
 import { concat, createLimit, harmless, hex, jsonLine, type Limit, type Rate, userName } from "./protocol.ts";
 // STUN; keys and seals.
 import { decodeStun, encodeStunRequest, type Stun, STUN_COOKIE } from "./protocol.ts";
-import { accept, controlKeys, diffieHellman, generateKeys, type KeyPair, keysFrom, loginKey } from "./protocol.ts";
-import { initiate, type Initiation, type NoiseKeys, openPeer, passwordProof, peerHeader } from "./protocol.ts";
-import { publicNonce, type ReplayWindow, replayWindow, respond, safetyCode, sealPeer, verifies } from "./protocol.ts";
+import { accept, controlKeys, diffieHellman, generateKeys, type KeyPair, loginKey } from "./protocol.ts";
+import { fingerprintOf, initiate, type Initiation, type NoiseKeys, openPeer, passwordProof } from "./protocol.ts";
+import { peerHeader, publicNonce, type ReplayWindow, replayWindow, respond, safetyCode } from "./protocol.ts";
+import { CLOCK_BYTES, decodeClock, encodeClock, sealPeer, verifies, withPassword } from "./protocol.ts";
 // Sockets and the command line.
-import { clock, createTrace, DEFAULT_PORT, environment, exitWith, Failure, keyFromWords } from "./protocol.ts";
-import { listen, listenOrFail, secretWords, UsageError } from "./protocol.ts";
+import { clock, DEFAULT_PORT, environment, exitWith, Failure, identityIn, keyFromWords } from "./protocol.ts";
+import { listen, listenOrFail, nameFault, newSecret, openTrace, parseFingerprint } from "./protocol.ts";
+import { readArguments, secretWords, tellInvisible, type Trace, UsageError } from "./protocol.ts";
 
 // ---------------------------------------------------------------------------------------------------- in and out
 
@@ -68,9 +69,9 @@ export type Reason = "unknown" | "offline" | "timeout" | "empty" | "too-long" | 
 
 /** What the client tells its user. An error with a `notice` is what others did, not what became of a command. */
 export type ClientEvent =
-  | { event: "login"; name: string; server: Endpoint; public: Endpoint; local: Endpoint[]; users: number }
+  | LoginEvent
   | { event: "users"; users: { name: string; public: Endpoint }[] }
-  | { event: "message"; from: string; text: string; path: PathKind; id: string }
+  | MessageEvent
   | { event: "sent"; to: string; id: string; ok: true; ms: number; path: PathKind }
   | { event: "sent"; to: string; id: string; ok: false; ms: number; path: PathKind; reason: Reason }
   | { event: "path"; peer: string; path: PathKind; address: Endpoint; rttMs: number | null; ms: number }
@@ -80,6 +81,29 @@ export type ClientEvent =
   | NatEvent
   | { event: "error"; code: string; message: string; fatal?: true; notice?: true }
   | { event: "reconnecting" | "reconnected" | "logout"; name: string; reason: string };
+
+/** The server has let us in. */
+export interface LoginEvent {
+  /** The name of the event. */ event: "login";
+  /** Ours. */ name: string;
+  /** Where the server is. */ server: Endpoint;
+  /** Where it sees us. */ public: Endpoint;
+  /** Our addresses on the LAN. */ local: Endpoint[];
+  /** How many users are there. */ users: number;
+  /** Of the server's key; see `fingerprintOf`. */ fingerprint: string;
+  /** Whether the server has the same key when it is started again. */ kept: boolean;
+  /** Whether we have shown each other that we know its password. */ password: boolean;
+  /** Whether we talk to those only who know our secret. */ secret: boolean;
+}
+
+/** Somebody has written to us. */
+export interface MessageEvent {
+  /** The name of the event. */ event: "message";
+  /** Who. */ from: string;
+  /** What, as it was sent: whoever shows it sees to it that nothing in it acts on a terminal. */ text: string;
+  /** Which way the first copy came. */ path: PathKind;
+  /** The same as the sender's. */ id: string;
+}
 
 /** What we know of the NAT that we are behind; null: not known. */
 export interface NatEvent extends NatClass {
@@ -109,7 +133,9 @@ export interface ClientOptions {
   /** So many unpredictable bytes. */ random: (length: number) => Uint8Array;
   /** Fresh keys, one pair for each handshake. */ generateKeys: () => KeyPair;
   /** What the two colleagues alone know: 32 bytes. */ psk?: Uint8Array | undefined;
-  /** scrypt of the server's password. */ password?: Uint8Array | undefined;
+  /** scrypt of the server's password, salted with the server's public key. */
+  password?: ((serverKey: Uint8Array) => Uint8Array) | undefined;
+  /** Of the key that the server must have; see `fingerprintOf`. */ fingerprint?: string | undefined;
   /** The keys outlive this run: the server is to hold the name for us. */ keepName?: boolean | undefined;
   /** Another STUN server, at another address than ours. */ observer?: Endpoint | undefined;
   /** False: never punch, stay on the relay. */ direct?: boolean | undefined;
@@ -231,6 +257,12 @@ const isLower = (one: Uint8Array, other: Uint8Array) => hex(one) < hex(other);
 //     KEEPALIVE ---------------->    returns the cookie of the last ALIVE: we still receive where we say we are
 //
 // The session with the server. Knows nothing of peers, of their keys and of paths to them.
+//
+// Anybody on the way can answer in the server's place, and read and forge what the server could. So its key counts:
+//
+//     the user knows its fingerprint          no other key will do
+//     the server has said that it keeps it    no other key will do from then on, while this program runs
+//     it has said that it does not            another one will, if the server itself stays silent, and the user is told
 
 const FIRST_LOGIN_MS = 10_000; // the first login ends in an error after so long, unless the user is patient
 /** Between two attempts to log in: grows by half each time, up to the second number. */
@@ -245,6 +277,10 @@ const TRIES_BEFORE_RESTART = 4;
 const KEEPALIVE_MS = { idle: 20_000, warm: 10_000, relay: 2_000 };
 /** So many keepalives in a row unanswered, and nothing else heard from it: the server is gone. */
 const KEEPALIVE_TRIES = 8;
+/** Somebody answers in the place of the server: for so long it has time to answer itself. */
+const IMPOSTOR_MS = 3_000;
+/** A password's key costs a tenth of a second for each key of a server. */
+const PASSWORD_KEYS: Rate = { perSecond: 0.5, burst: 3 };
 /** Cookies that we bring back without anything between that shows progress; more would be a loop. */
 const MAX_CHALLENGES = 5;
 
@@ -256,22 +292,26 @@ const newLogin = (id: string, now: number, delayMs: number) => ({ // A login und
   nextAt: now + delayMs,
   askedAt: now,
   challenges: 0,
-  cookie: null as { cookie: string; server: Endpoint; shared: Uint8Array } | null, // once the server has challenged us
+  challenge: null as Challenge | null, // of the server, once we have one
 });
 
+/** A COOKIE, what we agree on with whoever has sent it, and that with the password: the session's keys come of it. */
+type Challenge = { cookie: string; server: Endpoint; key: Uint8Array; shared: Uint8Array; agreed: Uint8Array };
+
 /** A session, from the login that it comes of and the message that welcomes us. */
-const newServerSession = ({ clock, cookie }: Login, { id, token, public: endpoint, secondPort }: Welcome) => ({
-  server: cookie!.server,
+const newServerSession = ({ clock, challenge }: Login, { id, token, public: endpoint, secondPort }: Welcome) => ({
+  server: challenge!.server,
   token,
   nonce: publicNonce(id), // of this login, as other users know it
-  keys: controlKeys(cookie!.shared, token),
+  keys: controlKeys(challenge!.agreed, token),
   window: replayWindow(),
   sent: clock, // the counter that we used last
   public: endpoint, // as the server sees us
   secondPort,
   cookies: new Map<Endpoint, string>(), // by endpoint of the server: what the next KEEPALIVE there must return
   keepaliveAt: Infinity,
-  asked: null as { first: number; counter: number; at: number; tries: number } | null, // keepalives without an answer
+  /** Keepalives without an answer: counter and time of the first one and of the latest. */
+  asked: null as { first: number; since: number; counter: number; at: number; tries: number } | null,
   challenges: 0, // cookies that we have brought back since the last ALIVE
 });
 
@@ -291,10 +331,14 @@ function createLink(
     refused(): void; // nothing can happen any more
   },
 ) {
-  const { name, keys, servers, password, patient = false } = options;
-  const rtt = newEstimator();
+  const { name, keys, servers, fingerprint, patient = false } = options;
+  const rtt = newEstimator(), mayMakeKey = createLimit(PASSWORD_KEYS);
   let session: ServerSession | null = null, login: Login | null = null, forgottenAt = -Infinity;
   let toldVersion = -1; // of the server, as the user has heard it
+  let trusted: { key: Uint8Array; isKept: boolean } | null = null; // the server's key, since it has let us in
+  let passwordKey: { serverKey: Uint8Array; key: Uint8Array } | null = null;
+  /** Somebody has answered in the server's place, since when, and how it shows; nothing sealed has come since. */
+  let impostor: { since: number; code: string; message: string } | null = null;
 
   const rttMs = () => Math.min(65_535, Math.round(rtt.srtt ?? 0));
   const otherVersion = () => servers.find((endpoint) => isIPv6(endpoint) !== isIPv6(session!.server));
@@ -310,47 +354,79 @@ function createLink(
 
   const beginLogin = (delayMs = 0) => void (login = newLogin(hex(io.random(8)), io.now, delayMs));
 
-  function sendLogin({ id, clock, cookie, tries } = login!): void {
+  function sendLogin({ id, clock, challenge, tries } = login!): void {
     // The IP versions take turns until one of them has answered.
-    const to = cookie?.server ?? servers[tries % servers.length]!;
+    const to = challenge?.server ?? servers[tries % servers.length]!;
     login!.nextAt = io.now + Math.min(LOGIN_RETRY_MAX_MS, LOGIN_RETRY_MS * RTO_GROWTH ** tries);
     login!.tries++;
     login!.askedAt = io.now;
     const message = {
       type: "LOGIN",
-      cookie: cookie?.cookie ?? NO_ID,
+      cookie: challenge?.cookie ?? NO_ID,
       key: keys.public,
-      proof: cookie && password ? passwordProof(cookie.shared, { password, id }) : NO_ID,
+      proof: challenge && options.password ? passwordProof(challenge.agreed, id) : NO_ID,
       terms: { version: VERSION, flag: options.keepName ?? false },
+      direct: Number(options.direct !== false),
       rttMs: rttMs(),
       name,
-      local: self.local(),
+      local: challenge ? self.local() : [], // nobody's business before we know whose key that is
     } as const;
-    const key = cookie ? loginKey(cookie.shared, id) : undefined;
+    const key = challenge ? loginKey(challenge.shared, id) : undefined;
     io.send(0, to, encode(message, { id, counter: clock, key }));
   }
 
   function onCookie(message: Control & { type: "COOKIE" }, from: Endpoint): void {
     if (login && message.id === login.id && message.counter === login.clock) {
       if (message.terms.version !== VERSION) return onOtherVersion(message.terms.version);
-      const shared = diffieHellman(keys.secret, message.key);
-      if (!shared || login.challenges++ >= MAX_CHALLENGES) return;
+      const isSilent = !login.challenge && login.tries > 1 && hadTime(login.since);
+      if (!mayBeServer(message.key, isSilent) || login.challenges++ >= MAX_CHALLENGES) return;
       if (login.tries === 1) sample(rtt, io.now - login.askedAt); // sent once: so we know which one is answered
-      login.cookie = { cookie: message.cookie, server: from, shared };
-      sendLogin();
+      answerChallenge(message, from);
     } else if (session && message.id === session.token) {
       if (message.terms.flag) { // it knows us, and wants to know that we are here
         if (session.challenges++ < MAX_CHALLENGES) keepalive(from, message.cookie);
       } else if (!session.asked) keepalive(); // a hint, but anybody on the way could have replayed it
       else if (message.counter >= session.asked.first && !login) { // that answers our question: it does not know us
-        const shared = diffieHellman(keys.secret, message.key);
+        if (!mayBeServer(message.key, hadTime(session.asked.since))) return;
         reconnect("the server has forgotten us");
         forgottenAt = io.now;
-        if (!shared || message.terms.version !== VERSION) return; // the answer to our next LOGIN will say so again
-        login!.cookie = { cookie: message.cookie, server: from, shared };
-        sendLogin();
+        if (message.terms.version === VERSION) answerChallenge(message, from); // else the answer to our LOGIN will say so again
       }
     }
+  }
+
+  /** Logs in with that cookie. */
+  function answerChallenge({ cookie, key }: Control & { type: "COOKIE" }, server: Endpoint): void {
+    const shared = diffieHellman(keys.secret, key), agreed = shared && mixInPassword(shared, key);
+    if (!shared || !agreed) return;
+    login!.challenge = { cookie, server, key: key.slice(), shared, agreed };
+    sendLogin();
+  }
+
+  /** Null: somebody makes us compute the password's key again and again. */
+  function mixInPassword(shared: Uint8Array, serverKey: Uint8Array): Uint8Array | null {
+    if (!options.password) return shared;
+    if (!passwordKey || !sameKey(passwordKey.serverKey, serverKey)) {
+      if (!mayMakeKey(io.now)) return null;
+      passwordKey = { serverKey: serverKey.slice(), key: options.password(serverKey) };
+    }
+    return withPassword(shared, passwordKey.key);
+  }
+
+  /** Whether the server has had time to answer what we said then. */
+  const hadTime = (since: number) => io.now - since >= timeout(rtt, 1);
+
+  /** Whether whoever has that key may be the server; `isSilent`: the one whom we know has not answered in time. */
+  function mayBeServer(key: Uint8Array, isSilent: boolean): boolean {
+    const expected = fingerprint ?? (trusted && fingerprintOf(trusted.key)), found = fingerprintOf(key);
+    if (expected === null || found === expected) return true;
+    if (fingerprint === undefined && !trusted!.isKept) return isSilent;
+    const where = servers.join(" or ");
+    const message =
+      `The server at ${where} has another key, ${found}, than it must have, ${expected}: somebody may be in ` +
+      "its place. Ask whoever runs it for its fingerprint";
+    impostor ??= { since: io.now, code: "server-key", message };
+    return false;
   }
 
   /** Nobody has sealed that, so it only ends what has not begun. */
@@ -364,18 +440,38 @@ function createLink(
   }
 
   function onWelcome(message: Welcome, data: Uint8Array): void {
-    if (!login?.cookie || message.id !== login.id) return;
-    const next = newServerSession(login, message), { server, public: endpoint } = next, isAgain = session !== null;
-    if (!verifies(data, next.keys.toClient)) return;
+    if (!login?.challenge || message.id !== login.id) return;
+    const { key } = login.challenge, next = newServerSession(login, message), { server, public: endpoint } = next;
+    if (!verifies(data, next.keys.toClient)) {
+      const text =
+        `What answers at ${server} does not know the password: it is another server, or somebody in its place`;
+      if (options.password) impostor ??= { since: io.now, code: "bad-password", message: text };
+      return;
+    }
     if (login.tries === 2) sample(rtt, io.now - login.askedAt); // once without the cookie, once with it
+    const isAgain = session !== null, isKept = message.kept === 1;
+    const hasOtherKey = trusted !== null && !sameKey(trusted.key, key);
     session = next;
+    trusted = { key, isKept };
+    impostor = null;
     session.keepaliveAt = io.now + spread(io, KEEPALIVE_MS.idle);
     session.cookies.set(server, message.cookie);
     toldVersion = -1;
     login = null;
     on.users(message.users);
+    if (hasOtherKey) {
+      const text =
+        `The server has another key now, ${fingerprintOf(key)}: it was started again without --identity, or ` +
+        "somebody is in its place. Compare with your colleagues: verify NAME";
+      io.emit({ event: "error", code: "server-key-changed", message: text, notice: true });
+    }
     if (isAgain) io.emit({ event: "reconnected", name, reason: "" });
-    else io.emit({ event: "login", name, server, public: endpoint, local: self.local(), users: message.total });
+    else {
+      const known = { fingerprint: fingerprintOf(key), kept: isKept };
+      const given = { password: options.password !== undefined, secret: options.psk !== undefined };
+      const { total: users } = message, local = self.local();
+      io.emit({ event: "login", name, server, public: endpoint, local, users, ...known, ...given });
+    }
     on.endpoint();
     const other = otherVersion();
     if (other) keepalive(other);
@@ -383,12 +479,15 @@ function createLink(
   }
 
   function onRefusal(message: Control & { type: "ERROR" }, data: Uint8Array): void {
-    if (!login?.cookie || !verifies(data, loginKey(login.cookie.shared, login.id))) return;
+    if (!login?.challenge || !verifies(data, loginKey(login.challenge.shared, login.id))) return;
     const texts: Record<string, string> = {
       "name-taken": `Somebody else is "${name}": choose another name` +
         (message.seconds > 0 ? `, or try again in ${message.seconds} s` : ""),
-      "bad-name": `The server does not accept the name "${name}": 1 to 32 bytes without blanks`,
-      "bad-password": "The server asks for its password: give it with --password-file",
+      "bad-name": `The server does not accept the name "${name}"`,
+      "bad-password": options.password
+        ? "The server has another password"
+        : "The server asks for its password: give it with --password-file",
+      "no-password": "The server has no password: leave yours out, if it is the server that you mean",
       "full": "The server is full: try again later",
     };
     const { reason: code } = message, text = texts[code] ?? "The server refuses us";
@@ -408,8 +507,8 @@ function createLink(
     const message = { type: "KEEPALIVE", cookie, rttMs: rttMs(), nat: self.nat(), local: self.local() } as const;
     const counter = toServer(message, to);
     if (to !== session!.server) return;
-    const { first, tries } = session!.asked ?? { first: counter, tries: 0 };
-    session!.asked = { first, counter, at: io.now, tries: tries + 1 };
+    const { first, since, tries } = session!.asked ?? { first: counter, since: io.now, tries: 0 };
+    session!.asked = { first, since, counter, at: io.now, tries: tries + 1 };
     session!.keepaliveAt = io.now + timeout(rtt, session!.asked.tries);
   }
 
@@ -438,6 +537,7 @@ function createLink(
     if (message.type === "ERROR" && message.id === login?.id) return onRefusal(message, data);
     if (message.id !== session?.token || !verifies(data, session.keys.toClient)) return;
     if (!accept(session.window, message.counter)) return;
+    impostor = null;
     if (session.asked) session.asked.tries = 1; // the server lives, whatever became of our keepalives
     if (message.type === "ALIVE") onAlive(message, from);
     else if (message.type === "LOGOUT") reconnect("the server is going down", LOGIN_RETRY_MS);
@@ -445,6 +545,12 @@ function createLink(
   }
 
   function wake(): void {
+    if (impostor && io.now >= impostor.since + IMPOSTOR_MS) {
+      const { code, message } = impostor;
+      impostor = null;
+      io.emit({ event: "error", code, message, fatal: true });
+      return on.refused();
+    }
     if (session && !login && io.now >= session.keepaliveAt) {
       const other = otherVersion();
       if ((session.asked?.tries ?? 0) >= KEEPALIVE_TRIES) reconnect("the server does not answer");
@@ -463,7 +569,7 @@ function createLink(
     }
     login.challenges = 0;
     if (login.tries > 0 && login.tries % TRIES_BEFORE_RESTART === 0) { // perhaps another address or IP version by now
-      login.cookie = null;
+      login.challenge = null;
       login.id = hex(io.random(8));
       login.clock = Math.max(login.clock + 1, Math.floor(io.now));
     }
@@ -474,7 +580,11 @@ function createLink(
 
   return {
     ...{ rtt, toServer, receive, wake },
-    wakeAt: () => login ? loginAt(login) : session?.keepaliveAt ?? Infinity,
+    wakeAt: () =>
+      Math.min(
+        impostor ? impostor.since + IMPOSTOR_MS : Infinity,
+        login ? loginAt(login) : session?.keepaliveAt ?? Infinity,
+      ),
     session: () => session,
     forgottenAt: () => forgottenAt, // when the server has last been restarted, as far as we can tell
     begin() {
@@ -521,7 +631,7 @@ function createCalls(
   function viaServer(body: Uint8Array, mayCall: boolean): void {
     if (!link.session()) return;
     const isUseful = has.triesOfOldest() > FORGOTTEN_AFTER ||
-      (rounds < MAX_ROUNDS && (c.canBeDirect || !c.hasSession()));
+      (rounds < MAX_ROUNDS && (c.canBeDirect() || !c.hasSession()));
     passOn(body, mayCall && !c.best() && isUseful);
   }
 
@@ -531,13 +641,13 @@ function createCalls(
     if (!call) return;
     rounds++;
     askAt = Infinity;
-    if (!c.canBeDirect) return;
+    if (!c.canBeDirect()) return;
     if (rounds < MAX_ROUNDS) askAt = io.now + timeout(link.rtt, rounds); // should the introduction be lost
     else if (!c.best() && !has.isPunching() && retryAt === Infinity) retryLater();
   }
 
   function ask(): void {
-    if (link.session() && c.canBeDirect) passOn((!c.hasSession() && has.firstHandshake()) || NO_BYTES, true);
+    if (link.session() && c.canBeDirect()) passOn((!c.hasSession() && has.firstHandshake()) || NO_BYTES, true);
   }
 
   function retryLater(): void {
@@ -611,7 +721,7 @@ const INTRODUCTIONS_PER_PEER: Rate = { perSecond: 5, burst: 20 };
 interface Context { // what the rooms of a conversation may ask
   name: string; // of the peer
   relay: Way;
-  canBeDirect: boolean; // not with ourselves, and not if the user does not want it
+  canBeDirect(): boolean; // not with ourselves, and not if one of the two does not want it
   server(): ServerSession | null;
   peer(): Introduced | null; // the server's latest word on who that is
   isTrusted(key: Uint8Array): boolean; // no other key than the one that the user has verified, if he has
@@ -623,7 +733,7 @@ interface Context { // what the rooms of a conversation may ask
   hasSession(): boolean; // with the peer
   punch(probe: number): Uint8Array | null; // the bytes of a punch
   may: Shared["may"];
-  isFriend(): boolean; // the user has written to the peer
+  isFriend(): boolean; // the user has written to the peer, or has verified its key
 }
 
 interface Shared { // what all conversations of a client have in common
@@ -633,6 +743,7 @@ interface Shared { // what all conversations of a client have in common
   switchboard: Switchboard;
   sprayTurn: SprayTurn;
   user(name: string): User | undefined; // in the list of users
+  isVerified(name: string): boolean; // the user has seen its key
   isTrusted(name: string, key: Uint8Array): boolean;
   may(what: keyof typeof HOST_LIMITS): boolean; // of all of this host's conversations together
   hasSockets(count: number): boolean;
@@ -679,7 +790,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
   const c: Context = {
     ...{ name, last, server: link.session, may: shared.may },
     relay: { kind: "relay", rtt: newEstimator() },
-    canBeDirect: options.direct !== false && !isSelf,
+    canBeDirect: () => options.direct !== false && !isSelf && !identity.isHidden(),
     peer: () => identity.peer(),
     isTrusted: (key) => shared.isTrusted(name, key),
     isWarm: () => clientIo.now - last.talk < WARM_MS, // a question, which sets no deadline
@@ -687,7 +798,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
     way: () => paths.best() ?? c.relay,
     hasSession: () => channel.current() !== null,
     punch: (probe) => channel.punch(probe),
-    isFriend: () => delivery.hasSent(),
+    isFriend: () => delivery.hasSent() || shared.isVerified(name),
   };
 
   // -- the heart: send by the way in use, by both while that is suspect
@@ -724,7 +835,7 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
   // -- what happens
 
   function startPunching(): void { // both sides have been introduced in the same tick, so both punch now
-    if (!c.canBeDirect || !channel.canPunch()) return;
+    if (!c.canBeDirect() || !channel.canPunch()) return;
     calls.onPunching();
     paths.startPunching(c.peer()!.punchAfterMs);
     traversal.onIntroduction();
@@ -868,13 +979,18 @@ function createConversation(clientIo: Io, name: string, shared: Shared) {
   const acts = {
     ...{ tellPath, failAll, onFirst: channel.onFirst, onJump: delivery.onJump },
     onPunched: paths.punchAgain, // the peer's hole is open, so our next punch will pass
-    ...{ onProof: identity.onProof, call: calls.ask, startPing: (count: number) => ping.begin(count) },
+    ...{ call: calls.ask, startPing: (count: number) => ping.begin(count) },
+    onVerified(): void {
+      identity.onProof();
+      if (c.peer()) channel.befriend();
+    },
     onMoved(): void { // the server knows where we are now, and has not heard what we said meanwhile
       calls.again();
       if (!c.best()) resendAll();
     },
     send(text: Uint8Array): void {
       if (!c.best() && !paths.isPunching() && !(calls.isWaiting() && c.hasSession())) calls.begin();
+      if (c.peer()) channel.befriend();
       delivery.push(text);
     },
     onLogin(isAgain: boolean): void {
@@ -1032,7 +1148,7 @@ function createPaths(
       : c.may(c.isFriend() ? "punch" : "strangersPunch") && mayPunchFirst(io.now);
 
   /** Where the server has seen the peer, and its addresses on our LAN. */
-  const candidates = () => c.canBeDirect ? c.peer()?.candidates ?? [] : [];
+  const candidates = () => c.canBeDirect() ? c.peer()?.candidates ?? [] : [];
 
   const over = (origin: Origin) =>
     paths.find(({ socket, endpoint }) => socket === origin?.socket && endpoint === origin.from) ?? null;
@@ -1593,7 +1709,7 @@ function createTraversal(
   function onPlan(peerPlan: Plan): void {
     const path = best(), { attempt: number } = peerPlan;
     const isWanted = path?.state !== "good" || (number === RENEWAL && io.now - path.bornAt > RENEWED_MS);
-    if (!c.canBeDirect || !isWanted) return;
+    if (!c.canBeDirect() || !isWanted) return;
     if (!attempt || number > attempt.number) begin(number);
     if (!attempt || attempt.peerPlan || number !== attempt.number) return;
     attempt.peerPlan = peerPlan;
@@ -1712,6 +1828,7 @@ function createIdentity(
   on: { otherLogin(): void; untrusted(): void; mayWarn(): boolean },
 ) {
   let peer: Introduced | null = known ? { ...known, candidates: [], nat: UNKNOWN_NAT, punchAfterMs: 0 } : null;
+  let isHidden = known?.public === ""; // nobody is told where it is
   let isImpostor = false; // it does not know what it must know
   let warnedOf: string | null = null; // the login of an impostor that the user has heard of
 
@@ -1727,6 +1844,7 @@ function createIdentity(
     }
     if (hasOtherKey || (peer && peer.nonce !== now.nonce)) on.otherLogin();
     peer = now;
+    isHidden = now.candidates.length === 0;
     isImpostor = false;
     if (isUntrusted()) on.untrusted();
     return !isUntrusted();
@@ -1735,6 +1853,7 @@ function createIdentity(
   return {
     ...{ renew, isUntrusted },
     peer: () => peer,
+    isHidden: () => isHidden,
     onProof: () => void (isImpostor = false), // a session with it, or the user's word
     onUser({ nonce, key }: User): void {
       if (peer && peer.nonce !== nonce) renew({ ...peer, nonce, key });
@@ -1762,6 +1881,8 @@ const REKEY_AFTER = 2 ** 30; // AES-GCM keys are changed long before 2^32 messag
 const HANDSHAKES_PER_PEER: Rate = { perSecond: 5, burst: 20 };
 /** Sessions of one peer, first messages that we remember, and bytes of the name of a stream. */
 const MAX_SESSIONS = 4, MAX_EPHEMERALS = 4_096, STREAM_BYTES = 8;
+/** Logins of which we remember the last first message: of those whom the user knows, and of others. */
+const MAX_FIRSTS = 4_096;
 
 interface PeerSession {
   index: number; // ours, in what we receive
@@ -1777,6 +1898,32 @@ interface PeerSession {
 /** We are opening a session: first by asking the server who that is, then with a handshake. */
 type Opening = { tries: number; dueAt: number; handshake: { index: number; initiation: Initiation } | null };
 
+/**
+ * First messages say the sender's clock (in ms, as WireGuard's say TAI64N): of one login, only a later one than the last
+ * counts. So none counts twice, even when its ephemeral key is forgotten. The logins of those whom the user knows are
+ * forgotten last; all of them are of one login of our own, as the prologue of a handshake names both.
+ */
+function createFirsts() {
+  const friends = new Map<string, number>(), others = new Map<string, number>(); // by login: the clock
+  let sent = 0;
+  const clockOf = (login: string) => friends.get(login) ?? others.get(login) ?? -1;
+  function set(login: string, clock: number, isFriend: boolean): void {
+    const map = isFriend ? friends : others;
+    for (const all of [friends, others]) all.delete(login);
+    if (map.size >= MAX_FIRSTS) map.delete(map.keys().next().value!);
+    map.set(login, clock);
+  }
+  return {
+    next: (now: number) => sent = Math.max(sent + 1, Math.floor(now)),
+    accept(login: string, clock: number, isFriend: boolean): boolean {
+      const isLater = clock > clockOf(login);
+      if (isLater) set(login, clock, isFriend);
+      return isLater;
+    },
+    befriend: (login: string) => set(login, clockOf(login), true),
+  };
+}
+
 /** What may travel inside a first message. Anything else must wait until the peer has shown that it is there. */
 const IN_FIRST: Peer["type"][] = ["P2PMESSAGE", "P2PTRASH"];
 
@@ -1784,17 +1931,22 @@ type First = Handshake & { type: "P2PFIRST" };
 type Second = Handshake & { type: "P2PSECOND" };
 
 /** Whose a datagram is: that says the index that we chose, or for a first message its ephemeral key. */
-const createSwitchboard = () => ({ byIndex: new Map<number, Line>(), byEphemeral: new Map<string, OnCopy>() });
+const createSwitchboard = () => ({
+  byIndex: new Map<number, Line>(),
+  byEphemeral: new Map<string, OnCopy>(),
+  firsts: createFirsts(),
+});
 type Switchboard = ReturnType<typeof createSwitchboard>;
 type Line = { onSecond(message: Second, origin: Origin): void; onSealed(data: Uint8Array, origin: Origin): void };
 type OnCopy = (probe: number, origin: Origin) => void; // another copy of a first message that we have had
 const ephemeralOf = ({ noise }: First) => hex(noise.subarray(0, 32));
+const loginOf = ({ nonce, key }: Introduced) => `${nonce} ${hex(key)}`;
 
 function createChannel(
   io: Io,
-  { relay, server, peer, isTrusted }: Context,
+  { relay, server, peer, isTrusted, isFriend }: Context,
   options: ClientOptions,
-  { byIndex, byEphemeral }: Switchboard,
+  { byIndex, byEphemeral, firsts }: Switchboard,
   on: Record<"handshake" | "session" | "answered" | "untrusted" | "ready", () => void> & {
     payload(): Peer; // what travels inside the first message
     isNeeded(tries: number): boolean; // whether anything still waits for a session
@@ -1853,7 +2005,7 @@ function createChannel(
   }
 
   function beginHandshake(now: Introduced): Opening["handshake"] {
-    const payload = concat(ownStream, encodeInner(on.payload()));
+    const payload = concat(ownStream, encodeClock(firsts.next(io.now)), encodeInner(on.payload()));
     const initiation = initiate(handshakeWith(now, true), payload);
     if (!initiation) return null;
     on.handshake();
@@ -1872,9 +2024,11 @@ function createChannel(
     const now = peer();
     if (!now || !server() || !isTrusted(now.key) || !mayBegin(io.now) || !on.mayAnswer()) return;
     const response = respond(handshakeWith(now, false), message.noise);
-    const inner = response && decodeInner(response.payload.subarray(STREAM_BYTES));
+    const inner = response && decodeInner(response.payload.subarray(STREAM_BYTES + CLOCK_BYTES));
     if (!response || !inner || !IN_FIRST.includes(inner.type)) return on.untrusted();
     const stream = hex(response.payload.subarray(0, STREAM_BYTES));
+    const clock = decodeClock(response.payload.subarray(STREAM_BYTES));
+    if (!firsts.accept(loginOf(now), clock, isFriend())) return; // somebody shows us an old one
     let session: PeerSession | null = null;
     // If we have begun too, the handshake of the lower key goes on, and the other one only brings its payload.
     if (!opening?.handshake || !isLower(keys.public, now.key)) {
@@ -1947,6 +2101,7 @@ function createChannel(
     ...{ open, current, seal, onFirst, firstHandshake, dropHandshake },
     stream: hex(ownStream),
     wasOpen: () => inUse !== null,
+    befriend: () => firsts.befriend(loginOf(peer()!)), // the user knows the peer from now on
     canPunch: () => current() !== null || !!opening?.handshake,
     /** A punch. Until the peer has answered the handshake it is a copy of the first message. */
     punch(probe: number): Uint8Array | null {
@@ -2400,6 +2555,7 @@ function createPeople() {
       known.set(user.name, user);
     },
     verify: (name: string, key: Uint8Array) => void verified.set(name, key),
+    isVerified: (name: string) => verified.has(name),
     /** No other key than the one that was verified counts for that name. */
     isTrusted: (name: string, key: Uint8Array) => !verified.has(name) || sameKey(verified.get(name)!, key),
     block(name: string, key = known.get(name)?.key): void {
@@ -2621,7 +2777,7 @@ export function createClient(options: ClientOptions): Client {
     conversationTo: (typed) => userName(typed) === null ? null : conversationWith(userName(typed)!),
     verified(peer, key) {
       people.verify(peer, key);
-      conversations.get(peer)?.onProof();
+      conversations.get(peer)?.onVerified();
     },
     block(peer) {
       people.block(peer, conversations.get(peer)?.peer()?.key);
@@ -2637,6 +2793,7 @@ export function createClient(options: ClientOptions): Client {
     discovery,
     switchboard: createSwitchboard(),
     user: people.known,
+    isVerified: people.isVerified,
     isTrusted: people.isTrusted,
     may,
     hasSockets: sockets.hasFree,
@@ -2765,18 +2922,21 @@ export function createClient(options: ClientOptions): Client {
 
 const USAGE = `Talks to other users of a Punch server, directly wherever a hole can be punched.
 
-  deno task client [SERVER[:PORT]] [NAME] [options]
-  bun client.ts [SERVER[:PORT]] [NAME] [options]
+  deno task client [SERVER[:PORT][#FINGERPRINT]] [NAME] [options]
+  bun client.ts [SERVER[:PORT][#FINGERPRINT]] [NAME] [options]
 
+  #FINGERPRINT        of the server's key, as the server prints it: no other one will do
   --port N            local UDP port (default any)
-  --secret-file F     what you and your colleague alone know (or PUNCH_SECRET); --secret-file=- asks for it
+  --secret-file F     what you and your colleague alone know (or PUNCH_SECRET); - asks for it
+  --weak-secret       take a secret that can be guessed
   --new-secret        print a new secret and end
-  --password-file F   the password of the server (or PUNCH_PASSWORD); =- asks for it
+  --password-file F   the password of the server (or PUNCH_PASSWORD); - asks for it
   --identity F        keep the key in F: the name is held, and colleagues recognise the key
   --stun HOST:PORT    a STUN server elsewhere, to know one's NAT better
-  --no-direct         never punch, stay on the relay
+  --no-direct         never punch, stay on the relay; nobody is told your address
   --json              one JSON object a line on stdout
-  --trace             every datagram on stderr
+  --trace[=FILE]      every datagram on stderr, or in FILE
+  -h, --help; --version
 
 Commands, one a line:
   send NAME MESSAGE   send a message
@@ -2815,15 +2975,18 @@ export function parseCommand(line: string): Command | { command: "sleep"; second
 
 /** How each event is told to people. */
 const WORDS: { [Name in ClientEvent["event"]]: (event: ClientEvent & { event: Name }) => string } = {
-  login: ({ name, server, public: endpoint, users }) =>
+  login: ({ name, server, public: endpoint, users, fingerprint, kept }) =>
     `You are "${name}", seen at ${endpoint}; ${users} here. A colleague joins with:\n` +
-    `  deno task client ${server} <name>`,
+    `  deno task client ${server}${kept ? `#${fingerprint}` : ""} <name>` +
+    (kept ? "" : `\nThe server's key is ${fingerprint}, until it is started again`),
   users: ({ users }) => {
     const width = Math.max(0, ...users.map(({ name }) => columns(name)));
-    const lines = users.map((user) => `\n  ${user.name}${" ".repeat(width - columns(user.name))}  ${user.public}`);
+    const lines = users.map((user) =>
+      `\n  ${user.name}${" ".repeat(width - columns(user.name))}  ${user.public || "(not told)"}`
+    );
     return `${users.length} user${users.length === 1 ? "" : "s"}:${lines.join("")}`;
   },
-  message: ({ from, text, path }) => `${from}: ${harmless(text)}  (${path})`,
+  message: (event) => messageInWords(event),
   sent: (sent) =>
     sent.ok
       ? `Send OK! (to ${sent.to}, ${sent.path}, ${sent.ms} ms)`
@@ -2854,6 +3017,26 @@ const FAILURES: Record<Reason, string> = {
   blocked: "is blocked: first unblock",
   untrusted: "the key or the secret is another one; see verify and --secret-file",
 };
+
+const LINE_END = /\r\n|[\r\n]/, INDENT = "    ";
+
+/**
+ * A message as people see it. All its lines but the first are indented, also those that a terminal of so many columns
+ * would begin, so that none looks like a message of somebody else.
+ */
+export function messageInWords(
+  { from, text, path }: Pick<MessageEvent, "from" | "text" | "path">,
+  width = Infinity,
+): string {
+  const lines = text.replaceAll("\t", INDENT).split(LINE_END).map(harmless).join(`\n${INDENT}`);
+  let all = "", used = 0;
+  for (const letter of `${from}: ${lines}  (${path})`) {
+    const isFull = used + columns(letter) > width - 1 && width > 2 * INDENT.length;
+    all += isFull ? `\n${INDENT}${letter}` : letter;
+    used = letter === "\n" ? 0 : columns(letter) + (isFull ? INDENT.length : used);
+  }
+  return all;
+}
 
 /** Columns that a text takes on a terminal: two for East Asian wide characters and emoji, none for marks. */
 const columns = (text: string) => [...text.replace(/\p{M}/gu, "").replace(WIDE, "__")].length;
@@ -2921,25 +3104,21 @@ async function resolve(server: string, defaultPort: number): Promise<Endpoint[]>
   throw new Failure(`Cannot find the server "${host}": check the name, or give its IP address`);
 }
 
-function identity(file: string): KeyPair { // the keys in a file, made now if there is no such file
-  let mode: number, digits: string, verb = "create";
-  try {
-    if (!existsSync(file)) writeFileSync(file, hex(generateKeys().secret) + "\n", { mode: 0o600, flag: "wx" });
-    verb = "read";
-    mode = statSync(file).mode;
-    digits = readFileSync(file, "utf8").trim();
-  } catch (error) {
-    throw new Failure(`Cannot ${verb} the identity "${file}": ${(error as Error).message}`);
-  }
-  const isPrivate = process.platform === "win32" || (mode & 0o077) === 0;
-  if (!isPrivate) throw new Failure(`Others can read the identity "${file}": chmod 600 ${file}`);
-  if (/^[0-9a-f]{64}$/.test(digits)) return keysFrom(Uint8Array.from(Buffer.from(digits, "hex")));
-  throw new Failure(`"${file}" is not an identity: 64 hex digits; name another file, and it will be created`);
-}
+const STRONG_BITS = 60;
 
-function newSecret(): string { // 20 letters of an alphabet of 32 without look-alikes: 100 bits.
-  const letters = [...randomBytes(20)].map((byte) => "abcdefghijkmnpqrstuvwxyz23456789"[byte % 32]);
-  return letters.join("").replace(/(.{4})(?!$)/g, "$1-");
+/**
+ * How many bits it takes to guess a secret, roughly: 15 for a word (people know some 30,000), 2 for each letter of a
+ * longer one, 8 for a Chinese character, 3.3 for a digit, 5 for another sign; blanks, hyphens and a word that comes again count nothing, and in all
+ * there are no more than 8 for each different character.
+ */
+export function secretBits(secret: string): number {
+  const text = secret.normalize("NFKC").toLowerCase();
+  const words = new Set(text.match(/(?:(?!\p{Script=Han})\p{L})+/gu)),
+    signs = text.match(/\p{Script=Han}|[^\p{L}\s-]/gu) ?? [];
+  let bits = 0;
+  for (const { length } of words) bits += Math.min(4.7 * length, Math.max(15, 2 * length));
+  for (const sign of signs) bits += /\p{L}/u.test(sign) ? 8 : /\p{N}/u.test(sign) ? 3.3 : 5;
+  return Math.min(bits, 8 * new Set(text).size);
 }
 
 // ---------------------------------------------------------------------------------------------------- screen and main
@@ -2988,50 +3167,66 @@ function warmUp(): void {
   openPeer(sealPeer({ type: "P2PTRASH", probe: 0 }, { index: 0, counter: 0, key: keys.send }), answer.keys.receive);
 }
 
-const SHORT_SECRET = 16, STUN_PORT = 3478, INTERFACES_CHECK_MS = 5_000;
+const STUN_PORT = 3478, INTERFACES_CHECK_MS = 5_000;
 const GOODBYE_MS = 50; // long enough for the last datagrams to leave
 
 async function main(): Promise<void> {
-  const { parseArgs } = await import("deno-std@1.4.0/cli/parse_args.js");
-  const unknown: string[] = [];
-  const args = parseArgs(process.argv.slice(2), {
-    string: ["port", "secret-file", "password-file", "identity", "stun", "_"],
-    boolean: ["new-secret", "direct", "json", "trace", "help"],
-    default: { direct: true },
-    negatable: ["direct"],
-    unknown: (arg: string) => arg.startsWith("-") ? unknown.push(arg) < 0 : true,
+  const { options, others } = readArguments({
+    flags: ["weak-secret", "new-secret", "no-direct", "json", "help", "version"],
+    values: ["port", "secret-file", "password-file", "identity", "stun"],
+    optional: ["trace"],
   });
-  if (args.help) return void process.stdout.write(USAGE);
-  if (args["new-secret"]) return console.log(newSecret());
-  const port = Number(args.port === undefined ? 0 : args.port || NaN);
-  if (unknown.length > 0) throw new UsageError(`Unknown argument "${unknown[0]}"`);
-  if (!Number.isInteger(port) || port < 0 || port > 65535) throw new UsageError(`"${args.port}" is not a port`);
-  if (args._.length > 2) throw new UsageError(`Too many arguments: "${args._[2]}"`);
+  if (options.help) return void process.stdout.write(USAGE);
+  if (options.version) return console.log(`Punch, version ${VERSION} of its protocol`);
+  if (options["new-secret"]) return console.log(newSecret());
+  const port = Number(options.port === undefined ? 0 : options.port || NaN);
+  if (!Number.isInteger(port) || port < 0 || port > 65535) throw new UsageError(`"${options.port}" is not a port`);
+  if (others.length > 2) throw new UsageError(`Too many arguments: "${others[2]}"`);
 
-  const secret = await secretWords({ file: args["secret-file"], variable: "PUNCH_SECRET", label: "secret" });
-  if (secret !== undefined && secret.length < SHORT_SECRET) {
-    console.error("The secret is short, somebody may guess it: better take one from --new-secret");
+  const secretFile = options["secret-file"], passwordFile = options["password-file"];
+  tellInvisible([
+    ...secretFile === undefined ? ["PUNCH_SECRET"] : [],
+    ...passwordFile === undefined ? ["PUNCH_PASSWORD"] : [],
+  ]);
+  const secret = await secretWords({ file: secretFile, variable: "PUNCH_SECRET", label: "secret" });
+  if (secret !== undefined && !options["weak-secret"] && secretBits(secret) < STRONG_BITS) {
+    throw new Failure(
+      "The secret can be guessed: take one from --new-secret, or four words that have nothing to do with each other; --weak-secret takes it all the same",
+    );
   }
-  const password = await secretWords({ file: args["password-file"], variable: "PUNCH_PASSWORD", label: "password" });
-  const screen = createScreen();
-  const servers = await resolve(args._[0] ?? await screen.ask("server"), DEFAULT_PORT);
-  const wanted = args._[1] ?? await screen.ask("name"), name = userName(wanted);
-  if (name === null) throw new UsageError(`"${wanted}" is not a name: 1 to 32 bytes without blanks`);
+  const password = await secretWords({ file: passwordFile, variable: "PUNCH_PASSWORD", label: "password" });
+  const keys = options.identity === undefined ? generateKeys() : identityIn(options.identity);
+  const screen = createScreen(), trace = openTrace(options.trace, console.error);
+  const { fingerprint, servers } = await serverFrom(others[0] ?? await screen.ask("server"));
+  const wanted = others[1] ?? await screen.ask("name"), name = userName(wanted);
+  if (name === null) throw new UsageError(`"${wanted}" is not a name: ${nameFault(wanted)}`);
   const client = createClient({
-    name,
-    servers,
-    keys: args.identity === undefined ? generateKeys() : identity(args.identity),
-    keepName: args.identity !== undefined,
-    psk: keyFromWords(secret, "secret"),
-    password: keyFromWords(password, "password"),
-    observer: args.stun === undefined ? undefined : (await resolve(args.stun, STUN_PORT)).find((to) => !isIPv6(to)),
-    direct: args.direct,
+    ...{ name, servers, fingerprint, keys },
+    keepName: options.identity !== undefined,
+    psk: secret === undefined ? undefined : keyFromWords(secret, "secret"),
+    password: password === undefined ? undefined : (serverKey) => keyFromWords(password, "password", serverKey),
+    observer: options.stun === undefined
+      ? undefined
+      : (await resolve(options.stun, STUN_PORT)).find((to) => !isIPv6(to)),
+    direct: !options["no-direct"],
     patient: screen.terminal !== null,
     random: (length) => Uint8Array.from(randomBytes(length)),
     generateKeys,
   });
   warmUp();
-  await converse(client, screen, { ...args, port });
+  await converse(client, screen, { port, json: options.json ?? false, trace });
+}
+
+/** SERVER[:PORT][#FINGERPRINT] */
+async function serverFrom(typed: string): Promise<{ servers: Endpoint[]; fingerprint: string | undefined }> {
+  const [server = "", ...after] = typed.split("#"),
+    fingerprint = after.length === 0 ? undefined : parseFingerprint(after.join("#"));
+  if (fingerprint === null) {
+    throw new UsageError(
+      `"#${after.join("#")}" is not a fingerprint: 20 letters and digits, as the server prints them`,
+    );
+  }
+  return { servers: await resolve(server, DEFAULT_PORT), fingerprint };
 }
 
 /** Carries out line after line. On a terminal the next one need not wait for what comes of the one before. */
@@ -3043,8 +3238,12 @@ const ANSWERS: Partial<Record<Command["command"], ClientEvent["event"]>> = {
   unblock: "blocked",
 };
 
-async function converse(client: Client, screen: Screen, args: { port: number; json: boolean; trace: boolean }) {
-  const { terminal, lines, show, prompt } = screen, trace = args.trace ? createTrace() : undefined;
+async function converse(
+  client: Client,
+  screen: Screen,
+  args: { port: number; json: boolean; trace: Trace | undefined },
+) {
+  const { terminal, lines, show, prompt } = screen, { trace } = args;
   let isListDue = false, hasFailed = false, isOver = false;
   let onEvent: (event: ClientEvent) => void = () => {};
   const until = (fits: (event: ClientEvent) => boolean) =>
@@ -3052,7 +3251,9 @@ async function converse(client: Client, screen: Screen, args: { port: number; js
 
   function say(event: ClientEvent): void {
     if (args.json) console.log(jsonLine(event));
-    else show(inWords(event), ON_STDERR.includes(event.event) ? "stderr" : "stdout");
+    else if (event.event === "message") {
+      show(messageInWords(event, terminal ? process.stdout.columns : undefined), "stdout");
+    } else show(inWords(event), ON_STDERR.includes(event.event) ? "stderr" : "stdout");
     const isError = event.event === "error";
     const isList = isListDue && (event.event === "users" || (isError && event.code === "unreachable"));
     isListDue = event.event === "login" || (isListDue && !isList);

@@ -26,9 +26,14 @@
 import { createCipheriv, createDecipheriv, createHash, hkdfSync, randomBytes, scryptSync } from "node:crypto";
 import { createPrivateKey, createPublicKey, diffieHellman as x25519, type KeyObject } from "node:crypto";
 import { createSocket } from "node:dgram";
-import { readFileSync, write as writeTo } from "node:fs";
+import { closeSync, existsSync, fchmodSync, fstatSync, fsyncSync, linkSync, openSync, readFileSync } from "node:fs";
+import { renameSync, unlinkSync, write as writeTo, writeFileSync } from "node:fs";
 import { isIP } from "node:net";
+import { dirname } from "node:path";
 import process from "node:process";
+import { createInterface } from "node:readline";
+import { Writable } from "node:stream";
+import { parseArgs, type ParseArgsConfig } from "node:util";
 import { crc32 } from "node:zlib";
 
 // ---------------------------------------------------------------------------------------------------- machines
@@ -75,9 +80,9 @@ export interface Datagram {
 
 /**
  * The version of this protocol. LOGIN and COOKIE keep their first fields, up to `terms`, in all versions, so that a
- * program of another version can be told what to do. Those that said nothing of it, before there were two, have 0.
+ * program of another version can be told what to do. Those of before there were versions have 0.
  */
-export const VERSION = 2;
+export const VERSION = 3;
 /** Most candidates that one client may announce. */
 export const MAX_CANDIDATES = 8;
 /** Most ports that a plan names. */
@@ -87,7 +92,7 @@ const MAX_USERS_ON_PAGE = 32;
 // The kinds of fields; "codecs" below says how they are written and read. Numbers are unsigned, the most significant
 // byte first. An id is 8 bytes, and 16 hex digits in the program. Texts (in UTF-8) and lists begin with their length
 // (u8), `bytes` with theirs (u16); `rest` ends where the seal begins. An endpoint is 4 or 16 (u8), an address of so
-// many bytes, and a port (u16). A NAT class is one byte, and so are terms: a version and a flag.
+// many bytes, and a port (u16); none, where there may be none, is 0 (u8). A NAT class is one byte, and so are terms: a version and a flag.
 const u8 = uint(1), u16 = uint(2), u32 = uint(4), u48 = uint(6);
 const id: Codec<string> = { put: putDigits, get: (cursor) => hex(readBytes(cursor, 8)) };
 const key: Codec<Uint8Array> = { put: writeBytes, get: (cursor) => readBytes(cursor, 32).slice() }; // receivers keep it
@@ -96,10 +101,11 @@ const rest: Codec<Uint8Array> = { put: writeBytes, get: (cursor) => readBytes(cu
 const text: Codec<string> = { put: putText, get: getText };
 const peerName: Codec<string> = { put: putText, get: getPeerName };
 const endpoint: Codec<Endpoint> = { put: putEndpoint, get: getEndpoint };
+const endpointOrNone: Codec<Endpoint> = { put: putEndpointOrNone, get: getEndpointOrNone };
 const natClass: Codec<NatClass> = { put: putNatClass, get: getNatClass };
 const terms: Codec<Terms> = { put: putTerms, get: getTerms };
 const ports = list(u16, MAX_PLANNED_PORTS), candidates = list(endpoint, MAX_CANDIDATES);
-const user: Codec<User> = record({ name: peerName, nonce: id, key, public: endpoint });
+const user: Codec<User> = record({ name: peerName, nonce: id, key, public: endpointOrNone });
 const users = list(user, MAX_USERS_ON_PAGE), bothCandidates = list(endpoint, 2 * MAX_CANDIDATES);
 const introduced: Codec<Introduced> = record(
   { name: peerName, nonce: id, key, candidates: bothCandidates, nat: natClass, punchAfterMs: u16 },
@@ -108,11 +114,12 @@ const introduced: Codec<Introduced> = record(
 /**
  * Between a client and the server. The header's `id` is, until WELCOME, the login's, which the client has chosen; from
  * then on it is the session's token, which the server has chosen. Only these two know either. A cookie shows
- * that one receives where one says: whoever gets it says it in his next LOGIN or KEEPALIVE. Bits of `call` in P2PTRANS:
- * 1, introduce us; 2, I know that user, so nobody whom I do not know is to use up what he may send me.
+ * that one receives where one says: whoever gets it says it in his next LOGIN or KEEPALIVE. `direct` is 0 if nobody is
+ * to be told where one is, `kept` if the server has another key each time. Bits of `call` in P2PTRANS: 1, introduce us;
+ * 2, I know that user, so nobody whom I do not know is to use up what he may send me.
  */
 export const CONTROL = {
-  LOGIN: row(1, "C -> S", { cookie: id, key, proof: id, terms, rttMs: u16, name: text, local: candidates }),
+  LOGIN: row(1, "C -> S", { cookie: id, key, proof: id, terms, direct: u8, rttMs: u16, name: text, local: candidates }),
   LOGOUT: row(2, "C <-> S", {}),
   P2PTRANS: row(3, "C -> S", { to: text, nonce: id, call: u8, body: bytes }),
   GETALLUSER: row(4, "C -> S", { prefix: text, after: text }),
@@ -120,6 +127,7 @@ export const CONTROL = {
   WELCOME: row(6, "S -> C", {
     token: id,
     cookie: id,
+    kept: u8,
     public: endpoint,
     secondPort: u16,
     thirdPort: u16,
@@ -156,27 +164,27 @@ export const HANDSHAKE = {
 
 /** What each message says, for people: the trace and the README show it. */
 const WORDS: Record<(Control | Peer | Handshake)["type"], string> = {
-  LOGIN: "I want this name; the counter is this login's time",
+  LOGIN: "I want this name; the counter is my clock",
   LOGOUT: "I am leaving",
-  P2PTRANS: "pass this on; `call` 1: introduce us, 2: I know him",
-  GETALLUSER: "list the users with this prefix after this name",
-  COOKIE: "prove that you receive here: say it with this cookie",
-  WELCOME: "you are in, seen here; I have these ports as well",
+  P2PTRANS: "pass it on; `call` 1: call him, 2: a friend",
+  GETALLUSER: "list users with this prefix after this name",
+  COOKIE: "show that you receive here: say this cookie",
+  WELCOME: "you are in, seen here; I have these ports",
   KEEPALIVE: "I am still here: this is your latest cookie",
-  ALIVE: "I see you at this address; next time say this cookie",
+  ALIVE: "I see you there; next time say this cookie",
   USERS: "one page of the list of users",
-  INTRODUCTION: "the user whom you called can be reached here: punch",
+  INTRODUCTION: "whom you called can be reached here: punch",
   RELAYED: "that user sends you this",
-  PUNCHED: "I have punched towards that user, or he towards you",
+  PUNCHED: "I have punched at that user, or he at you",
   ERROR: "I cannot do that, for this reason",
   P2PMESSAGE: "part; `left` follow; skip all before `base`",
-  P2PMESSAGEACK: "arrived: all before `next`; `from` on: how each came",
-  P2PSOMEONEWANTTOCALLYOU: "that user calls you and sends you this: punch",
-  P2PTRASH: "a punch, and a question: has this reached you?",
+  P2PMESSAGEACK: "arrived: all before `next`; from there: how",
+  P2PSOMEONEWANTTOCALLYOU: "that user calls you, and sends this: punch",
+  P2PTRASH: "a punch: has this reached you?",
   P2PECHO: "your punch has reached me",
-  P2PFIRST: "handshake 1 of 2, with a message; copies are punches",
-  P2PSECOND: "handshake 2 of 2, with a sealed message behind it",
-  P2PPLAN: "my NAT will use these ports; `spray`: try many",
+  P2PFIRST: "handshake 1 of 2, a message; copies: punches",
+  P2PSECOND: "handshake 2 of 2, a sealed message behind it",
+  P2PPLAN: "my NAT will use these; `spray`: try many",
 };
 
 /** A row of the tables above. */
@@ -210,7 +218,7 @@ export interface User {
   /** Names the login. Its client has chosen it, so nobody can have a message opened that was meant for another login. */
   nonce: string;
   /** X25519 public key. */ key: Uint8Array;
-  /** Where the server sees the user. */ public: Endpoint;
+  /** Where the server sees the user; empty if nobody is to know. */ public: Endpoint;
 }
 
 /** A peer as the server introduces it. */
@@ -477,6 +485,16 @@ function getEndpoint(cursor: Cursor): Endpoint {
   return cursor.bad ? "" : formatEndpoint(formatAddress(address), port);
 }
 
+function putEndpointOrNone(cursor: Cursor, value: Endpoint): void {
+  if (value === "") u8.put(cursor, 0);
+  else putEndpoint(cursor, value);
+}
+function getEndpointOrNone(cursor: Cursor): Endpoint {
+  if (cursor.bad || cursor.bytes[cursor.at] !== 0) return getEndpoint(cursor);
+  u8.get(cursor);
+  return "";
+}
+
 function putNatClass(cursor: Cursor, { mapping, filtering, allocation }: NatClass): void {
   const code = MAPPINGS.indexOf(mapping) + 4 * FILTERINGS.indexOf(filtering) + 16 * ALLOCATIONS.indexOf(allocation);
   u8.put(cursor, code);
@@ -642,6 +660,17 @@ export function decodeInner(inner: Uint8Array): Peer | null {
   return read(PEER_BY_CODE[inner[0]!], reader(inner, 1)) as Peer | null;
 }
 
+/** Bytes of a clock, in front of that. */
+export const CLOCK_BYTES = 6;
+/** Encodes a clock, in ms. */
+export const encodeClock = (ms: number): Uint8Array => {
+  const cursor = reader(new Uint8Array(CLOCK_BYTES));
+  u48.put(cursor, ms);
+  return cursor.bytes;
+};
+/** Decodes what `encodeClock` has made. */
+export const decodeClock = (bytes: Uint8Array): number => u48.get(reader(bytes));
+
 /** Seals a peer message for the session that the other side knows by `index`; `counter` must never repeat for a key. */
 export function sealPeer(message: Peer, seal: { index: number; counter: number; key: Uint8Array }): Uint8Array {
   const cursor = writer(TAG_BYTES);
@@ -675,25 +704,61 @@ export function openPeer(data: Uint8Array, key: Uint8Array): Peer | null {
 
 /** Longest user name in bytes of UTF-8. */
 export const MAX_NAME_BYTES = 32;
-const NEVER_IN_NAMES = /[\s\p{C}\p{Z}\p{Default_Ignorable_Code_Point}\u2800]/u;
+/** Most combining marks in a row: more of them would cover the lines above and below. */
+const TOO_MANY_MARKS = /\p{M}(?<=(?:\p{M}\p{Cf}*){5})/u;
+const BLANK = /[\s\p{Z}\u2800]/u, CANNOT_BE_SEEN = /[\p{C}\p{Default_Ignorable_Code_Point}]/u;
+
+/** The scripts in use today (UAX #31, tables 5 and 7). */
+const SCRIPTS =
+  ("Latin Greek Cyrillic Armenian Hebrew Arabic Devanagari Bengali Gurmukhi Gujarati Oriya Tamil Telugu Kannada " +
+    "Malayalam Sinhala Thai Lao Tibetan Myanmar Georgian Ethiopic Khmer Thaana Han Hangul Hiragana Katakana Bopomofo Adlam " +
+    "Balinese Bamum Batak Canadian_Aboriginal Cham Chakma Cherokee Hanifi_Rohingya Javanese Kayah_Li Lepcha Limbu Lisu Mandaic " +
+    "Meetei_Mayek Miao Mongolian New_Tai_Lue Newa Nko Nyiakeng_Puachue_Hmong Ol_Chiki Osage Saurashtra Sundanese Syloti_Nagri " +
+    "Syriac Tai_Le Tai_Tham Tai_Viet Tifinagh Vai Wancho Yi").split(" ");
+/** Those that are written together: Japanese, Korean and Chinese (UTS #39, section 5.1). */
+const TOGETHER = ["Han Hiragana Katakana", "Han Hangul", "Han Bopomofo"];
+const writtenIn = (scripts: string) =>
+  ["Common", "Inherited", ...scripts.split(" ")].map((script) => `\\p{scx=${script}}`).join("");
+const ONE_SCRIPT = new RegExp(`^(?:${[...SCRIPTS, ...TOGETHER].map((it) => `[${writtenIn(it)}]*`).join("|")})$`, "u");
+
+/** What is wrong with a name that is normalised already, in words; null: nothing. */
+function faultOf(name: string): string | null {
+  if (name === "") return "it is empty";
+  if (utf8.encode(name).length > MAX_NAME_BYTES) return `it is longer than ${MAX_NAME_BYTES} bytes`;
+  if (BLANK.test(name)) return "it has blanks in it";
+  if (CANNOT_BE_SEEN.test(name)) return "something in it cannot be seen";
+  if (TOO_MANY_MARKS.test(name)) return "it has more than four marks on one letter";
+  return ONE_SCRIPT.test(name)
+    ? null
+    : "it mixes letters of several scripts, which may look like those of another name";
+}
+
+/** Why this is not a user name, in words; null: it is one. */
+export const nameFault = (name: string): string | null => faultOf(name.normalize("NFKC"));
 
 /**
- * Normalises a user name and checks it: 1 to 32 bytes of UTF-8, NFC, no blanks, nothing that cannot be seen.
- * Null if it is not a name.
+ * Normalises a user name (NFKC, so that no two look the same by being encoded in another way), and checks it: 1 to 32
+ * bytes of UTF-8, no blanks, nothing that cannot be seen, letters of one script. Null if it is not a name.
  */
 export function userName(name: string): string | null {
-  const normal = name.normalize("NFC"), length = utf8.encode(normal).length;
-  return length >= 1 && length <= MAX_NAME_BYTES && !NEVER_IN_NAMES.test(normal) ? normal : null;
+  if (/^[!-~]{1,32}$/.test(name)) return name;
+  const normal = name.normalize("NFKC");
+  return faultOf(normal) === null ? normal : null;
 }
 
-/** An event as a line of JSON, without any control character of a peer's text that a terminal could obey. */
+/** What turns a text around, ends a line where no line ends, or covers other lines. */
+const DECEPTIVE = new RegExp(`[\u2028\u2029]|\\p{Bidi_Control}|${TOO_MANY_MARKS.source}`, "gu");
+const CONTROLS = new RegExp(`[\x7f-\x9f]|${DECEPTIVE.source}`, "gu");
+
+/** An event as a line of JSON, in which nothing of a peer's text acts on a terminal. */
 export function jsonLine(event: unknown): string {
-  const escape = (letter: string) => `\\u${letter.charCodeAt(0).toString(16).padStart(4, "0")}`;
-  return JSON.stringify(event).replace(/[\x7f-\x9f\u2028\u2029]/g, escape);
+  const escaped = (letters: string) =>
+    letters.split("").map((unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`);
+  return JSON.stringify(event).replace(CONTROLS, (letters) => escaped(letters).join(""));
 }
 
-/** A text that others have written, without what could move the cursor of a terminal. */
-export const harmless = (text: string): string => text.replace(/(?!\t)\p{Cc}/gu, "\ufffd");
+/** A text that others have written, as one line of a terminal, on which nothing in it acts. */
+export const harmless = (text: string): string => text.replace(DECEPTIVE, "").replace(/(?!\t)\p{Cc}/gu, "\ufffd");
 
 // ---------------------------------------------------------------------------------------------------- STUN
 //
@@ -1038,11 +1103,36 @@ export function loginKey(shared: Uint8Array, id: string): Uint8Array {
  */
 export const publicNonce = (id: string): string => hex(sha256(utf8.encode(`punch nonce ${id}`)).subarray(0, 8));
 
-/** What proves in LOGIN that one knows the server's password: 8 bytes as hex, worthless for any other login. */
-export function passwordProof(shared: Uint8Array, options: { password: Uint8Array; id: string }): string {
-  const salt = concat(options.password, utf8.encode(options.id));
-  return hex(deriveKey(shared, { salt, info: "punch password", length: 8 }));
+/**
+ * What a client and the server agree on if there is a password: the X25519 secret of the two, and the password's key.
+ * The session's keys come of it, so that neither side can pass for one that knows the password.
+ */
+export function withPassword(shared: Uint8Array, password: Uint8Array): Uint8Array {
+  return deriveKey(shared, { salt: password, info: "punch password", length: 32 });
 }
+
+/** What proves in LOGIN that one knows the password, 8 bytes as hex, of what `withPassword` returns and the login's id. */
+export function passwordProof(agreed: Uint8Array, id: string): string {
+  return hex(deriveKey(agreed, { salt: utf8.encode(id), info: "punch proof", length: 8 }));
+}
+
+/** 32 letters and digits without look-alikes. */
+const LETTERS = "abcdefghijkmnpqrstuvwxyz23456789";
+/** 20 of them for 20 bytes: 100 bits that are easy to read out and to type. */
+const inLetters = (bytes: Uint8Array) =>
+  Array.from(bytes.subarray(0, 20), (byte) => LETTERS[byte % 32]).join("").replace(/.{4}(?!$)/g, "$&-");
+
+/** What people compare, or type, to know the key of a server: 20 letters and digits (100 bits of its hash). */
+export const fingerprintOf = (key: Uint8Array): string => inLetters(sha256(concat(utf8.encode("punch server"), key)));
+
+/** A fingerprint that somebody has typed, as `fingerprintOf` writes it; null if it cannot be one. */
+export function parseFingerprint(typed: string): string | null {
+  const letters = typed.toLowerCase().replace(/[\s-]/g, "");
+  return new RegExp(`^[${LETTERS}]{20}$`).test(letters) ? letters.replace(/.{4}(?!$)/g, "$&-") : null;
+}
+
+/** A new secret for two colleagues: 100 bits. */
+export const newSecret = (): string => inLetters(randomBytes(20));
 
 /** What two people compare aloud: 40 digits (132 bits) of the hash of both public keys, the same on both sides. */
 export function safetyCode(one: Uint8Array, other: Uint8Array): string {
@@ -1570,72 +1660,207 @@ export async function listenOrFail<T>(
   }
 }
 
+/** The names of a program's options: those without a value, those with one, and those with one if there is a `=`. */
+export interface OptionNames<Flag extends string, Value extends string> {
+  /** Given or not. */ flags: Flag[];
+  /** With a value. */ values: Value[];
+  /** With a value behind a `=`, or else with the empty string. */ optional: Value[];
+}
+/** The options that were given, by name, and what else stands on the command line. */
+export type Arguments<Flag extends string, Value extends string> = {
+  options: { [Name in Flag]?: boolean } & { [Name in Value]?: string };
+  others: string[];
+};
+
+/**
+ * Reads the command line.
+ *
+ * @throws {UsageError} for an option that there is not, for one without its value, and for a value where none belongs
+ */
+export function readArguments<Flag extends string, Value extends string>(
+  { flags, values, optional }: OptionNames<Flag, Value>,
+): Arguments<Flag, Value> {
+  const args: string[] = [], argv = process.argv.slice(2);
+  while (argv.length > 0 && argv[0] !== "--") {
+    const arg = argv.shift()!, name = arg.slice(2) as Value;
+    // node:util knows no optional value, it would take the next word for one; nor a value that begins with "-".
+    if (arg.startsWith("--") && optional.includes(name)) args.push(`${arg}=`);
+    else if (arg.startsWith("--") && values.includes(name) && argv.length > 0 && !argv[0]!.startsWith("--")) {
+      args.push(`${arg}=${argv.shift()}`);
+    } else args.push(arg);
+  }
+  args.push(...argv);
+  const options: ParseArgsConfig["options"] = {};
+  for (const name of flags) options[name] = { type: "boolean", ...name === "help" ? { short: "h" } : {} };
+  for (const name of [...values, ...optional]) options[name] = { type: "string" };
+  try {
+    const found = parseArgs({ args, options, allowPositionals: true });
+    return { options: found.values as Arguments<Flag, Value>["options"], others: found.positionals };
+  } catch (error) {
+    throw new UsageError((error as Error).message.split(/\. |\.?\n/)[0]);
+  }
+}
+
+// Secrets come from files, from the terminal or from the environment. Where one is expected and cannot be had, that is
+// an error: a program that went on without it would seem to be safe.
+
+/** Whether Deno lets us see an environment variable. It is not asked for: the answer would come too late for others. */
+const isVisible = (variable: string) =>
+  !("Deno" in globalThis) || Deno.permissions.querySync({ name: "env", variable }).state === "granted";
+
 /** An environment variable; undefined too if Deno has not been allowed to look. */
-export function environment(name: string): string | undefined {
-  const mayLook = !("Deno" in globalThis) ||
-    Deno.permissions.querySync({ name: "env", variable: name }).state === "granted";
-  return mayLook ? process.env[name] : undefined;
+export const environment = (variable: string): string | undefined =>
+  isVisible(variable) ? process.env[variable] : undefined;
+
+/** Says on stderr which of these variables do not count because Deno may not look at them. */
+export function tellInvisible(variables: string[]): void {
+  const invisible = variables.filter((variable) => !isVisible(variable));
+  if (invisible.length === 0) return;
+  const names = invisible.join(" and "), flag = `--allow-env=${invisible.join(",")}`;
+  console.error(`Deno may not look at ${names}: what they say does not count, unless you start it with ${flag}`);
+}
+
+/** Where a secret or a password may come from. */
+export interface SecretSource {
+  /** A file; "-" asks for it on the terminal. */ file?: string | undefined;
+  /** The environment variable that counts if there is no file. */ variable: string;
+  /** What to call it. */ label: "secret" | "password";
 }
 
 /**
  * Words that only some people know: from a file, typed unseen for the file "-", or else from the environment; undefined
  * if there are none.
  *
- * @throws {Failure} if the file cannot be read or is empty
+ * @throws {Failure} if there are to be some and they cannot be had, or are blank
  */
-export async function secretWords(
-  source: { file?: string | undefined; variable: string; label: "secret" | "password" },
-): Promise<string | undefined> {
-  const { file, variable, label } = source;
-  if (file === undefined) return environment(variable)?.trim() || undefined;
-  if (file === "-") {
-    const words = (await typedUnseen(`The ${label}:`)).trim();
-    if (words === "") throw new Failure(`No ${label} was typed: "-" needs a terminal`);
-    return words;
-  }
-  try {
-    const words = readFileSync(file, "utf8").trim();
-    if (words !== "") return words;
-  } catch (error) {
-    throw new Failure(`Cannot read the ${label} file "${file}": ${(error as Error).message}`);
-  }
-  throw new Failure(`The ${label} file "${file}" is empty`);
+export async function secretWords({ file, variable, label }: SecretSource): Promise<string | undefined> {
+  const given = file === undefined
+    ? environment(variable)
+    : file === "-"
+    ? await typedUnseen(label)
+    : readPrivate(file, label);
+  if (given === undefined || given.trim() !== "") return given?.trim();
+  if (file === undefined) throw new Failure(`${variable} is blank: unset it, or put the ${label} into it`);
+  throw new Failure(file === "-" ? `No ${label} was typed` : `The ${label} file "${file}" is empty`);
 }
 
-/** What is typed on the terminal, unseen; nothing without a terminal. @std/cli has this for Deno alone. */
-async function typedUnseen(prompt: string): Promise<string> {
-  if ("Deno" in globalThis) {
-    const { promptSecret } = await import("deno-std@1.4.0/cli/prompt_secret.js");
-    return promptSecret(prompt) ?? "";
-  }
+/** What is typed on the terminal, unseen. */
+async function typedUnseen(label: string): Promise<string> {
   const { stdin, stderr } = process;
-  if (!stdin.isTTY) return "";
-  stderr.write(prompt + " ");
-  stdin.setRawMode(true);
-  const typed = await new Promise<string>((resolve) => {
-    let words = "";
-    const onData = (text: string) => {
-      for (const letter of text) {
-        if (letter === "\x7f" || letter === "\b") words = [...words].slice(0, -1).join("");
-        else if (letter >= " ") words += letter;
-        else { // Enter, or a control key: ^C is no answer
-          stdin.off("data", onData);
-          return resolve(letter === "\x03" ? "" : words);
-        }
-      }
-    };
-    stdin.setEncoding("utf8").on("data", onData).resume();
-  });
-  stdin.setRawMode(false);
-  stdin.pause();
+  if (!stdin.isTTY) throw new Failure(`The ${label} is to be typed ("-"), but there is no terminal: name a file`);
+  stderr.write(`The ${label}: `);
+  const unseen = new Writable({ write: (_chunk, _encoding, done) => done() });
+  const terminal = createInterface({ input: stdin, output: unseen, terminal: true });
+  const typed = await new Promise<string | null>((resolve) =>
+    terminal.once("line", resolve).once("SIGINT", () => resolve(null)).once("close", () => resolve(""))
+  );
+  terminal.close();
   stderr.write("\n");
+  if (typed === null) process.exit(130);
   return typed;
 }
 
+const MAX_PRIVATE_BYTES = 64 * 1024;
+
+/**
+ * What is in a file that is nobody else's business. Who else could read or change it is looked up on the file that has
+ * been opened. Where modes mean nothing, or nobody can change them, a warning on stderr is all.
+ *
+ * @param what to call the file in errors
+ * @throws {Failure} if it cannot be read, is open to others, is no UTF-8, or is too long
+ */
+export function readPrivate(file: string, what: string): string {
+  const fail = (why: string) => new Failure(`Cannot read the ${what} file "${file}": ${why}`);
+  mayUse("read", file, what);
+  let fd: number | undefined;
+  try {
+    fd = openSync(file, "r");
+    checkPrivate(fd, `the ${what} file "${file}"`);
+    const bytes = readFileSync(fd);
+    if (bytes.length > MAX_PRIVATE_BYTES) throw fail(`it has over ${MAX_PRIVATE_BYTES} bytes`);
+    return strictUtf8.decode(bytes);
+  } catch (error) {
+    if (error instanceof Failure) throw error;
+    throw fail(error instanceof TypeError ? "it is no text in UTF-8" : (error as Error).message);
+  } finally {
+    if (fd !== undefined) closeSync(fd);
+  }
+}
+
+function checkPrivate(fd: number, which: string): void {
+  const { mode, uid } = fstatSync(fd);
+  // Who may not change a mode does not own the file (EPERM), which tells us where we may not ask who we are. On a
+  // read-only mount nobody may (EROFS).
+  const refusal = errorCodeOf(() => fchmodSync(fd, mode & 0o7777));
+  const maySeeUid = !("Deno" in globalThis) ||
+    Deno.permissions.querySync({ name: "sys", kind: "uid" }).state === "granted";
+  const isOwn = uid === 0 || (maySeeUid ? uid === process.geteuid?.() : refusal !== "EPERM");
+  if (isOwn && (mode & 0o077) === 0) return;
+  const [fault, remedy] = isOwn
+    ? ["Others can read or change", "chmod 600"]
+    : ["Somebody else owns", "make it yours with chown"];
+  if (process.platform !== "win32" && refusal !== "EROFS") throw new Failure(`${fault} ${which}: ${remedy}`);
+  console.error(`${fault} ${which}, as far as its mode says, which cannot be changed here`);
+}
+
+function errorCodeOf(act: () => void): string | undefined {
+  try {
+    act();
+  } catch (error) {
+    return (error as { code?: string }).code;
+  }
+}
+
+/**
+ * Writes a file that nobody else may read, whole or not at all. If there is one by then, that stays as it is.
+ *
+ * @throws {Failure} if it cannot be written
+ */
+export function writePrivate(file: string, text: string, what: string): void {
+  const directory = dirname(file), temporary = `${file}.${hex(randomBytes(4))}`;
+  mayUse("read", directory, what);
+  mayUse("write", directory, what);
+  try {
+    const fd = openSync(temporary, "wx", 0o600);
+    try {
+      writeFileSync(fd, text);
+      fsyncSync(fd);
+    } finally {
+      closeSync(fd);
+    }
+    // A link, unlike a renaming, fails if somebody else has been faster; some file systems have none.
+    const code = errorCodeOf(() => linkSync(temporary, file));
+    if (code === undefined || code === "EEXIST") unlinkSync(temporary);
+    else renameSync(temporary, file);
+  } catch (error) {
+    errorCodeOf(() => unlinkSync(temporary));
+    throw new Failure(`Cannot write the ${what} file "${file}": ${(error as Error).message}`);
+  }
+}
+
+/** On Deno, asks on a terminal for the use of a file that the command line names, or else says which flag it takes. */
+function mayUse(name: "read" | "write", path: string, what: string): void {
+  if (!("Deno" in globalThis) || Deno.permissions.requestSync({ name, path }).state === "granted") return;
+  throw new Failure(`Deno may not ${name} "${path}" for the ${what}: start it with --allow-${name}=${path}`);
+}
+
+/**
+ * The keys in a file, which are made now if there is no such file.
+ *
+ * @throws {Failure} if they can be neither read nor made
+ */
+export function identityIn(file: string): KeyPair {
+  mayUse("read", file, "identity");
+  if (!existsSync(file)) writePrivate(file, `${hex(generateKeys().secret)}\n`, "identity");
+  const digits = readPrivate(file, "identity").trim();
+  if (/^[0-9a-f]{64}$/.test(digits)) return keysFrom(Uint8Array.fromHex(digits));
+  throw new Failure(`"${file}" is not an identity: 64 hex digits; name another file, and it will be made`);
+}
+
 /** The 32-byte key of such words, by scrypt (RFC 7914): each guess costs a tenth of a second. */
-export function keyFromWords(words: string | undefined, label: "secret" | "password"): Uint8Array | undefined {
-  if (words === undefined) return undefined;
-  return new Uint8Array(scryptSync(words.normalize("NFC"), `punch ${label}`, 32, { N: 2 ** 15, maxmem: 2 ** 26 }));
+export function keyFromWords(words: string, label: "secret" | "password", salt: Uint8Array = NO_BYTES): Uint8Array {
+  const salted = concat(utf8.encode(`punch ${label}`), salt);
+  return new Uint8Array(scryptSync(words.normalize("NFC"), salted, 32, { N: 2 ** 15, maxmem: 2 ** 26 }));
 }
 
 // ---------------------------------------------------------------------------------------------------- traces
@@ -1670,12 +1895,28 @@ export interface Trace {
   restart(): void;
 }
 
-/** Writes every datagram, to stderr unless told otherwise, in words, with the time since the last `restart`. */
-export function createTrace(write: (line: string) => void = console.error): Trace {
+/** Writes every datagram in words, with the time since the last `restart`. */
+export function createTrace(write: (line: string) => void): Trace {
   let start = clock();
   const trace = (way: "in" | "out", other: Endpoint, data: Uint8Array) => {
     const ms = (clock() - start).toFixed(1).padStart(9);
     write(`${ms} ms ${way === "in" ? "<-" : "->"} ${other} ${explain(data)}`);
   };
   return Object.assign(trace, { restart: () => void (start = clock()) });
+}
+
+/**
+ * The trace that `--trace[=FILE]` asks for: none without it, one by `write` without a file.
+ *
+ * @throws {Failure} if the file cannot be written
+ */
+export function openTrace(option: string | undefined, write: (line: string) => void): Trace | undefined {
+  if (!option) return option === undefined ? undefined : createTrace(write);
+  mayUse("write", option, "trace");
+  try {
+    const fd = openSync(option, "w", 0o600);
+    return createTrace((line) => writeFileSync(fd, `${line}\n`));
+  } catch (error) {
+    throw new Failure(`Cannot write the trace "${option}": ${(error as Error).message}`);
+  }
 }

@@ -53,12 +53,22 @@ const BODY = utf8("body"), BODY_HEX = "0004 626f6479";
 const ASKED = `000000000001 ${NONCE}`, asked = (fields: string) => `${ASKED} ${fields}`; // of ALIVE
 const pad = (length: number) => "00".repeat(length);
 
-const TERMS = { version: VERSION, flag: true }; // 2 * 2 + 1
+const TERMS = { version: VERSION, flag: true }; // 2 * 3 + 1
 /** Every message and its datagram: header, fields, padding, and the MAC or what is encrypted. */
 const GOLDEN = ([
   [
-    { type: "LOGIN", cookie: NONCE, key: KEY, proof: NONCE, terms: TERMS, rttMs: 300, name: "zoë", local: [V4, V6] },
-    `50 01 ${HEAD} ${NONCE} ${KEY_HEX} ${NONCE} 05 012c 04 7a6fc3ab 02 ${V4_HEX} ${V6_HEX} b0b8b1d65a7e0ef5`,
+    {
+      type: "LOGIN",
+      cookie: NONCE,
+      key: KEY,
+      proof: NONCE,
+      terms: TERMS,
+      direct: 1,
+      rttMs: 300,
+      name: "zoë",
+      local: [V4, V6],
+    },
+    `50 01 ${HEAD} ${NONCE} ${KEY_HEX} ${NONCE} 07 01 012c 04 7a6fc3ab 02 ${V4_HEX} ${V6_HEX} f8891d63b16ce97b`,
   ],
   [{ type: "LOGOUT" }, `50 02 ${HEAD} ${pad(41)} 7880bcfc69e9a71a`],
   [
@@ -66,19 +76,20 @@ const GOLDEN = ([
     `50 03 ${HEAD} 03 626f62 ${NONCE} 01 ${BODY_HEX} ${pad(22)} e4722cc32c8dc565`,
   ],
   [{ type: "GETALLUSER", prefix: "b", after: "bob" }, `50 04 ${HEAD} 01 62 03 626f62 ${pad(35)} c77382d4d633625a`],
-  [{ type: "COOKIE", cookie: NONCE, key: KEY, terms: TERMS }, `50 05 ${HEAD} ${NONCE} ${KEY_HEX} 05 edcc16a0efef7b1a`],
+  [{ type: "COOKIE", cookie: NONCE, key: KEY, terms: TERMS }, `50 05 ${HEAD} ${NONCE} ${KEY_HEX} 07 3f0648a788ea6731`],
   [
     {
       type: "WELCOME",
       token: NONCE,
       cookie: NONCE,
+      kept: 1,
       public: V6,
       secondPort: 2281,
       thirdPort: 0,
       total: 70_000,
       users: [{ ...ZOE, public: V4 }],
     },
-    `50 06 ${HEAD} ${NONCE} ${NONCE} ${V6_HEX} 08e9 0000 00011170 01 ${ZOE_HEX} ${V4_HEX} 782deaab38fce2ba`,
+    `50 06 ${HEAD} ${NONCE} ${NONCE} 01 ${V6_HEX} 08e9 0000 00011170 01 ${ZOE_HEX} ${V4_HEX} 5095d9ae7e79c9bb`,
   ],
   [
     { type: "KEEPALIVE", cookie: NONCE, rttMs: 65_535, nat: NAT, local: [V4] },

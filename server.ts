@@ -33,26 +33,41 @@ import {
   userName,
 } from "./protocol.ts";
 import { accept, isSeen, type ReplayWindow, replayWindow, sipHash, verifies } from "./protocol.ts";
-import { controlKeys, diffieHellman, type KeyPair, loginKey, passwordProof, publicNonce } from "./protocol.ts";
+import { controlKeys, diffieHellman, fingerprintOf, type KeyPair, loginKey, passwordProof } from "./protocol.ts";
+import { publicNonce, withPassword } from "./protocol.ts";
 import { conform, createLimit, generateKeys, keyFromWords, type NatClass, type Rate, type User } from "./protocol.ts";
 import { decodeStun, encodeStunResponse, STUN_CHANGE_REQUEST, STUN_RESPONSE_PORT } from "./protocol.ts";
 import { type Datagram, type Effect, listen, listenOrFail, type Machine, VERSION } from "./protocol.ts";
-import { createLog, createTrace, DEFAULT_PORT, exitWith, jsonLine, secretWords, UsageError } from "./protocol.ts";
+import { createLog, DEFAULT_PORT, exitWith, identityIn, jsonLine, openTrace } from "./protocol.ts";
+import { readArguments, secretWords, tellInvisible, UsageError } from "./protocol.ts";
 
 // ---------------------------------------------------------------------------------------------------- options, events
 
 /** What the server tells its operator. */
 export type ServerEvent =
-  | { event: "listening"; address: string; port: number; altPort: number }
+  | ListeningEvent
   | { event: "login" | "moved"; name: string; public: Endpoint }
   | { event: "logout"; name: string; reason: "left" | "vanished" | "replaced" }
   | { event: "refused"; name: string; public: Endpoint; reason: "bad-password" };
 
+/** The server is at work. */
+export interface ListeningEvent {
+  /** The name of the event. */ event: "listening";
+  /** The address that was asked for. */ address: string;
+  /** The UDP port. */ port: number;
+  /** The second UDP port. */ altPort: number;
+  /** Of its key; see `fingerprintOf`. */ fingerprint: string;
+  /** Whether it has the same key when it is started again. */ kept: boolean;
+  /** Whether it asks for a password. */ password: boolean;
+  /** Never: secrets are between clients. */ secret: false;
+}
+
 /** What the server is made of; everything random comes in here. */
 export interface ServerOptions {
   /** The server's own keys. */ keys: KeyPair;
+  /** Whether it has the same keys when it is started again. */ keepsKeys?: boolean | undefined;
   /** So many unpredictable bytes. */ random: (length: number) => Uint8Array;
-  /** scrypt of the password, if one is asked for. */ password?: Uint8Array | undefined;
+  /** scrypt of the password, salted with the public key, if one is asked for. */ password?: Uint8Array | undefined;
   /** Most users at a time. */ maxUsers?: number | undefined;
   /** Most users at a time from one /24 or IPv6 /48. */ maxPerAddress?: number | undefined;
   /** The address of sockets 0 to 2 and that of 3 and 4, if there are two. */ hosts?: [string, string] | undefined;
@@ -109,7 +124,7 @@ const COOKIE_AT = 16; // it is the first field of LOGIN, behind the header
 
 type Login = Control & { type: "LOGIN" };
 type Refusal = { reason: string; seconds: number }; // after which to ask again makes sense; 0: nobody knows
-type Admit = (login: Login, at: Address, shared: Uint8Array) => Refusal | undefined;
+type Admit = (login: Login, at: Address, agreed: Uint8Array) => Refusal | undefined;
 
 function createLadder(io: Io, { keys, password }: ServerOptions, admit: Admit) {
   const cookieKey = io.random(16), mayTell = createLimit(REFUSALS);
@@ -143,16 +158,18 @@ function createLadder(io: Io, { keys, password }: ServerOptions, admit: Admit) {
     const { id, counter, name } = login, shared = diffieHellman(keys.secret, login.key);
     const key = shared && loginKey(shared, id);
     if (!key || !verifies(data, key)) return io.limits.punish(prefix, FALSE_LOGIN - 1);
-    const refusal = objection(login, at, shared) ?? admit(login, at, shared);
+    const agreed = password ? withPassword(shared, password) : shared;
+    const refusal = objection(login, at, agreed) ?? admit(login, at, agreed);
     if (refusal) io.send(at, encode({ type: "ERROR", about: name, ...refusal }, { id, counter, key }));
   }
 
   /** What is wrong with a LOGIN, whoever has the name. */
-  function objection({ id, name, proof, terms }: Login, at: Address, shared: Uint8Array): Refusal | undefined {
+  function objection({ id, name, proof, terms }: Login, at: Address, agreed: Uint8Array): Refusal | undefined {
     if (terms.version !== VERSION) return { reason: `update-to-version-${VERSION}`, seconds: 0 };
     if (userName(name) !== name) return { reason: "bad-name", seconds: 0 };
-    const right = password ? passwordProof(shared, { password, id }) : proof;
+    const right = password ? passwordProof(agreed, id) : NO_PROOF;
     if (timingSafeEqual(utf8.encode(right), utf8.encode(proof))) return;
+    if (!password) return { reason: "no-password", seconds: 0 }; // a client that has one takes nothing from us
     if (mayTell(io.now)) io.emit({ event: "refused", name, public: at.endpoint, reason: "bad-password" });
     return { reason: "bad-password", seconds: 0 };
   }
@@ -315,6 +332,7 @@ interface Session {
   other: Place | null; // the same in the other IP version
   local: Endpoint[]; // what the client takes its own addresses to be
   keepName: boolean; // whether its key holds the name when it has vanished
+  isHidden: boolean; // nobody is to be told where it is
   nat: NatClass; // what the client takes its NAT to be
   rttMs: number; // its round trip to us, as it has measured it
   keyText: string; // its hex digits
@@ -323,7 +341,7 @@ interface Session {
 type Claim = "new" | "again" | "replaces" | { refusedFor: number }; // seconds
 
 const UNKNOWN_NAT: NatClass = { mapping: "unknown", filtering: "unknown", allocation: "unknown" };
-const NO_COOKIE = "0".repeat(16);
+const NO_COOKIE = "0".repeat(16), NO_PROOF = NO_COOKIE;
 const NOWHERE = newPlace("0.0.0.0:1", [0, 0]); // of a session that is being made
 const sameKey = (one: Uint8Array, other: Uint8Array) => one.every((byte, i) => byte === other[i]);
 
@@ -368,7 +386,7 @@ function createSessions(
   }
 
   /** Lets in whoever has climbed the ladder, or says why not. */
-  function admit(login: Login, at: Address, shared: Uint8Array): Refusal | undefined {
+  function admit(login: Login, at: Address, agreed: Uint8Array): Refusal | undefined {
     const nonce = publicNonce(login.id), claimed = claim(login, nonce), holder = directory.find(login.name);
     if (typeof claimed === "object") return { reason: "name-taken", seconds: claimed.refusedFor };
     if (holder && claimed === "again") {
@@ -380,9 +398,10 @@ function createSessions(
     if ((!holder && directory.size() >= maxUsers) || (!stays && !takesMore(at))) return { reason: "full", seconds: 0 };
     if (holder) remove(holder, "replaced");
 
-    const { id, counter: clock, name, local, rttMs, terms } = login, token = hex(io.random(8));
-    const theirs = { clock, name, nonce, key: keep(login.key), local, keepName: terms.flag, rttMs };
-    const ours = { token, keys: controlKeys(shared, token), window: replayWindow(), sent: clock };
+    const { id, counter: clock, name, local, rttMs, terms, direct } = login, token = hex(io.random(8));
+    const wishes = { keepName: terms.flag, isHidden: direct === 0 };
+    const theirs = { clock, name, nonce, key: keep(login.key), local, rttMs, ...wishes };
+    const ours = { token, keys: controlKeys(agreed, token), window: replayWindow(), sent: clock };
     const limit = io.limits.keyOf(token), keyText = hex(login.key);
     const known = { nat: UNKNOWN_NAT, limit, keyText, friends: new Set<string>() };
     const session: Session = { ...theirs, ...ours, ...known, home: NOWHERE, other: null };
@@ -587,6 +606,7 @@ const isPrivate = (endpoint: Endpoint) => scopeOf(hostOf(endpoint)) === "private
 function createRelay(io: Io, { find }: Directory, { toClient, refuse, wasHere, livePlaces, befriend }: Sessions) {
   /** Where `viewer` may try to reach `subject`: where we see it and, behind the same NAT, its private addresses. */
   function candidatesFor(subject: Session, viewer: Session): Endpoint[] {
+    if (subject.isHidden || viewer.isHidden) return []; // they will not meet, so neither need know
     const places = livePlaces(subject), sites = livePlaces(viewer).map(siteOf);
     const isSameSite = places.some((place) => sites.includes(siteOf(place)));
     const isThisHost = places.some(({ endpoint }) => scopeOf(hostOf(endpoint)) === "loopback"); // nothing is nearer
@@ -636,15 +656,20 @@ function createRelay(io: Io, { find }: Directory, { toClient, refuse, wasHere, l
 // In order of name, in pages of one datagram each. Whoever wants more asks for what comes after the last name he has.
 // Pages leave in turns, one of each who has asked: many who ask at once wait for each other, and nobody else does.
 
-const PAGE_BYTES = 1_032; // the last user begins at 1,031 at most: 1,031 + 92 for the longest + 68 around them = 1,191
+const PAGE_BYTES = 1_032; // the last user begins at 1,031 at most: 1,031 + 92 for the longest + 69 around them = 1,192
 const PAGES_PER_ANSWER = 16; // more would overflow the asker's socket buffer (92 full datagrams on Linux)
 const ANNOUNCE_UP_TO = 16; // while so few are logged in, all hear of a newcomer: nobody has to ask before he writes
 /** So many pages leave at once, and after so long the next ones: 4,000 a second, twice what one prefix may have. */
 const PAGES_PER_TURN = 8, TURN_MS = 2;
 
 const scratch = new Uint8Array(MAX_NAME_BYTES);
-const asUser = ({ name, nonce, key, home }: Session): User => ({ name, nonce, key, public: home.endpoint });
-/** Length and name, nonce, key, length and address, port; see `user` in protocol.ts. */
+const asUser = ({ name, nonce, key, home, isHidden }: Session): User => ({
+  name,
+  nonce,
+  key,
+  public: isHidden ? "" : home.endpoint,
+});
+/** Length and name, nonce, key, length and address, port, at most; see `user` in protocol.ts. */
 const userBytes = ({ name, home }: Session) =>
   1 + utf8.encodeInto(name, scratch).written + 8 + 32 + 1 + (isIPv6(home.endpoint) ? 16 : 4) + 2;
 
@@ -944,8 +969,8 @@ export function createServer(options: ServerOptions): Server {
   function greet(session: Session, { id, counter }: Login, isNew: boolean, place = session.home): void {
     const { token, keys } = session, users = list.firstPage(), total = directory.size();
     const ports = { secondPort: stun.portOf(SECOND_PORT), thirdPort: stun.portOf(THIRD_PORT) };
-    const { cookie, endpoint } = place;
-    const welcome = { type: "WELCOME", token, cookie, public: endpoint, ...ports, total, users } as const;
+    const { cookie, endpoint } = place, kept = Number(options.keepsKeys ?? false);
+    const welcome = { type: "WELCOME", token, cookie, kept, public: endpoint, ...ports, total, users } as const;
     if (sessions.toPlace(place, encode(welcome, { id, counter, key: keys.toClient }))) ask(session, place);
     if (isNew) list.announce(session, sessions.all());
   }
@@ -1020,44 +1045,45 @@ export function createServer(options: ServerOptions): Server {
 
 const USAGE = `The rendezvous server of Punch.
 
-  deno run --allow-net server.ts [options]
+  deno task server [options]
   bun server.ts [options]
 
   --port N             UDP port (default ${DEFAULT_PORT})
   --host A             address to listen on (default ::, which is IPv4 too)
   --alt-port N         second UDP port (default the next one)
   --alt-host A         second address of this host, for a complete STUN service; wants --host
-  --password-file F    nobody logs in without knowing what is in F (or in PUNCH_PASSWORD)
+  --identity F         keep the server's key in F, so that clients can know the server by its fingerprint
+  --password-file F    nobody logs in without knowing what is in F (or in PUNCH_PASSWORD); - asks for it
   --max-users N        most users at a time (default ${MAX_USERS})
   --max-per-address N  most users at a time from one /24 or IPv6 /48 (default ${MAX_PER_ADDRESS})
   --json               one JSON object a line on stdout
-  --trace              every datagram on stderr
+  --trace[=FILE]       every datagram on stderr, or in FILE
   --quiet              only errors
+  -h, --help; --version
 `;
-const OPEN_TO_ALL =
-  "Anybody may log in: no --password-file, and no PUNCH_PASSWORD (which Deno shows with --allow-env only)";
+const NUMBERS = ["port", "alt-port", "max-users", "max-per-address"] as const;
 const LOG_LINES: Rate = { perSecond: 20, burst: 200 };
 const GOODBYE_MS = 50; // long enough for the last datagrams to leave
 
 async function main(): Promise<void> {
-  const { parseArgs } = await import("deno-std@1.4.0/cli/parse_args.js");
-  const unknown: string[] = [];
-  const args = parseArgs(process.argv.slice(2), {
-    string: ["port", "host", "alt-port", "alt-host", "password-file", "max-users", "max-per-address"],
-    boolean: ["json", "trace", "quiet", "help"],
-    unknown: (arg: string) => unknown.push(arg) < 0,
+  const { options, others } = readArguments({
+    flags: ["json", "quiet", "help", "version"],
+    values: [...NUMBERS, "host", "alt-host", "identity", "password-file"],
+    optional: ["trace"],
   });
-  if (args.help) return void process.stdout.write(USAGE);
-  const number = (name: "port" | "alt-port" | "max-users" | "max-per-address", most: number, otherwise: number) => {
-    const value = args[name] === undefined ? otherwise : Number(args[name] || NaN);
+  const { json = false, quiet = false } = options;
+  if (options.help) return void process.stdout.write(USAGE);
+  if (options.version) return console.log(`Punch, version ${VERSION} of its protocol`);
+  if (others.length > 0) throw new UsageError(`Unknown argument "${others[0]}"`);
+  const number = (name: (typeof NUMBERS)[number], most: number, otherwise: number) => {
+    const value = options[name] === undefined ? otherwise : Number(options[name] || NaN);
     if (Number.isInteger(value) && value >= 0 && value <= most) return value;
-    throw new UsageError(`--${name} wants a number of 0 to ${most}, not "${args[name]}"`);
+    throw new UsageError(`--${name} wants a number of 0 to ${most}, not "${options[name]}"`);
   };
-  if (unknown.length > 0) throw new UsageError(`Unknown argument "${unknown[0]}"`);
   const port = number("port", 65535, DEFAULT_PORT), altPort = number("alt-port", 65535, port === 0 ? 0 : port + 1);
   const maxUsers = number("max-users", 1e7, MAX_USERS);
   const maxPerAddress = number("max-per-address", 1e7, MAX_PER_ADDRESS);
-  const host = args.host ?? "::", altHost = args["alt-host"];
+  const host = options.host ?? "::", altHost = options["alt-host"];
   if (altHost !== undefined) {
     const [own, other] = [host, altHost].map((address) => addressBytes(address));
     if (!other?.some((byte) => byte !== 0)) {
@@ -1068,20 +1094,24 @@ async function main(): Promise<void> {
     }
     if (port === 0 || altPort === 0) throw new UsageError(`--alt-host wants --port and --alt-port to be other than 0`);
   }
-  const password = await secretWords({ file: args["password-file"], variable: "PUNCH_PASSWORD", label: "password" });
+  const passwordFile = options["password-file"], keepsKeys = options.identity !== undefined;
+  if (passwordFile === undefined) tellInvisible(["PUNCH_PASSWORD"]);
+  const password = await secretWords({ file: passwordFile, variable: "PUNCH_PASSWORD", label: "password" });
+  const keys = options.identity === undefined ? generateKeys() : identityIn(options.identity);
 
-  const leftOut = (lines: number) =>
-    args.json ? jsonLine({ event: "left-out", lines }) : `${lines} lines were left out`;
-  const log = createLog(args.json ? 1 : 2, leftOut, LOG_LINES);
+  const leftOut = (lines: number) => json ? jsonLine({ event: "left-out", lines }) : `${lines} lines were left out`;
+  const log = createLog(json ? 1 : 2, leftOut, LOG_LINES);
   const say = (event: ServerEvent) => {
-    if (args.json) log(jsonLine(event));
-    else if (!args.quiet) log(inWords(event));
+    if (json) log(jsonLine(event));
+    else if (!quiet) log(inWords(event));
   };
   const hosts: ServerOptions["hosts"] = altHost === undefined ? undefined : [host, altHost];
-  const random = (length: number) => Uint8Array.from(randomBytes(length)), keys = generateKeys();
-  const passwordKey = keyFromWords(password, "password");
-  const server = createServer({ keys, random, password: passwordKey, maxUsers, maxPerAddress, hosts });
-  const onDatagram = args.trace ? createTrace(createLog(2, leftOut)) : undefined;
+  const server = createServer({
+    ...{ keys, keepsKeys, maxUsers, maxPerAddress, hosts },
+    random: (length) => Uint8Array.from(randomBytes(length)),
+    password: password === undefined ? undefined : keyFromWords(password, "password", keys.public),
+  });
+  const onDatagram = openTrace(options.trace, createLog(2, leftOut));
   let address = host;
   const run = (host: string) => {
     address = host;
@@ -1089,11 +1119,11 @@ async function main(): Promise<void> {
     if (altHost !== undefined) sockets.push({ host: altHost, port }, { host: altHost, port: altPort });
     return listen(server, { sockets, onEvent: say, onDatagram });
   };
-  const running = await listenOrFail(run, { host: args.host, json: args.json });
-  if (!password && !args.json && !args.quiet) log(OPEN_TO_ALL);
-  say({ event: "listening", address, port: running.ports[0]!, altPort: running.ports[1]! });
+  const { ports, perform } = await listenOrFail(run, { host: options.host, json });
+  const known = { fingerprint: fingerprintOf(keys.public), kept: keepsKeys, password: password !== undefined };
+  say({ event: "listening", address, port: ports[0]!, altPort: ports[1]!, ...known, secret: false });
   const stop = () => {
-    running.perform(server.stop());
+    perform(server.stop());
     setTimeout(() => process.exit(0), GOODBYE_MS);
   };
   for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, stop);
@@ -1105,9 +1135,12 @@ function inWords(event: ServerEvent): string {
   if (event.event !== "listening") {
     return `${event.name} is ${event.event === "login" ? "here," : "now"} at ${event.public}`;
   }
-  const port = event.port === DEFAULT_PORT ? "" : `:${event.port}`;
-  return `Listening on UDP port ${event.port} of ${event.address}. The others type:\n` +
-    `  deno task client <address of this host>${port} <name>`;
+  const { fingerprint, kept, password } = event, port = event.port === DEFAULT_PORT ? "" : `:${event.port}`;
+  const lines = [`Listening on UDP port ${event.port} of ${event.address}. The others type:`];
+  lines.push(`  deno task client <address of this host>${port}${kept ? `#${fingerprint}` : ""} <name>`);
+  if (!kept) lines.push(`Its key, ${fingerprint}, is another one after each start: --identity FILE keeps it`);
+  if (!password) lines.push("Anybody may log in: there is no --password-file, and no PUNCH_PASSWORD");
+  return lines.join("\n");
 }
 
 if (import.meta.main) await main().catch(exitWith);

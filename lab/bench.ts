@@ -182,7 +182,17 @@ let receive: (data: Uint8Array) => void = () => {};
 // ---------------------------------------------------------------------------------------------------- the real server
 
 const loginOf = (name: string, key: Uint8Array, cookie = NO_ID): ControlBody => (
-  { type: "LOGIN", cookie, key, proof: NO_ID, terms: { version: VERSION, flag: false }, rttMs: 0, name, local: [] }
+  {
+    type: "LOGIN",
+    cookie,
+    key,
+    proof: NO_ID,
+    terms: { version: VERSION, flag: false },
+    direct: 1,
+    rttMs: 0,
+    name,
+    local: [],
+  }
 );
 const NAT = { mapping: "EIM", filtering: "EIF", allocation: "preserving" } as const;
 const KEEPALIVE: ControlBody & { type: "KEEPALIVE" } = {

@@ -10,7 +10,15 @@
 import assert from "node:assert/strict";
 import type { ClientEvent } from "../client.ts";
 import { type Control, type ControlBody, decode, type Effect, type Endpoint } from "../protocol.ts";
-import { decodeHandshake, encodeHandshake, encodeInner, initiate, type Initiation, respond } from "../protocol.ts";
+import {
+  decodeHandshake,
+  encodeClock,
+  encodeHandshake,
+  encodeInner,
+  initiate,
+  type Initiation,
+  respond,
+} from "../protocol.ts";
 import { concat, hex, hostOf, MAX_DATAGRAM_BYTES, parseEndpoint } from "../protocol.ts";
 import { type KeyPair, keysFrom, openPeer, type Peer, peerHeader, sealPeer } from "../protocol.ts";
 import type { ServerEvent } from "../server.ts";
@@ -128,6 +136,7 @@ export function fiend(
     if (message.type === "P2PSOMEONEWANTTOCALLYOU") takePeer(message.body, message.peer.name);
   }
 
+  let clock = 0; // of first messages
   const me: Fiend = {
     name,
     keys,
@@ -155,7 +164,7 @@ export function fiend(
     first(to, frame, { nonce = me.hand.nonce } = {}) {
       const them = me.known.get(to)!, from = index();
       const options = { own: keys, peer: them.key, psk: NO_SECRET, ephemeral: keysFrom(tools.bytes(32)) };
-      const payload = concat(stream, encodeInner(frame));
+      const payload = concat(stream, encodeClock(++clock), encodeInner(frame));
       const initiation = initiate({ ...options, prologue: prologue({ name: me.hand.name, nonce }, them) }, payload)!;
       openings.set(from, { to, initiation });
       return encodeHandshake({ type: "P2PFIRST", from, probe: 0, noise: initiation.message });

@@ -7,7 +7,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { type ControlBody, decode, encode } from "../protocol.ts";
-import { encodeHandshake, encodeInner, initiate, type Peer, sealPeer } from "../protocol.ts";
+import { encodeClock, encodeHandshake, encodeInner, initiate, type Peer, sealPeer } from "../protocol.ts";
 import { concat, controlKeys, diffieHellman, hex, hostOf, keysFrom } from "../protocol.ts";
 import { VERSION } from "../protocol.ts";
 import { corpus, dice, like, mayAnswer, NO_ID, part, prologue, rogueCrowd, SERVER, typeOf } from "./hostile.ts";
@@ -68,7 +68,7 @@ test(
             psk: new Uint8Array(32),
             prologue: prologue(other, user),
             ephemeral: keysFrom(tools.bytes(32)),
-          }, concat(tools.bytes(8), encodeInner(part(0, "forged"))))!;
+          }, concat(tools.bytes(8), encodeClock(1), encodeInner(part(0, "forged"))))!;
           return encodeHandshake({ type: "P2PFIRST", from: 1, probe: 1, noise: begun.message });
         }
         case 2:

@@ -16,7 +16,7 @@ import v8 from "node:v8";
 import vm from "node:vm";
 import { type Control, type ControlBody, decode, type Effect, encode, type Endpoint } from "../protocol.ts";
 import { MAGIC, messageTable, type User } from "../protocol.ts";
-import { decodeHandshake, encodeHandshake, encodeInner, initiate, type Initiation } from "../protocol.ts";
+import { decodeHandshake, encodeClock, encodeHandshake, encodeInner, initiate, type Initiation } from "../protocol.ts";
 import { openPeer, type Peer, sealPeer } from "../protocol.ts";
 import { controlKeys, diffieHellman, type KeyPair, keysFrom, loginKey, publicNonce } from "../protocol.ts";
 import { concat, formatEndpoint, hex, hostOf } from "../protocol.ts";
@@ -380,6 +380,7 @@ export function rogue(world: World, name: string, { address, psk = new Uint8Arra
       return reply ? [{ kind: "send", socket, to: from, data: reply }] : [];
     },
   });
+  let clock = 0; // of first messages
   const me: Rogue = {
     ...self,
     at: formatEndpoint(host.addresses[0]!, port.ports[0]!),
@@ -398,7 +399,7 @@ export function rogue(world: World, name: string, { address, psk = new Uint8Arra
         psk,
         prologue: prologue(self, target),
         ephemeral: keysFrom(dice_.bytes(32)),
-      }, concat(Buffer.from(me.stream, "hex"), encodeInner(frame)));
+      }, concat(Buffer.from(me.stream, "hex"), encodeClock(++clock), encodeInner(frame)));
       const body = encodeHandshake({ type: "P2PFIRST", from: index, probe: 0, noise: initiation!.message });
       me.say(like("P2PTRANS", { to, nonce: target.nonce, call: 1, body }));
     },

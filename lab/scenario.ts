@@ -249,7 +249,15 @@ export function crowd(world: World, names: string[], { keepName = false } = {}):
     const from = `198.18.${i >> 8}.${i & 255}:4000`, nonce = hex(world.bytes(8)), now = world.net.now();
     const ask = (cookie: string, key?: Uint8Array) => {
       const terms = { version: VERSION, flag: keepName };
-      const login = { type: "LOGIN", cookie, key: own.public, proof: "0".repeat(16), terms, rttMs: 0 } as const;
+      const login = {
+        type: "LOGIN",
+        cookie,
+        key: own.public,
+        proof: "0".repeat(16),
+        terms,
+        direct: 1,
+        rttMs: 0,
+      } as const;
       const data = encode({ ...login, name, local: [] }, { id: nonce, counter: Math.floor(now), key });
       const [effect] = world.machine.receive({ socket: 0, from, data }, now).filter(({ kind }) => kind === "send");
       return effect?.kind === "send" ? decode(effect.data) : null;

@@ -451,6 +451,7 @@ test("WELCOME names the second and the third port", () => {
     key: keys.public,
     proof: "0".repeat(16),
     terms: { version: VERSION, flag: false },
+    direct: 1,
     rttMs: 0,
     name: "alice",
   } as const;
@@ -491,6 +492,7 @@ test("errors count as answers, and whoever is at the limit can still log in", ()
     key,
     proof: nothing,
     terms: { version: VERSION, flag: false },
+    direct: 1,
     rttMs: 0,
     name: "a",
     local: [],

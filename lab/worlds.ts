@@ -657,8 +657,8 @@ world("server: is full", { server: { maxUsers: 2, maxPerAddress: 1 } }, (world) 
 });
 for (const [what, words] of [["right", "open sesame"], ["wrong", "open barley"], ["missing", ""]] as const) {
   world(`server: password ${what}`, { server: { password: password("open sesame") } }, (world) => {
-    const alice = join(world, "alice", { ...EIM, password: password("open sesame") });
-    const bob = join(world, "bob", words ? { password: password(words) } : {});
+    const alice = join(world, "alice", { ...EIM, password: () => password("open sesame") });
+    const bob = join(world, "bob", words ? { password: () => password(words) } : {});
     world.net.run(5_000);
     talk(world, alice, bob);
   });

@@ -6,7 +6,16 @@
  */
 import { type Control, type ControlBody, decode, encode, encodeStunRequest, type Endpoint } from "../protocol.ts";
 import { concat, controlKeys, diffieHellman, hex, type KeyPair, keysFrom, loginKey } from "../protocol.ts";
-import { decodeHandshake, encodeHandshake, encodeInner, initiate, openPeer, type Peer, sealPeer } from "../protocol.ts";
+import {
+  decodeHandshake,
+  encodeClock,
+  encodeHandshake,
+  encodeInner,
+  initiate,
+  openPeer,
+  type Peer,
+  sealPeer,
+} from "../protocol.ts";
 import { parseEndpoint, publicNonce, STUN_COOKIE, type User } from "../protocol.ts";
 import { VERSION } from "../protocol.ts";
 import { crowd, DELAY_MS, join, login, type Player, type World } from "./scenario.ts";
@@ -129,7 +138,7 @@ const NO_ID = "0".repeat(16), UNKNOWN = { mapping: "unknown", filtering: "unknow
 type Body<T> = Extract<ControlBody, { type: T }>;
 const LOGIN: Body<"LOGIN"> = {
   ...{ type: "LOGIN", cookie: NO_ID, key: new Uint8Array(32).fill(9), proof: NO_ID },
-  ...{ terms: { version: VERSION, flag: false }, rttMs: 0, name: "x", local: [] },
+  ...{ terms: { version: VERSION, flag: false }, direct: 1, rttMs: 0, name: "x", local: [] },
 };
 const KEEPALIVE: Body<"KEEPALIVE"> = { type: "KEEPALIVE", cookie: NO_ID, rttMs: 80, nat: UNKNOWN, local: [] };
 
@@ -302,7 +311,10 @@ function befriend(world: World, rogue: Rogue, to: string, frame: Peer, { echoes 
     prologue: new TextEncoder().encode(`punch ${rogue.name} ${rogue.nonce} ${to} ${theirs.nonce}`),
     ephemeral: world.keys(),
   };
-  const initiation = initiate(options, concat(world.bytes(8), encodeInner(frame)))!;
+  const initiation = initiate(
+    options,
+    concat(world.bytes(8), encodeClock(Math.floor(world.net.now())), encodeInner(frame)),
+  )!;
   const session = { index: 0, key: new Uint8Array(32), counter: 0 };
   let receives: Uint8Array | null = null;
   const seal = (frame: Peer, counter = session.counter++) => sealPeer(frame, { ...session, counter });
@@ -336,7 +348,7 @@ const message = (seq: number, length: number, { base = 0, left = 0 } = {}): Peer
   left,
   part: new TextEncoder().encode(part(length)),
 });
-const HELLO = encodeInner(message(0, 5));
+const HELLO = concat(encodeClock(1), encodeInner(message(0, 5)));
 const STREAMS: Record<string, (i: number) => Peer> = {
   "parts without bytes, never the last": (i) => message(i, 0, { left: 65_535 }),
   "full parts, never the last": (i) => message(i, 800, { left: 65_535 }),
