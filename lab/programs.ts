@@ -6,7 +6,7 @@
  */
 import { spawn } from "node:child_process";
 import { accessSync, constants, readFileSync } from "node:fs";
-import { delimiter, join } from "node:path";
+import { delimiter, dirname, join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
 
@@ -71,20 +71,35 @@ process.on("exit", () => {
 });
 
 /** What follows the runtime's name on the command line, before any arguments of the program's own. */
-export function wordsOf(program: "server" | "client", runtime: Runtime = OWN): string[] {
-  return runtime === "deno" ? tasks[program]!.split(" ").slice(1) : [`${program}.ts`];
+export function wordsOf(program: "server" | "client", runtime: Runtime = OWN, flags: string[] = []): string[] {
+  const [, run, ...rest] = tasks[program]!.split(" ");
+  return runtime === "deno" ? [run!, ...flags, ...rest] : [`${program}.ts`];
 }
 
-/** Starts `server.ts` or `client.ts`: on Deno with the permissions of its task in deno.json and no others. */
+/** The flags with which Deno lets a program use the files on its command line; on a terminal it would ask for them. */
+export function flagsFor(args: string[]): string[] {
+  const after = (...options: string[]) =>
+    args.filter((_, i) => options.includes(args[i - 1]!)).filter((file) => file !== "-");
+  const files = after("--secret-file", "--password-file"),
+    identities = after("--identity").map((file) => dirname(file));
+  const flag = (name: string, paths: string[]) => paths.length > 0 ? [`--allow-${name}=${paths.join(",")}`] : [];
+  return [...flag("read", [...files, ...identities]), ...flag("write", identities)];
+}
+
+/**
+ * Starts `server.ts` or `client.ts`: on Deno with the permissions of its task in deno.json, those for the files that it
+ * is to use, and no others.
+ */
 export function start(
   program: "server" | "client",
   args: string[],
-  options: { name?: string; runtime?: Runtime; env?: Record<string, string> } = {},
+  options: { name?: string; runtime?: Runtime; env?: Record<string, string>; words?: string[]; cwd?: string } = {},
 ): Program {
-  const { name = program, runtime = OWN, env = {} } = options;
+  const { name = program, runtime = OWN, env = {}, cwd = ROOT, words = wordsOf(program, runtime, flagsFor(args)) } =
+    options;
   const { PUNCH_SECRET: _secret, PUNCH_PASSWORD: _password, ...inherited } = process.env;
-  const child = spawn(executable(runtime)!, [...wordsOf(program, runtime), ...args], {
-    cwd: ROOT,
+  const child = spawn(executable(runtime)!, [...words, ...args], {
+    cwd,
     env: { ...inherited, DENO_NO_UPDATE_CHECK: "1", NO_COLOR: "1", ...env },
   });
   const events: Event[] = [], waiting = new Set<() => void>();
