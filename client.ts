@@ -377,9 +377,10 @@ function createLink(
 
   function onCookie(message: Control & { type: "COOKIE" }, from: Endpoint): void {
     if (login && message.id === login.id && message.counter === login.clock) {
-      if (message.terms.version !== VERSION) return onOtherVersion(message.terms.version);
       const isSilent = !login.challenge && login.tries > 1 && hadTime(login.since);
-      if (!mayBeServer(message.key, isSilent) || login.challenges++ >= MAX_CHALLENGES) return;
+      if (!mayBeServer(message.key, isSilent)) return;
+      if (message.terms.version !== VERSION) return onOtherVersion(message.terms.version);
+      if (login.challenges++ >= MAX_CHALLENGES) return;
       if (login.tries === 1) sample(rtt, io.now - login.askedAt); // sent once: so we know which one is answered
       answerChallenge(message, from);
     } else if (session && message.id === session.token) {

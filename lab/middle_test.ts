@@ -141,6 +141,16 @@ test("with a fingerprint, a server that answers late is waited for, whoever answ
   assert.deepEqual(told(alice), ["login"]);
 });
 
+test("with a fingerprint, nobody but the server can say that it speaks another version", () => {
+  const net = world(), alice = join(net, "alice", { ...OPEN, ...PINNED });
+  net.net.tap(({ host, data }) => {
+    if (host === "" && decode(data)?.type === "COOKIE") data[16 + 8 + 32] = 2 * 9; // the byte of `terms`
+  });
+  middle(net, [alice]);
+  net.net.run(5_000);
+  assert.deepEqual(told(alice), ["login"]);
+});
+
 test("cookies with ever new keys make a client that knows a password compute few keys of it", () => {
   let computed = 0;
   const password = (key: Uint8Array) => {
