@@ -1726,7 +1726,7 @@ export function tellInvisible(variables: string[]): void {
   const invisible = variables.filter((variable) => !isVisible(variable));
   if (invisible.length === 0) return;
   const names = invisible.join(" and "), flag = `--allow-env=${invisible.join(",")}`;
-  console.error(`Deno may not look at ${names}: what they say does not count, unless you start it with ${flag}`);
+  console.error(`${names} cannot be seen and count for nothing: Deno needs ${flag}`);
 }
 
 /** Where a secret or a password may come from. */
@@ -1797,7 +1797,8 @@ export function readPrivate(file: string, what: string): string {
 }
 
 function checkPrivate(fd: number, which: string): void {
-  const { mode, uid } = fstatSync(fd);
+  const stat = fstatSync(fd), { mode, uid } = stat;
+  if (stat.isDirectory()) throw new Error("it is a folder");
   // Who may not change a mode does not own the file (EPERM), which tells us where we may not ask who we are. On a
   // read-only mount nobody may (EROFS).
   const refusal = errorCodeOf(() => fchmodSync(fd, mode & 0o7777));
@@ -1849,6 +1850,7 @@ export function writePrivate(file: string, text: string, what: string): void {
 
 /** On Deno, asks on a terminal for the use of a file that the command line names, or else says which flag it takes. */
 function mayUse(name: "read" | "write", path: string, what: string): void {
+  if (path === "") throw new UsageError(`The file for the ${what} has no name`);
   if (!("Deno" in globalThis) || Deno.permissions.requestSync({ name, path }).state === "granted") return;
   throw new Failure(`Deno may not ${name} "${path}" for the ${what}: start it with --allow-${name}=${path}`);
 }

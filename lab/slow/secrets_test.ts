@@ -137,7 +137,7 @@ scenario("a file that is no file, no text, empty or too long is an error that na
   const { file, start } = stage;
   const cases: [path: string, why: RegExp][] = [
     [join(stage.directory, "missing", "file"), /no such file/i],
-    [stage.directory, /directory|invalid|mode|read/i],
+    [stage.directory, /it is a folder/],
     [file("blank", " \n\t\n"), /empty|not an identity/],
     [file("long", "x".repeat(70_000)), /65536/],
   ];
@@ -151,6 +151,16 @@ scenario("a file that is no file, no text, empty or too long is an error that na
       assert.ok(run.stderr().includes(path) && why.test(run.stderr()), run.evidence());
     }
   }
+});
+
+scenario("a file without a name is a wrong command line", async ({ start }) => {
+  const options = ["--secret-file=", "--password-file=", "--identity="];
+  await Promise.all(options.map(async (option) => {
+    const run = start("client", ["127.0.0.1:9", "alice", option]);
+    run.pipe();
+    assert.equal(await run.ended, 2, run.evidence());
+    assert.match(run.stderr(), /has no name\nTry --help\n$/);
+  }));
 });
 
 scenario("on a read-only mount, where nobody can change modes, a warning is all", async (stage) => {
