@@ -704,8 +704,8 @@ export function openPeer(data: Uint8Array, key: Uint8Array): Peer | null {
 
 /** Longest user name in bytes of UTF-8. */
 export const MAX_NAME_BYTES = 32;
-/** Most combining marks in a row: more of them would cover the lines above and below. */
-const TOO_MANY_MARKS = /\p{M}(?<=(?:\p{M}\p{Cf}*){5})/u;
+/** More than four combining marks in a row would cover the lines above and below; what is between does not count. */
+const TOO_MANY_MARKS = /((?:\p{M}\p{Cf}*){4})((?:\p{M}\p{Cf}*)+)/gu;
 const BLANK = /[\s\p{Z}\u2800]/u, CANNOT_BE_SEEN = /[\p{C}\p{Default_Ignorable_Code_Point}]/u;
 
 /** The scripts in use today (UAX #31, tables 5 and 7). */
@@ -738,7 +738,7 @@ function faultOf(name: string): string | null {
   if (utf8.encode(name).length > MAX_NAME_BYTES) return `it is longer than ${MAX_NAME_BYTES} bytes`;
   if (BLANK.test(name)) return "it has blanks in it";
   if (CANNOT_BE_SEEN.test(name)) return "something in it cannot be seen";
-  if (TOO_MANY_MARKS.test(name)) return "it has more than four marks on one letter";
+  if (name.search(TOO_MANY_MARKS) >= 0) return "it has more than four marks on one letter";
   return isOfOneScript(name) ? null : "it mixes letters of several scripts, which may look like those of another name";
 }
 
@@ -755,19 +755,23 @@ export function userName(name: string): string | null {
   return faultOf(normal) === null ? normal : null;
 }
 
-/** What turns a text around, ends a line where no line ends, or covers other lines. */
-const DECEPTIVE = new RegExp(`[\u2028\u2029]|\\p{Bidi_Control}|${TOO_MANY_MARKS.source}`, "gu");
-const CONTROLS = new RegExp(`[\x7f-\x9f]|${DECEPTIVE.source}`, "gu");
+/** What turns a text around, or ends a line where no line ends. */
+const DECEPTIVE = /[\u2028\u2029\p{Bidi_Control}]/gu;
+
+/** Changes all combining marks beyond four in a row. */
+const fewerMarks = (text: string, change: (mark: string) => string) =>
+  text.replace(TOO_MANY_MARKS, (_all, four: string, more: string) => four + more.replace(/\p{M}/gu, change));
 
 /** An event as a line of JSON, in which nothing of a peer's text acts on a terminal. */
 export function jsonLine(event: unknown): string {
-  const escaped = (letters: string) =>
-    letters.split("").map((unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`);
-  return JSON.stringify(event).replace(CONTROLS, (letters) => escaped(letters).join(""));
+  const escaped = (letter: string) =>
+    letter.split("").map((unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`).join("");
+  return fewerMarks(JSON.stringify(event), escaped).replace(DECEPTIVE, escaped).replace(/[\x7f-\x9f]/g, escaped);
 }
 
 /** A text that others have written, as one line of a terminal, on which nothing in it acts. */
-export const harmless = (text: string): string => text.replace(DECEPTIVE, "").replace(/(?!\t)\p{Cc}/gu, "\ufffd");
+export const harmless = (text: string): string =>
+  fewerMarks(text.replace(DECEPTIVE, ""), () => "").replace(/(?!\t)\p{Cc}/gu, "\ufffd");
 
 // ---------------------------------------------------------------------------------------------------- STUN
 //

@@ -83,6 +83,7 @@ test("harmless(): what acts on a terminal is taken out, and nothing else", () =>
     ["a\nb", "a\ufffdb"],
     [`z${"\u0301\u0302\u0303\u0304\u0305\u0306".repeat(20)}!`, "z\u0301\u0302\u0303\u0304!"],
     [`z${"\u0301\u200d".repeat(20)}!`, `z${"\u0301\u200d".repeat(4)}${"\u200d".repeat(16)}!`],
+    [`z${"\u0301\u2028\u202e".repeat(20)}!`, `z${"\u0301".repeat(4)}!`],
     [`z${"\u{1d165}".repeat(9)}`, `z${"\u{1d165}".repeat(4)}`],
   ];
   for (const [text, left] of rows) assert.equal(harmless(text), left, JSON.stringify(text));
