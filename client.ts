@@ -1856,8 +1856,10 @@ function createIdentity(
     peer: () => peer,
     isHidden: () => isHidden,
     onProof: () => void (isImpostor = false), // a session with it, or the user's word
-    onUser({ nonce, key }: User): void {
-      if (peer && peer.nonce !== nonce) renew({ ...peer, nonce, key });
+    onUser({ nonce, key, public: endpoint }: User): void {
+      if (!peer || peer.nonce === nonce) return;
+      renew({ ...peer, nonce, key });
+      isHidden = endpoint === "";
     },
     warn(): void { // somebody passes for the peer
       isImpostor = true;
@@ -1901,8 +1903,8 @@ type Opening = { tries: number; dueAt: number; handshake: { index: number; initi
 
 /**
  * First messages say the sender's clock (in ms, as WireGuard's say TAI64N): of one login, only a later one than the last
- * counts. So none counts twice, even when its ephemeral key is forgotten. The logins of those whom the user knows are
- * forgotten last; all of them are of one login of our own, as the prologue of a handshake names both.
+ * counts. So none counts twice, even when its ephemeral key is forgotten. However many others write, they do not make us
+ * forget those whom the user knows. What was meant for an earlier login of ours cannot be opened in this one anyway.
  */
 function createFirsts() {
   const friends = new Map<string, number>(), others = new Map<string, number>(); // by login: the clock
@@ -3109,8 +3111,8 @@ const STRONG_BITS = 60;
 
 /**
  * How many bits it takes to guess a secret, roughly: 15 for a word (people know some 30,000), 2 for each letter of a
- * longer one, 8 for a Chinese character, 3.3 for a digit, 5 for another sign; blanks, hyphens and a word that comes again count nothing, and in all
- * there are no more than 8 for each different character.
+ * longer one, 8 for a Chinese character, 3.3 for a digit, 5 for another sign; nothing for blanks, hyphens and a word
+ * that comes again. In all there are no more than 8 for each different character.
  */
 export function secretBits(secret: string): number {
   const text = secret.normalize("NFKC").toLowerCase();
@@ -3191,9 +3193,8 @@ async function main(): Promise<void> {
   ]);
   const secret = await secretWords({ file: secretFile, variable: "PUNCH_SECRET", label: "secret" });
   if (secret !== undefined && !options["weak-secret"] && secretBits(secret) < STRONG_BITS) {
-    throw new Failure(
-      "The secret can be guessed: take one from --new-secret, or four words that have nothing to do with each other; --weak-secret takes it all the same",
-    );
+    const advice = "take one from --new-secret, or four words that have nothing to do with each other";
+    throw new Failure(`The secret can be guessed: ${advice}; --weak-secret takes it all the same`);
   }
   const password = await secretWords({ file: passwordFile, variable: "PUNCH_PASSWORD", label: "password" });
   const keys = options.identity === undefined ? generateKeys() : identityIn(options.identity);
