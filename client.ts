@@ -648,7 +648,8 @@ function createCalls(
   }
 
   function ask(): void {
-    if (link.session() && c.canBeDirect()) passOn((!c.hasSession() && has.firstHandshake()) || NO_BYTES, true);
+    if (!c.canBeDirect()) askAt = Infinity; // perhaps not any more
+    else if (link.session()) passOn((!c.hasSession() && has.firstHandshake()) || NO_BYTES, true);
   }
 
   function retryLater(): void {

@@ -159,6 +159,24 @@ test("who comes back without --no-direct is met directly", () => {
   assert.deepEqual([alice.path(), again.path()], ["direct", "direct"]);
 });
 
+test("who comes back with --no-direct while others look for him is written to over the server", () => {
+  for (let seed = 0; seed < many(200, 40); seed++) {
+    const world = createWorld({ seed }), keys = world.keys(), [alice, bob] = pair(world, OPEN, { ...OPEN, keys });
+    alice.send("bob", "m 0");
+    world.net.run(3_000);
+    world.net.conditions = { loss: 0.5, jitterMs: 50 };
+    bob.process.stop();
+    world.net.run(1_000 + 100 * seed % 5_000); // she has lost the path, and asks the server
+    const again = join(world, "bob", { ...OPEN, keys, direct: false, patient: true });
+    world.net.run(30_000);
+    world.net.conditions = {};
+    alice.send("bob", "m 2");
+    world.net.run(20_000);
+    assert.equal(texts(again).at(-1), "m 2", `seed ${seed}`);
+    assert.ok(again.events("message").every(({ path }) => path === "relay"));
+  }
+});
+
 test("LOGIN says that in its last version: the first fields are as ever", () => {
   assert.deepEqual(Object.keys(CONTROL.LOGIN.fields).slice(0, 4), ["cookie", "key", "proof", "terms"]);
   assert.deepEqual(Object.keys(CONTROL.COOKIE.fields), ["cookie", "key", "terms"]);
