@@ -374,6 +374,8 @@ scenario("packages that somebody has planted, or that are missing, are not looke
   mkdirSync(cwd, { recursive: true });
   for (const module of [...MODULES, "deno.json", "deno.lock"]) copyFileSync(join(ROOT, module), join(cwd, module));
   await talkFrom(stage, cwd, local);
+  mkdirSync(join(parent, "node_modules")); // an empty one is enough for Bun to install nothing any more
+  await talkFrom(stage, cwd, local);
   const evil = `require("node:fs").writeFileSync(${JSON.stringify(marker)}, "here"); module.exports = {};`;
   for (const folder of [parent, cwd]) {
     for (const name of ["deno-std", "deno-std@1.4.0", "@std/cli", "util", "readline", "process", "crypto"]) {
