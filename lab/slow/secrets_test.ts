@@ -6,7 +6,7 @@
  * @module
  */
 import assert from "node:assert/strict";
-import { execFileSync, spawn } from "node:child_process";
+import { execFileSync, spawn, spawnSync } from "node:child_process";
 import { chmodSync, chownSync, copyFileSync, existsSync, mkdirSync, readdirSync, readFileSync } from "node:fs";
 import { statSync, symlinkSync, writeFileSync } from "node:fs";
 import { createServer } from "node:http";
@@ -18,6 +18,7 @@ import { of, scenario, type Stage } from "../stage.ts";
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url).href);
 const SECRET = "abcd-efgh-ijkm-npqr-stuv", OTHER_SECRET = "vuts-rqpn-mkji-hgfe-dcba";
+const MODULES = ["server.ts", "client.ts", "protocol.ts"];
 const isRoot = process.getuid?.() === 0;
 const notRoot = !isRoot && "only root can do that", notDeno = OWN !== "deno" && "Bun asks for no permission";
 const DENO_BARE = ["run", "--unstable-net", "--allow-net"]; // no other permission
@@ -95,14 +96,22 @@ scenario("Deno without --allow-read, and no terminal: exit 1, and the flag that 
 // ---------------------------------------------------------------------------------------------------- files
 
 /** Starts each kind of program with that file; what became of it. */
-async function withFile({ start }: Stage, path: string): Promise<{ code: unknown; stderr: string }[]> {
-  const runs = [
-    start("client", ["127.0.0.1:9", "alice", "--secret-file", path]),
-    start("client", ["127.0.0.1:9", "alice", "--password-file", path]),
-    start("client", ["127.0.0.1:9", "alice", "--identity", path]),
-    start("server", ["--port", "0", "--password-file", path]),
-    start("server", ["--port", "0", "--identity", path]),
-  ];
+async function withFile(
+  { start }: Stage,
+  path: string,
+  mayAll = false,
+): Promise<{ code: unknown; stderr: string }[]> {
+  const runs = ([
+    ["client", "--secret-file"],
+    ["client", "--password-file"],
+    ["client", "--identity"],
+    ["server", "--password-file"],
+    ["server", "--identity"],
+  ] as const).map(([program, option]) => {
+    const words = { words: OWN === "deno" ? ["run", "--unstable-net", "-A", `${program}.ts`] : [`${program}.ts`] };
+    const args = program === "client" ? ["127.0.0.1:9", "alice"] : ["--port", "0", "--alt-port", "0"];
+    return start(program, [...args, option, path], mayAll ? words : {});
+  });
   return await Promise.all(runs.map(async (run) => {
     run.pipe();
     return { code: await run.ended, stderr: run.stderr() };
@@ -113,9 +122,11 @@ scenario("a file that others can read, or that is somebody else's, is refused, a
   const { file } = stage, good = "00".repeat(32);
   const shown = file("shown", good, 0o600), group = file("group", good, 0o600), link = `${shown}.link`;
   chmodSync(shown, 0o644);
-  chmodSync(group, 0o620);
+  chmodSync(group, 0o640);
   symlinkSync(shown, link);
-  for (const path of [shown, group, link]) {
+  const writable = file("writable", good);
+  chmodSync(writable, 0o620);
+  for (const path of [shown, group, writable, link]) {
     for (const { code, stderr } of await withFile(stage, path)) {
       assert.equal(code, 1, stderr);
       assert.ok(stderr.includes(path) && /chmod 600/.test(stderr), stderr);
@@ -124,34 +135,77 @@ scenario("a file that others can read, or that is somebody else's, is refused, a
   if (!isRoot) return;
   const theirs = file("theirs", good);
   chownSync(theirs, 65_534, 65_534);
-  for (const args of [["--secret-file", theirs], ["--identity", theirs]]) {
-    const words = OWN === "deno" ? ["run", "--unstable-net", "-A", "client.ts"] : ["client.ts"];
-    const run = stage.start("client", ["127.0.0.1:9", "alice", ...args], { words });
-    run.pipe();
-    assert.equal(await run.ended, 1, run.evidence());
-    assert.match(run.stderr(), /owns.*chown/);
+  for (const { code, stderr } of await withFile(stage, theirs, true)) {
+    assert.equal(code, 1, stderr);
+    assert.match(stderr, /owns.*chown/);
   }
 });
 
 scenario("a file that is no file, no text, empty or too long is an error that names it", async (stage) => {
-  const { file, start } = stage;
+  const { file } = stage;
   const cases: [path: string, why: RegExp][] = [
     [join(stage.directory, "missing", "file"), /no such file/i],
     [stage.directory, /it is a folder/],
+    [file("empty", ""), /empty|not an identity/],
     [file("blank", " \n\t\n"), /empty|not an identity/],
     [file("long", "x".repeat(70_000)), /65536/],
   ];
   writeFileSync(file("binary", ""), Uint8Array.of(255, 254, 0, 65), { mode: 0o600 });
   cases.push([join(stage.directory, "binary"), /UTF-8/]);
+  const before = readdirSync(stage.directory);
   for (const [path, why] of cases) {
-    for (const option of ["--secret-file", "--password-file"]) {
-      const run = start("client", ["127.0.0.1:9", "alice", option, path]);
-      run.pipe();
-      assert.equal(await run.ended, 1, run.evidence());
-      assert.ok(run.stderr().includes(path) && why.test(run.stderr()), run.evidence());
+    for (const { code, stderr } of await withFile(stage, path)) {
+      assert.equal(code, 1, stderr);
+      assert.ok(stderr.includes(path) && why.test(stderr), stderr);
     }
   }
+  assert.deepEqual(readdirSync(stage.directory), before);
+  assert.equal(readFileSync(join(stage.directory, "blank"), "utf8"), " \n\t\n", "left as it was");
 });
+
+/** A user who is not root: his own folder with the programs in it, and what starts one of them there as him. */
+const NOBODY = 65_534;
+const AS_NOBODY = ["--reuid", `${NOBODY}`, "--regid", `${NOBODY}`, "--clear-groups"];
+
+function noNobody(): string | false {
+  if (!isRoot) return notRoot;
+  const { status } = spawnSync("setpriv", [...AS_NOBODY, executable(OWN)!, "--version"], { stdio: "ignore" });
+  return status !== 0 && "nobody else may run this runtime, or there is no setpriv";
+}
+
+scenario("somebody who is not root can use his own file, and nobody else's", async (stage) => {
+  const { directory, file } = stage, cwd = join(directory, "punch"), { at } = await stage.server();
+  chmodSync(directory, 0o755);
+  mkdirSync(cwd);
+  for (const module of MODULES) copyFileSync(join(ROOT, module), join(cwd, module));
+  chownSync(cwd, NOBODY, NOBODY);
+  const own = (name: string, mode: number, uid = NOBODY) => {
+    const path = file(name, SECRET);
+    chownSync(path, uid, NOBODY);
+    chmodSync(path, mode);
+    return path;
+  };
+  const cases: [path: string, code: number, why: RegExp][] = [
+    [own("closed", 0), 1, /Cannot read the secret file ".*closed": .*permission denied/i],
+    [own("of-root", 0o600, 0), 1, /Cannot read the secret file ".*of-root": .*permission denied/i],
+    [own("shared", 0o640, 0), 1, /Others can read or change the secret file ".*shared": chmod 600/],
+    [own("theirs", 0o640, 1), 1, /Somebody else owns the secret file ".*theirs": make it yours with chown/],
+    [own("good", 0o600), 0, /^Logged out/],
+  ];
+  await Promise.all(cases.map(async ([path, code, why], i) => {
+    const args = [at, `user${i}`, "--secret-file", path];
+    const words = [executable(OWN)!, ...wordsOf("client", OWN, ["--unstable-net", ...flagsFor(args)]), ...args];
+    const run = spawn("timeout", ["60", "setpriv", ...AS_NOBODY, ...words], {
+      cwd,
+      env: { HOME: cwd, DENO_DIR: join(cwd, "deno"), PATH: process.env["PATH"], DENO_NO_UPDATE_CHECK: "1" } as never,
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    let stderr = "";
+    run.stderr.setEncoding("utf8").on("data", (text: string) => stderr += text);
+    assert.equal(await new Promise((resolve) => run.on("close", resolve)), code, `${path}: ${stderr}`);
+    assert.match(code === 0 ? stderr.trim().split("\n").at(-1)! : stderr, why);
+  }));
+}, noNobody());
 
 scenario("a file without a name is a wrong command line", async ({ start }) => {
   const options = ["--secret-file=", "--password-file=", "--identity="];
@@ -164,12 +218,13 @@ scenario("a file without a name is a wrong command line", async ({ start }) => {
 });
 
 scenario("on a read-only mount, where nobody can change modes, a warning is all", async (stage) => {
-  const mount = join(stage.directory, "mount"), path = join(mount, "secret");
+  const mount = join(stage.directory, "mount"), path = join(mount, "secret"), identity = join(mount, "identity");
   mkdirSync(mount);
   execFileSync("mount", ["-t", "tmpfs", "none", mount]);
   try {
     writeFileSync(path, SECRET, { mode: 0o444 });
-    chmodSync(path, 0o444);
+    writeFileSync(identity, "01".repeat(32));
+    for (const shown of [path, identity]) chmodSync(shown, 0o444);
     execFileSync("mount", ["-o", "remount,ro", mount]);
     const { at } = await stage.server();
     const alice = stage.start("client", [at, "alice", "--json", "--secret-file", path]);
@@ -177,6 +232,11 @@ scenario("on a read-only mount, where nobody can change modes, a warning is all"
     assert.match(alice.stderr(), /Others can read or change the secret file .*, as far as its mode says/);
     alice.pipe();
     assert.equal(await alice.ended, 0, alice.evidence());
+    const guarded = await stage.server(["--password-file", path, "--identity", identity]);
+    assert.match(guarded.stderr(), /the password file .*\n.*the identity file /);
+    const bob = await stage.client(guarded.at, "bob", ["--password-file", path, "--identity", identity]);
+    assert.match(bob.stderr(), /the password file .*\n.*the identity file /);
+    assert.ok(of(bob, "login").every(({ password, kept }) => password === true && kept === true));
   } finally {
     execFileSync("umount", ["-l", mount]);
   }
@@ -193,53 +253,128 @@ scenario("--identity is made whole, for its owner alone; two programs at once ge
   assert.deepEqual(readdirSync(directory), ["identity"]);
 });
 
+scenario("--identity of clients: two who start at once on the same missing file have the same key", async (stage) => {
+  const folder = join(stage.directory, "keys"), path = join(folder, "identity");
+  mkdirSync(folder);
+  const { at } = await stage.server(), bob = await stage.client(at, "bob");
+  const both = await Promise.all(["alice", "carol"].map((name) => stage.client(at, name, ["--identity", path])));
+  const codes = await Promise.all(both.map(async (client) => {
+    client.type("verify bob");
+    return (await client.until({ event: "verify" }))["code"];
+  }));
+  assert.equal(codes[0], codes[1]);
+  assert.equal(statSync(path).mode & 0o777, 0o600);
+  assert.deepEqual(readdirSync(folder), ["identity"]);
+  bob.pipe();
+  await bob.ended;
+});
+
 // ---------------------------------------------------------------------------------------------------- typed
 
-/** Types on a terminal of its own, and returns all that it shows. */
+/** Of a program on a terminal that does not say what it should. */
+const TERMINAL_LIMIT_MS = 60_000;
+/** The question is there a moment before what is typed is no longer shown. */
+const UNSEEN_MS = 300;
+
+/** Types on a terminal of its own, each text when that has been shown, and returns all that it shows. */
 function onTerminal(
   args: string[],
-  typed: [afterMs: number, text: string][],
+  typed: [after: RegExp, text: string][],
+  { env = {}, words = wordsOf("client", OWN, flagsFor(args)) }: { env?: Record<string, string>; words?: string[] } = {},
 ): Promise<{ shown: string; code: unknown }> {
-  const words = [executable(OWN)!, ...wordsOf("client", OWN, flagsFor(args)), ...args].map((word) => `'${word}'`);
-  const { PUNCH_SECRET: _secret, PUNCH_PASSWORD: _password, ...env } = process.env;
-  const child = spawn("script", ["-qefc", words.join(" "), "/dev/null"], {
+  const command = [executable(OWN)!, ...words, ...args].map((word) => `'${word}'`);
+  const { PUNCH_SECRET: _secret, PUNCH_PASSWORD: _password, ...inherited } = process.env;
+  const child = spawn("script", ["-qefc", command.join(" "), "/dev/null"], {
     cwd: ROOT,
-    env: { ...env, DENO_NO_UPDATE_CHECK: "1", NO_COLOR: "1", TERM: "xterm" },
+    env: { ...inherited, DENO_NO_UPDATE_CHECK: "1", NO_COLOR: "1", TERM: "xterm", ...env },
   });
-  let shown = "";
-  child.stdout.setEncoding("utf8").on("data", (text: string) => shown += text);
-  return new Promise((resolve) => {
-    child.on("close", (code) => resolve({ shown, code }));
-    child.stdin.on("error", () => {});
-    (async () => {
-      for (const [afterMs, text] of typed) {
-        await new Promise((done) => setTimeout(done, afterMs));
-        child.stdin.write(text);
-      }
-    })();
+  let shown = "", from = 0, isWaiting = false;
+  const left = [...typed];
+  child.stdin.on("error", () => {});
+  child.stdout.setEncoding("utf8").on("data", (text: string) => {
+    shown += text;
+    if (isWaiting || !left[0]?.[0].test(shown.slice(from))) return;
+    isWaiting = true;
+    setTimeout(() => {
+      from = shown.length;
+      isWaiting = false;
+      child.stdin.write(left.shift()![1]);
+    }, UNSEEN_MS);
+  });
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(() => child.kill("SIGKILL"), TERMINAL_LIMIT_MS);
+    child.on("error", reject);
+    child.on("close", (code) => {
+      clearTimeout(timer);
+      resolve({ shown, code });
+    });
   });
 }
 
-scenario('"-" asks on a terminal, unseen; elsewhere it is an error, and Ctrl-C ends it', async ({ server, start }) => {
+scenario('"-" needs a terminal: elsewhere it is an error', async ({ server, start }) => {
   const { at } = await server();
   for (const option of ["--secret-file", "--password-file"]) {
     const run = start("client", [at, "alice", option, "-"]);
     run.pipe(SECRET);
     assert.equal(await run.ended, 1, run.evidence());
     assert.match(run.stderr(), /no terminal/);
+    assert.equal(run.stdout(), "");
   }
-  const args = [at, "alice", "--secret-file", "-"];
-  const { shown, code } = await onTerminal(args, [[2_000, `${SECRET}\r`], [2_500, "send alice hi\r"], [
-    1_500,
-    "exit\r",
-  ]]);
-  assert.equal(code, 0, shown);
-  assert.match(shown, /The secret: /);
-  assert.ok(!shown.includes(SECRET.slice(0, 9)), shown);
-  assert.match(shown, /alice: hi {2}\(relay\)/);
-  const stopped = await onTerminal(args, [[2_000, "abcd"], [300, "\x03"]]);
-  assert.equal(stopped.code, 130, stopped.shown);
+  const run = start("server", ["--port", "0", "--password-file", "-"]);
+  run.pipe(SECRET);
+  assert.equal(await run.ended, 1, run.evidence());
+  assert.match(run.stderr(), /no terminal/);
 });
+
+scenario('"-" asks on a terminal, and shows nothing of what is typed there', async ({ server }) => {
+  const password = "open sesame", { at } = await server([], { env: { PUNCH_PASSWORD: password } });
+  const { shown, code } = await onTerminal([at, "alice", "--secret-file", "-", "--password-file", "-"], [
+    [/The secret: /, `${SECRET}\r`],
+    [/The password: /, `${password}\r`],
+    [/1 user/, "send alice hi\r"],
+    [/alice: hi/, "exit\r"],
+  ]);
+  assert.equal(code, 0, shown);
+  assert.match(shown, /alice: hi {2}\(relay\)/);
+  for (const typed of [SECRET, password]) {
+    for (let i = 0; i + 6 <= typed.length; i++) assert.ok(!shown.includes(typed.slice(i, i + 6)), shown);
+  }
+  const inJson = await onTerminal([at, "bob", "--json", "--secret-file", "-", "--password-file", "-"], [
+    [/The secret: /, `${SECRET}\r`],
+    [/The password: /, `${password}\r`],
+    [/"event":"users"/, "exit\r"],
+  ]);
+  assert.equal(inJson.code, 0, inJson.shown);
+  assert.match(inJson.shown, /"event":"login".*"password":true,"secret":true/);
+});
+
+scenario('Ctrl-C ends "-" with 130, Ctrl-D and nothing at all with 1', async ({ server }) => {
+  const { at } = await server();
+  for (const label of ["secret", "password"]) {
+    const ask = new RegExp(`The ${label}: `), args = [at, "alice", `--${label}-file`, "-"];
+    const [stopped, ended, nothing] = await Promise.all([
+      onTerminal(args, [[ask, "abcd\x03"]]),
+      onTerminal(args, [[ask, "\x04"]]),
+      onTerminal(args, [[ask, " \r"]]),
+    ]);
+    assert.equal(stopped.code, 130, stopped.shown);
+    for (const { code, shown } of [ended, nothing]) {
+      assert.equal(code, 1, shown);
+      assert.match(shown, new RegExp(`No ${label} was typed`));
+    }
+  }
+});
+
+scenario("on a terminal too, Deno without --allow-env asks for no permission", async ({ server }) => {
+  const { at } = await server(), words = ["run", "--unstable-net", "--allow-net", "--allow-sys=networkInterfaces"];
+  const { shown, code } = await onTerminal([at, "alice"], [[/1 user/, "exit\r"]], {
+    env: { PUNCH_SECRET: SECRET },
+    words: [...words, "client.ts"],
+  });
+  assert.equal(code, 0, shown);
+  assert.match(shown, /^PUNCH_SECRET and PUNCH_PASSWORD cannot be seen/);
+  assert.doesNotMatch(shown, /Allow\?|prompt/i);
+}, notDeno);
 
 // ---------------------------------------------------------------------------------------------------- the server
 
@@ -253,7 +388,9 @@ scenario("a fingerprint: only the server that has it will do", async ({ server, 
   }
   const wrong = start("client", [`${at}#${SECRET}`, "carol", "--json"]);
   wrong.pipe("send user0 hi");
+  const began = performance.now();
   assert.equal(await wrong.ended, 1, wrong.evidence());
+  assert.ok(performance.now() - began < 5_000, "nobody waits for another server");
   assert.deepEqual(wrong.events.map(({ event, code }) => `${event} ${code}`), ["error server-key"]);
   for (const malformed of ["", "abc", `${fingerprint}a`, "0".repeat(20)]) {
     const run = start("client", [`${at}#${malformed}`, "carol"]);
@@ -340,15 +477,16 @@ scenario(
 
 // ---------------------------------------------------------------------------------------------------- packages
 
-const MODULES = ["server.ts", "client.ts", "protocol.ts"];
-
 scenario("the three modules import nothing but the platform", () => {
   for (const module of MODULES) {
     const text = readFileSync(join(ROOT, module), "utf8");
     const imports = [...text.matchAll(/^(?:import|export|\}).* from "(.+)";$/gm)].map(([, from]) => from!);
     assert.ok(imports.length > 5);
     assert.deepEqual(imports.filter((from) => !from.startsWith("node:") && from !== "./protocol.ts"), []);
-    assert.ok(!/\bimport\(|^import "|require\(/m.test(text), `${module} imports something in another way`);
+    assert.ok(
+      !/\bimport\s*\(|^\s*import\s*["']|\brequire\(|createRequire|getBuiltinModule/m.test(text),
+      `${module} imports something in another way`,
+    );
   }
   return Promise.resolve();
 });
@@ -372,12 +510,16 @@ const local = (program: string) =>
 scenario("packages that somebody has planted, or that are missing, are not looked at", async (stage) => {
   const parent = join(stage.directory, "parent"), cwd = join(parent, "punch"), marker = join(stage.directory, "marker");
   mkdirSync(cwd, { recursive: true });
+  const bare = join(parent, "bare"); // the three files and nothing else
+  mkdirSync(bare);
+  for (const module of MODULES) copyFileSync(join(ROOT, module), join(bare, module));
+  await talkFrom(stage, bare, local);
   for (const module of [...MODULES, "deno.json", "deno.lock"]) copyFileSync(join(ROOT, module), join(cwd, module));
   await talkFrom(stage, cwd, local);
   mkdirSync(join(parent, "node_modules")); // an empty one is enough for Bun to install nothing any more
   await talkFrom(stage, cwd, local);
   const evil = `require("node:fs").writeFileSync(${JSON.stringify(marker)}, "here"); module.exports = {};`;
-  for (const folder of [parent, cwd]) {
+  for (const folder of [parent, cwd, bare]) {
     for (const name of ["deno-std", "deno-std@1.4.0", "@std/cli", "util", "readline", "process", "crypto"]) {
       const at = join(folder, "node_modules", name);
       mkdirSync(join(at, "cli"), { recursive: true });
@@ -385,7 +527,7 @@ scenario("packages that somebody has planted, or that are missing, are not looke
       for (const file of ["index.js", "cli/parse_args.js", "cli/prompt_secret.js"]) writeFileSync(join(at, file), evil);
     }
   }
-  await talkFrom(stage, cwd, local);
+  for (const folder of [cwd, bare]) await talkFrom(stage, folder, local);
   assert.ok(!existsSync(marker), "planted code ran");
 });
 
