@@ -96,22 +96,14 @@ scenario("Deno without --allow-read, and no terminal: exit 1, and the flag that 
 // ---------------------------------------------------------------------------------------------------- files
 
 /** Starts each kind of program with that file; what became of it. */
-async function withFile(
-  { start }: Stage,
-  path: string,
-  mayAll = false,
-): Promise<{ code: unknown; stderr: string }[]> {
-  const runs = ([
-    ["client", "--secret-file"],
-    ["client", "--password-file"],
-    ["client", "--identity"],
-    ["server", "--password-file"],
-    ["server", "--identity"],
-  ] as const).map(([program, option]) => {
-    const words = { words: OWN === "deno" ? ["run", "--unstable-net", "-A", `${program}.ts`] : [`${program}.ts`] };
-    const args = program === "client" ? ["127.0.0.1:9", "alice"] : ["--port", "0", "--alt-port", "0"];
-    return start(program, [...args, option, path], mayAll ? words : {});
-  });
+async function withFile({ start }: Stage, path: string): Promise<{ code: unknown; stderr: string }[]> {
+  const runs = [
+    start("client", ["127.0.0.1:9", "alice", "--secret-file", path]),
+    start("client", ["127.0.0.1:9", "alice", "--password-file", path]),
+    start("client", ["127.0.0.1:9", "alice", "--identity", path]),
+    start("server", ["--port", "0", "--password-file", path]),
+    start("server", ["--port", "0", "--identity", path]),
+  ];
   return await Promise.all(runs.map(async (run) => {
     run.pipe();
     return { code: await run.ended, stderr: run.stderr() };
@@ -135,7 +127,7 @@ scenario("a file that others can read, or that is somebody else's, is refused, a
   if (!isRoot) return;
   const theirs = file("theirs", good);
   chownSync(theirs, 65_534, 65_534);
-  for (const { code, stderr } of await withFile(stage, theirs, true)) {
+  for (const { code, stderr } of await withFile(stage, theirs)) {
     assert.equal(code, 1, stderr);
     assert.match(stderr, /owns.*chown/);
   }
