@@ -1930,7 +1930,13 @@ export function openTrace(option: string | undefined, write: (line: string) => v
   mayUse("write", option, "trace");
   try {
     const fd = openSync(option, "w", 0o600);
-    return createTrace((line) => writeFileSync(fd, `${line}\n`));
+    let isFull = false; // or whatever else is wrong: datagrams leave all the same
+    return createTrace((line) => {
+      const code = isFull ? undefined : errorCodeOf(() => writeFileSync(fd, `${line}\n`));
+      if (code === undefined) return;
+      isFull = true;
+      console.error(`The trace "${option}" ends here: ${code}`);
+    });
   } catch (error) {
     throw new Failure(`Cannot write the trace "${option}": ${(error as Error).message}`);
   }

@@ -467,6 +467,32 @@ scenario(
   },
 );
 
+scenario("--trace=FILE on a full disk: the trace ends, and nothing else", async (stage) => {
+  const mount = join(stage.directory, "mount"), file = join(mount, "trace");
+  mkdirSync(mount);
+  execFileSync("mount", ["-t", "tmpfs", "-o", "size=4k", "none", mount]);
+  try {
+    writeFileSync(join(mount, "all"), new Uint8Array(4_096));
+    const words = (program: "server" | "client") =>
+      OWN === "deno" ? ["run", `--allow-write=${file}`, ...wordsOf(program).slice(1)] : [`${program}.ts`];
+    const at = ["--host", "127.0.0.1", "--port", "0", "--alt-port", "0", "--json", `--trace=${file}`];
+    const server = stage.start("server", at, { words: words("server") });
+    const { port } = await server.until({ event: "listening" });
+    const alice = stage.start("client", [`127.0.0.1:${port}`, "alice", "--json", `--trace=${file}`], {
+      words: words("client"),
+    });
+    alice.pipe("send alice hi");
+    assert.equal(await alice.ended, 0, alice.evidence());
+    for (const program of [server, alice]) {
+      assert.match(program.stderr(), /^The trace ".*trace" ends here: ENOSPC\n$/, program.evidence());
+    }
+    server.signal("SIGTERM");
+    await server.ended;
+  } finally {
+    execFileSync("umount", ["-l", mount]);
+  }
+}, notRoot);
+
 // ---------------------------------------------------------------------------------------------------- packages
 
 scenario("the three modules import nothing but the platform", () => {
